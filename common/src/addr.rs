@@ -1,0 +1,139 @@
+//! Addresses are types: a page-aligned range that is checked once, where it enters.
+
+use std::fmt;
+
+/// The page size in bytes. The hello message carries it, so that a peer with another page size is
+/// refused before anything is sent.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// One past the highest address (or byte offset in a shared segment) a range may reach, bytes.
+/// User space ends far below it on every architecture; the bound keeps sums from overflowing.
+pub const ADDRESS_LIMIT: u64 = 1 << 62;
+
+/// A non-empty, page-aligned half-open range of addresses.
+///
+/// For a process these are virtual addresses; for a shared segment they are byte offsets in it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PageRange {
+    start: u64,
+    end: u64,
+}
+
+/// Why two numbers are not a [`PageRange`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("{start:#x} with {pages} pages is not a page range")]
+pub struct BadRange {
+    /// First address, bytes.
+    pub start: u64,
+    /// Number of pages.
+    pub pages: u64,
+}
+
+impl PageRange {
+    /// A range of `pages` pages from `start` (bytes).
+    ///
+    /// # Errors
+    /// [`BadRange`] if `start` is not page-aligned, `pages` is zero, or the end passes
+    /// [`ADDRESS_LIMIT`].
+    pub fn new(start: u64, pages: u64) -> Result<Self, BadRange> {
+        let end = pages
+            .checked_mul(PAGE_SIZE)
+            .and_then(|bytes| start.checked_add(bytes))
+            .filter(|&end| start % PAGE_SIZE == 0 && pages > 0 && end <= ADDRESS_LIMIT)
+            .ok_or(BadRange { start, pages })?;
+        Ok(Self { start, end })
+    }
+
+    /// The range from `start` to `end`, both in bytes; `None` if it is empty or not aligned.
+    #[must_use]
+    pub fn from_bounds(start: u64, end: u64) -> Option<Self> {
+        let aligned = start % PAGE_SIZE == 0 && end % PAGE_SIZE == 0;
+        (aligned && start < end && end <= ADDRESS_LIMIT).then_some(Self { start, end })
+    }
+
+    /// First address, bytes.
+    #[must_use]
+    pub fn start(self) -> u64 {
+        self.start
+    }
+
+    /// One past the last address, bytes.
+    #[must_use]
+    pub fn end(self) -> u64 {
+        self.end
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn bytes(self) -> u64 {
+        self.end - self.start
+    }
+
+    /// Length in pages.
+    #[must_use]
+    pub fn pages(self) -> u64 {
+        self.bytes() / PAGE_SIZE
+    }
+
+    /// The part that both ranges cover.
+    #[must_use]
+    pub fn intersect(self, other: Self) -> Option<Self> {
+        Self::from_bounds(self.start.max(other.start), self.end.min(other.end))
+    }
+
+    /// The first `pages` pages, and the rest if there is any.
+    #[must_use]
+    pub fn split_at(self, pages: u64) -> (Option<Self>, Option<Self>) {
+        let cut = self.start + pages.min(self.pages()) * PAGE_SIZE;
+        (
+            Self::from_bounds(self.start, cut),
+            Self::from_bounds(cut, self.end),
+        )
+    }
+}
+
+impl fmt::Debug for PageRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}-{:#x}", self.start, self.end)
+    }
+}
+
+impl fmt::Display for PageRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_checked_once_where_it_enters() {
+        assert_eq!(PageRange::new(0x1000, 2).unwrap().end(), 0x3000);
+        for (start, pages) in [
+            (1, 1),
+            (0x1000, 0),
+            (u64::MAX - 4095, 1),
+            (0x1000, u64::MAX),
+            (ADDRESS_LIMIT, 1),
+        ] {
+            assert_eq!(PageRange::new(start, pages), Err(BadRange { start, pages }));
+        }
+        assert!(PageRange::from_bounds(0x2000, 0x2000).is_none());
+    }
+
+    #[test]
+    fn split_covers_the_range() {
+        let range = PageRange::new(0x1000, 3).unwrap();
+        assert_eq!(
+            range.split_at(1),
+            (
+                PageRange::new(0x1000, 1).ok(),
+                PageRange::new(0x2000, 2).ok()
+            )
+        );
+        assert_eq!(range.split_at(9), (Some(range), None));
+        assert_eq!(range.split_at(0), (None, Some(range)));
+    }
+}

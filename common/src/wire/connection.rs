@@ -1,0 +1,356 @@
+//! Frames over a byte stream: the only place that reads or writes the socket.
+
+use super::frame::{FrameError, FrameKind, HEADER_LEN, Header};
+use super::message::{Chunk, Message, MessageError, RefuseCode};
+use super::phase::{OutOfPhase, Phase};
+use bytes::{Buf, Bytes};
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
+
+/// What can go wrong on a connection.
+#[derive(Debug, thiserror::Error)]
+pub enum WireError {
+    /// The transport failed.
+    #[error("the connection failed")]
+    Io(#[source] io::Error),
+    /// The peer closed the connection between frames.
+    #[error("the peer closed the connection")]
+    Closed,
+    /// Nothing moved for longer than allowed.
+    #[error("no progress on the connection for {} seconds", .0.as_secs())]
+    Stalled(Duration),
+    /// What came is not a frame.
+    #[error("the peer broke the protocol")]
+    Frame(#[from] FrameError),
+    /// What came is not a message.
+    #[error("the peer broke the protocol")]
+    Message(#[from] MessageError),
+    /// A frame came at the wrong time.
+    #[error("the peer broke the protocol")]
+    Phase(#[from] OutOfPhase),
+    /// The receiver said no.
+    #[error("the receiver refused: {reason}")]
+    Refused {
+        /// Its class of reason.
+        code: RefuseCode,
+        /// Its reason, in words.
+        reason: String,
+    },
+    /// The sender gave up.
+    #[error("the sender gave up: {0}")]
+    Aborted(String),
+}
+
+/// The connection's phase, shared by its two directions.
+#[derive(Debug, Clone)]
+pub struct SharedPhase(Arc<Mutex<Phase>>);
+
+impl Default for SharedPhase {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Phase::Fresh)))
+    }
+}
+
+impl SharedPhase {
+    /// Where the connection stands.
+    #[must_use]
+    pub fn get(&self) -> Phase {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn advance(&self, kind: FrameKind) -> Result<(), OutOfPhase> {
+        let mut phase = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *phase = phase.advance(kind)?;
+        Ok(())
+    }
+}
+
+/// The sending direction.
+#[derive(Debug)]
+pub struct FrameWriter<W> {
+    io: W,
+    phase: SharedPhase,
+    stall: Duration,
+    seq: u64,
+    bytes: u64,
+}
+
+impl<W: AsyncWrite + Unpin> FrameWriter<W> {
+    /// Writes frames to `io`; a frame that does not leave within `stall` is an error.
+    pub fn new(io: W, phase: SharedPhase, stall: Duration) -> Self {
+        Self {
+            io,
+            phase,
+            stall,
+            seq: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Bytes written so far, headers and all.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Sends a message other than a chunk.
+    ///
+    /// # Errors
+    /// [`WireError`]; afterwards the connection is of no use.
+    pub async fn send(&mut self, message: &Message) -> Result<(), WireError> {
+        let meta = message.encode();
+        self.frame(message.kind(), false, &meta, Bytes::new()).await
+    }
+
+    /// Sends a chunk: its encoded metadata and its pages, in one vectored write.
+    ///
+    /// # Errors
+    /// [`WireError`]; afterwards the connection is of no use.
+    pub async fn send_chunk(
+        &mut self,
+        meta: &[u8],
+        compressed: bool,
+        data: Bytes,
+    ) -> Result<(), WireError> {
+        self.frame(FrameKind::Chunk, compressed, meta, data).await
+    }
+
+    async fn frame(
+        &mut self,
+        kind: FrameKind,
+        compressed: bool,
+        meta: &[u8],
+        data: Bytes,
+    ) -> Result<(), WireError> {
+        self.phase.advance(kind)?;
+        let header = Header::encode(kind, compressed, self.seq, meta, data.len());
+        self.seq += 1;
+        self.bytes += (header.len() + meta.len() + data.len()) as u64;
+        let mut frame = Buf::chain(&header[..], meta).chain(data);
+        let write = async {
+            self.io.write_all_buf(&mut frame).await?;
+            self.io.flush().await
+        };
+        match timeout(self.stall, write).await {
+            Err(_) => Err(WireError::Stalled(self.stall)),
+            Ok(written) => written.map_err(WireError::Io),
+        }
+    }
+}
+
+/// What arrived.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// Any message but a chunk.
+    Message(Message),
+    /// A chunk; its data must be fetched with [`FrameReader::data`] before the next frame.
+    Chunk {
+        /// The decoded metadata.
+        chunk: Chunk,
+        /// The metadata as it came, for the round's digest.
+        meta: Bytes,
+        /// Whether the data is compressed.
+        compressed: bool,
+        /// Length of the data on the wire, bytes; at most [`crate::BUFFER_SIZE`].
+        data_len: usize,
+    },
+}
+
+/// The receiving direction.
+#[derive(Debug)]
+pub struct FrameReader<R> {
+    io: R,
+    phase: SharedPhase,
+    stall: Duration,
+    seq: u64,
+    bytes: u64,
+}
+
+impl<R: AsyncRead + Unpin> FrameReader<R> {
+    /// Reads frames from `io`; a peer silent for longer than `stall` is an error.
+    pub fn new(io: R, phase: SharedPhase, stall: Duration) -> Self {
+        Self {
+            io,
+            phase,
+            stall,
+            seq: 0,
+            bytes: 0,
+        }
+    }
+
+    /// Bytes read so far, headers and all.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// The next frame. Refusals and aborts of the peer come as errors.
+    ///
+    /// # Errors
+    /// [`WireError`]; afterwards the connection is of no use.
+    pub async fn next(&mut self) -> Result<Incoming, WireError> {
+        let mut header = [0; HEADER_LEN];
+        let first = self.read_some(&mut header).await?;
+        if first == 0 {
+            return Err(WireError::Closed);
+        }
+        self.read(&mut header[first..]).await?;
+        let decoded = Header::decode(&header, self.seq)?;
+        self.seq += 1;
+        let mut meta = vec![0; decoded.meta_len];
+        self.read(&mut meta).await?;
+        decoded.verify(&header, &meta)?;
+        self.phase.advance(decoded.kind)?;
+        match Message::decode(decoded.kind, &meta)? {
+            Message::Refuse { code, reason } => Err(WireError::Refused { code, reason }),
+            Message::Abort { reason } => Err(WireError::Aborted(reason)),
+            Message::Chunk(chunk) => {
+                if !decoded.compressed && decoded.data_len != chunk.raw_len() {
+                    return Err(MessageError::Bounds {
+                        entries: chunk.entries.len(),
+                        raw_len: decoded.data_len as u64,
+                    }
+                    .into());
+                }
+                Ok(Incoming::Chunk {
+                    chunk,
+                    meta: meta.into(),
+                    compressed: decoded.compressed,
+                    data_len: decoded.data_len,
+                })
+            }
+            message => Ok(Incoming::Message(message)),
+        }
+    }
+
+    /// The data of the chunk that [`FrameReader::next`] just returned, whole.
+    ///
+    /// # Errors
+    /// [`WireError`]; afterwards the connection is of no use.
+    pub async fn data(&mut self, buffer: &mut [u8]) -> Result<(), WireError> {
+        self.read(buffer).await
+    }
+
+    async fn read_some(&mut self, buffer: &mut [u8]) -> Result<usize, WireError> {
+        let read = timeout(self.stall, self.io.read(buffer)).await;
+        let got = read.map_err(|_| WireError::Stalled(self.stall))?;
+        let got = got.map_err(WireError::Io)?;
+        self.bytes += got as u64;
+        Ok(got)
+    }
+
+    /// Fills `buffer`. The deadline is a whole message's: a peer that trickles does not renew it.
+    async fn read(&mut self, buffer: &mut [u8]) -> Result<(), WireError> {
+        let read = timeout(self.stall, self.io.read_exact(buffer)).await;
+        let got = read.map_err(|_| WireError::Stalled(self.stall))?;
+        self.bytes += got.map_err(WireError::Io)? as u64;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::PageRange;
+    use crate::ids::ImageId;
+    use crate::wire::{Entry, EntryKind};
+
+    const STALL: Duration = Duration::from_secs(5);
+
+    fn hello() -> Message {
+        Message::Hello {
+            version: 1,
+            page_size: 4096,
+            features: 0,
+            id: crate::MigrationId([7; 16]),
+            root_pid: 1,
+        }
+    }
+
+    fn run<T>(work: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap()
+            .block_on(work)
+    }
+
+    #[test]
+    fn frames_and_their_data_cross() {
+        run(async {
+            let (a, b) = tokio::io::duplex(1 << 20);
+            let phase = SharedPhase::default();
+            let mut writer = FrameWriter::new(a, phase.clone(), STALL);
+            let mut reader = FrameReader::new(b, SharedPhase::default(), STALL);
+            let entry = Entry {
+                range: PageRange::new(0x1000, 1).unwrap(),
+                kind: EntryKind::Data,
+            };
+            let chunk = Chunk {
+                entries: vec![entry],
+                digest: 3,
+            };
+            let welcome = Message::Welcome {
+                version: 1,
+                features: 0,
+                directory: "d".into(),
+            };
+            let begin = Message::RoundBegin {
+                round: 1,
+                kind: crate::wire::RoundKind::Final,
+                uptime_us: 5,
+            };
+            let open = Message::ImageOpen(ImageId::Task(9));
+            for message in [&hello(), &welcome, &begin, &open] {
+                writer.send(message).await.unwrap();
+                assert_eq!(
+                    reader.next().await.unwrap(),
+                    Incoming::Message(message.clone())
+                );
+            }
+            let meta = Message::Chunk(chunk.clone()).encode();
+            let page = Bytes::from(vec![5; 4096]);
+            writer.send_chunk(&meta, false, page.clone()).await.unwrap();
+            let Incoming::Chunk {
+                chunk: got,
+                data_len,
+                ..
+            } = reader.next().await.unwrap()
+            else {
+                panic!("not a chunk");
+            };
+            let mut data = vec![0; data_len];
+            reader.data(&mut data).await.unwrap();
+            assert_eq!((got, &data[..]), (chunk, &page[..]));
+            assert_eq!(writer.bytes(), reader.bytes());
+        });
+    }
+
+    #[test]
+    fn a_peer_that_goes_away_or_stalls_is_told_apart() {
+        run(async {
+            let (a, b) = tokio::io::duplex(64);
+            drop(a);
+            let mut reader = FrameReader::new(b, SharedPhase::default(), STALL);
+            assert!(matches!(reader.next().await, Err(WireError::Closed)));
+
+            let (_a, b) = tokio::io::duplex(64);
+            let mut reader = FrameReader::new(b, SharedPhase::default(), Duration::from_millis(10));
+            assert!(matches!(reader.next().await, Err(WireError::Stalled(_))));
+        });
+    }
+
+    #[test]
+    fn an_own_frame_out_of_phase_is_refused_before_it_is_sent() {
+        run(async {
+            let (a, _b) = tokio::io::duplex(64);
+            let mut writer = FrameWriter::new(a, SharedPhase::default(), STALL);
+            let sent = writer.send(&Message::Finish).await;
+            assert!(matches!(sent, Err(WireError::Phase(_))));
+            assert_eq!(writer.bytes(), 0);
+        });
+    }
+}
