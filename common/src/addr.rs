@@ -39,7 +39,7 @@ impl PageRange {
         let end = pages
             .checked_mul(PAGE_SIZE)
             .and_then(|bytes| start.checked_add(bytes))
-            .filter(|&end| start % PAGE_SIZE == 0 && pages > 0 && end <= ADDRESS_LIMIT)
+            .filter(|&end| start.is_multiple_of(PAGE_SIZE) && pages > 0 && end <= ADDRESS_LIMIT)
             .ok_or(BadRange { start, pages })?;
         Ok(Self { start, end })
     }
@@ -47,7 +47,7 @@ impl PageRange {
     /// The range from `start` to `end`, both in bytes; `None` if it is empty or not aligned.
     #[must_use]
     pub fn from_bounds(start: u64, end: u64) -> Option<Self> {
-        let aligned = start % PAGE_SIZE == 0 && end % PAGE_SIZE == 0;
+        let aligned = start.is_multiple_of(PAGE_SIZE) && end.is_multiple_of(PAGE_SIZE);
         (aligned && start < end && end <= ADDRESS_LIMIT).then_some(Self { start, end })
     }
 

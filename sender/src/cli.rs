@@ -1,0 +1,147 @@
+//! The command line of `send`.
+
+use crate::converge::Limits;
+use crate::dirty::TrackerChoice;
+use crate::freeze::Then;
+use crate::sink::Compression;
+use clap::Parser;
+use std::time::Duration;
+
+/// Copies the memory of a running process tree to another host, in rounds, while it runs.
+///
+/// The target is stopped only for moments: to list its mappings in each round, and to read what is
+/// still dirty in the last one. Whatever happens to this program, the target runs on.
+#[derive(Debug, Parser)]
+#[command(name = "send", version, after_help = EXAMPLES)]
+pub struct Cli {
+    /// Where `receive` listens
+    #[arg(long, value_name = "HOST:PORT")]
+    pub to: String,
+
+    /// Root of the process tree
+    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
+    pub pid: i32,
+
+    /// How to find out which pages were written
+    #[arg(long, value_enum, default_value = "auto")]
+    pub tracker: TrackerChoice,
+
+    /// Also compare written pages by content and do not send again what is the same (costs 4 MiB
+    /// of memory a GiB)
+    #[arg(long)]
+    pub skip_unchanged: bool,
+
+    /// Compress pages: none, or zstd[:LEVEL]
+    #[arg(long, value_name = "HOW", default_value = "none", value_parser = parse_compression)]
+    pub compress: Compression,
+
+    /// Begin the last, frozen round when it is estimated to take no longer than this
+    #[arg(long, value_name = "TIME", default_value = "300ms", value_parser = parse_duration)]
+    pub max_downtime: Duration,
+
+    /// Most rounds before the last one
+    #[arg(long, value_name = "N", default_value_t = 30)]
+    pub max_rounds: u32,
+
+    /// Exactly N rounds while the target runs, and no last one
+    #[arg(long, value_name = "N", conflicts_with_all = ["max_rounds", "max_downtime", "then"],
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub rounds: Option<u32>,
+
+    /// What becomes of the target after the last round
+    #[arg(long, value_enum, default_value = "run")]
+    pub then: Then,
+
+    /// Buffers of 4 MiB between reading and sending
+    #[arg(long, value_name = "N", default_value_t = 8,
+          value_parser = clap::value_parser!(u16).range(2..=4096))]
+    pub buffers: u16,
+
+    /// Give up when the receiver is silent, or takes nothing, for so long
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub timeout: Duration,
+
+    /// Send memory in the clear to another host
+    #[arg(long)]
+    pub insecure: bool,
+
+    /// Print a report as one JSON object on standard output
+    #[arg(long)]
+    pub json: bool,
+
+    /// Log more (twice: every chunk)
+    #[arg(long, short, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  send --to 127.0.0.1:7700 $(pidof redis-server)
+      copy until little is dirty, copy the rest while frozen, let it run on
+  send --to 127.0.0.1:7700 --rounds 3 4711
+      three rounds, never frozen for longer than it takes to list mappings
+  send --to 127.0.0.1:7700 --compress zstd --then stop --json 4711
+      leave the target stopped (kill -CONT lets it go on), and report
+
+Exit codes:
+  0 done, 1 failed, 2 usage, 3 target gone, 4 receiver refused, 5 not permitted, 130 interrupted";
+
+impl Cli {
+    /// When to stop.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        Limits {
+            max_downtime: self.max_downtime,
+            max_rounds: self.max_rounds,
+            exact_rounds: self.rounds,
+        }
+    }
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let number_of = |text: &str| text.parse::<f64>().ok();
+    let seconds = match text.strip_suffix("ms") {
+        Some(ms) => number_of(ms).map(|ms| ms / 1e3),
+        None => number_of(text.strip_suffix('s').unwrap_or(text)),
+    };
+    seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .ok_or_else(|| "a time looks like 300ms, 5s or 0.3".to_owned())
+}
+
+fn parse_compression(text: &str) -> Result<Compression, String> {
+    const DEFAULT_LEVEL: i32 = 1;
+    let levels = zstd::compression_level_range();
+    match text.split_once(':') {
+        None if text == "none" => Ok(Compression::None),
+        None if text == "zstd" => Ok(Compression::Zstd(DEFAULT_LEVEL)),
+        Some(("zstd", level)) => level
+            .parse()
+            .ok()
+            .filter(|level| levels.contains(level))
+            .map(Compression::Zstd)
+            .ok_or_else(|| format!("zstd has levels {} to {}", levels.start(), levels.end())),
+        _ => Err("it is none, zstd or zstd:LEVEL".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_and_compressions_parse() {
+        assert_eq!(parse_duration("300ms"), Ok(Duration::from_millis(300)));
+        assert_eq!(parse_duration("5s"), Ok(Duration::from_secs(5)));
+        assert_eq!(parse_duration("0.5"), Ok(Duration::from_millis(500)));
+        assert!(parse_duration("-1s").is_err() && parse_duration("soon").is_err());
+        assert_eq!(parse_compression("zstd:3"), Ok(Compression::Zstd(3)));
+        assert!(parse_compression("zstd:99").is_err() && parse_compression("gzip").is_err());
+    }
+}

@@ -1,0 +1,202 @@
+//! When to stop pre-copying: pure policy, decided from what was measured.
+
+use std::time::Duration;
+
+/// What the user allows.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Longest the tree may be frozen in the last round, if that can be reached.
+    pub max_downtime: Duration,
+    /// Most pre-dump rounds before the last one.
+    pub max_rounds: u32,
+    /// Exactly so many pre-dump rounds, and no last one.
+    pub exact_rounds: Option<u32>,
+}
+
+/// What one round showed.
+#[derive(Debug, Clone, Copy)]
+pub struct Observed {
+    /// Bytes of pages sent, before compression.
+    pub sent: u64,
+    /// From the freeze to the ack.
+    pub took: Duration,
+    /// Of that, the time that does not depend on how much was sent: collecting and scanning.
+    pub overhead: Duration,
+    /// Bytes that were dirty again when the round was acked.
+    pub dirty_after: u64,
+}
+
+/// What to do next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Another round while the tree runs.
+    PreDump,
+    /// The last round, frozen.
+    Final(Why),
+    /// Nothing: the rounds asked for are done.
+    Done,
+}
+
+/// Why pre-copying ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Why {
+    /// What is dirty can be sent within the downtime allowed.
+    Converged,
+    /// The tree dirties memory faster than it can be sent.
+    Diverging,
+    /// Further rounds leave as much dirty as those before.
+    Plateau,
+    /// The rounds allowed are used up.
+    MaxRounds,
+}
+
+/// Rounds that must agree before a workload counts as diverging.
+const DIVERGING_ROUNDS: usize = 3;
+
+/// Rounds over which what is left must shrink, and by how much (a tenth).
+const PLATEAU_ROUNDS: usize = 4;
+
+/// Rounds that sent less say little about the link's rate, bytes.
+const RATE_SAMPLE: u64 = 8 << 20;
+
+/// Decides from all rounds so far, the oldest first.
+#[must_use]
+pub fn decide(history: &[Observed], limits: &Limits) -> Next {
+    if let Some(rounds) = limits.exact_rounds {
+        return match history.len() < rounds as usize {
+            true => Next::PreDump,
+            false => Next::Done,
+        };
+    }
+    let Some(last) = history.last() else {
+        return match limits.max_rounds {
+            0 => Next::Final(Why::MaxRounds),
+            _ => Next::PreDump,
+        };
+    };
+    if downtime(history).is_some_and(|estimate| estimate <= limits.max_downtime) {
+        return Next::Final(Why::Converged);
+    }
+    let recent = |rounds| {
+        history
+            .len()
+            .checked_sub(rounds)
+            .map(|from| &history[from..])
+    };
+    let outrun = |rounds: &[Observed]| rounds.iter().all(|round| round.dirty_after >= round.sent);
+    if recent(DIVERGING_ROUNDS).is_some_and(outrun) {
+        return Next::Final(Why::Diverging);
+    }
+    let stuck = |rounds: &[Observed]| {
+        let before = rounds[..PLATEAU_ROUNDS]
+            .iter()
+            .map(|round| round.dirty_after)
+            .min();
+        before.is_some_and(|before| last.dirty_after >= before - before / 10)
+    };
+    if recent(PLATEAU_ROUNDS + 1).is_some_and(stuck) {
+        return Next::Final(Why::Plateau);
+    }
+    match history.len() < limits.max_rounds as usize {
+        true => Next::PreDump,
+        false => Next::Final(Why::MaxRounds),
+    }
+}
+
+/// How long the last round would freeze the tree; `None` before anything is known.
+#[must_use]
+pub fn downtime(history: &[Observed]) -> Option<Duration> {
+    let last = history.last()?;
+    let rate_of = |round: &Observed| round.sent as f64 / round.took.as_secs_f64().max(1e-9);
+    let telling = history.iter().rev().find(|round| round.sent >= RATE_SAMPLE);
+    let rate = match telling {
+        Some(round) => rate_of(round),
+        // Only small rounds: the best of them still underestimates the link.
+        None => history.iter().map(rate_of).fold(0.0, f64::max),
+    };
+    let transfer = match last.dirty_after {
+        0 => 0.0,
+        dirty => dirty as f64 / rate.max(1.0),
+    };
+    Some(last.overhead + Duration::try_from_secs_f64(transfer).unwrap_or(Duration::MAX / 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn round(sent_mib: u64, ms: u64, dirty_mib: u64) -> Observed {
+        Observed {
+            sent: sent_mib * MIB,
+            took: Duration::from_millis(ms),
+            overhead: Duration::from_millis(10),
+            dirty_after: dirty_mib * MIB,
+        }
+    }
+
+    fn limits() -> Limits {
+        Limits {
+            max_downtime: Duration::from_millis(300),
+            max_rounds: 30,
+            exact_rounds: None,
+        }
+    }
+
+    #[test]
+    fn the_table() {
+        let converging = [round(1000, 1000, 400), round(400, 400, 100)];
+        let diverging = [
+            round(100, 1000, 150),
+            round(150, 1500, 200),
+            round(200, 2000, 250),
+        ];
+        let flat = [
+            round(1000, 1000, 500),
+            round(500, 500, 490),
+            round(490, 490, 480),
+            round(480, 480, 470),
+            round(470, 470, 469),
+        ];
+        for (history, next) in [
+            (&[][..], Next::PreDump),
+            (&converging[..1], Next::PreDump),
+            (&converging[..], Next::Final(Why::Converged)),
+            (&diverging[..2], Next::PreDump),
+            (&diverging[..], Next::Final(Why::Diverging)),
+            (&flat[..4], Next::PreDump),
+            (&flat[..], Next::Final(Why::Plateau)),
+            (&[round(1000, 1000, 0)][..], Next::Final(Why::Converged)),
+            (&[round(0, 5, 0)][..], Next::Final(Why::Converged)),
+        ] {
+            assert_eq!(decide(history, &limits()), next, "{history:?}");
+        }
+    }
+
+    #[test]
+    fn limits_bind() {
+        let slow = [round(1000, 1000, 500), round(500, 500, 400)];
+        let max_rounds = |max_rounds| Limits {
+            max_rounds,
+            ..limits()
+        };
+        assert_eq!(decide(&slow, &max_rounds(2)), Next::Final(Why::MaxRounds));
+        assert_eq!(decide(&slow, &max_rounds(3)), Next::PreDump);
+        assert_eq!(decide(&[], &max_rounds(0)), Next::Final(Why::MaxRounds));
+        let exact = |rounds| Limits {
+            exact_rounds: Some(rounds),
+            ..limits()
+        };
+        assert_eq!(decide(&[round(1, 1, 0)], &exact(2)), Next::PreDump);
+        assert_eq!(decide(&slow, &exact(2)), Next::Done);
+    }
+
+    #[test]
+    fn the_estimate_uses_the_last_round_that_says_something_of_the_rate() {
+        let history = [round(1000, 1000, 100), round(1, 500, 100)];
+        let estimate = downtime(&history).unwrap();
+        assert_eq!(estimate.as_millis(), 110);
+    }
+}

@@ -1,0 +1,167 @@
+//! Lists populated private pages: by `PAGEMAP_SCAN`, or on kernels before 6.7 by reading
+//! `/proc/PID/pagemap`.
+
+use crate::sys::pagemap::{self, Query, Region};
+use pageferry_common::{PAGE_SIZE, PageRange};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+/// Room for the runs that one `PAGEMAP_SCAN` returns: 768 KiB.
+const SCAN_ROOM: usize = 32_768;
+
+/// What CRIU would dump of private memory: populated, not the zero page, not the file's.
+const OWN_PAGES: Query = Query {
+    any: pagemap::PRESENT | pagemap::SWAPPED,
+    all: 0,
+    none: pagemap::PFNZERO | pagemap::FILE,
+    report: 0,
+    protect: false,
+};
+
+/// Scratch space for scans.
+#[derive(Debug)]
+pub struct Scanner {
+    room: Vec<Region>,
+    has_scan: bool,
+}
+
+impl Scanner {
+    /// Finds out whether the kernel has `PAGEMAP_SCAN`.
+    pub fn probe() -> io::Result<Self> {
+        let mut scanner = Self {
+            room: vec![Region::default(); SCAN_ROOM],
+            has_scan: true,
+        };
+        let own = File::open("/proc/self/pagemap")?;
+        let page = PageRange::new(0x10000, 1).expect("a page");
+        scanner.has_scan = scanner.scan(&own, page, OWN_PAGES, |_, _| {}).is_ok();
+        Ok(scanner)
+    }
+
+    /// Whether the kernel has `PAGEMAP_SCAN`.
+    pub fn has_scan(&self) -> bool {
+        self.has_scan
+    }
+
+    /// The process's own pages in `range`, each run with those of the categories in `report` that apply.
+    pub fn own_pages(
+        &mut self,
+        pagemap: &File,
+        range: PageRange,
+        report: u64,
+        protect: bool,
+        each: impl FnMut(PageRange, u64),
+    ) -> io::Result<()> {
+        if self.has_scan {
+            let query = Query {
+                report,
+                protect,
+                ..OWN_PAGES
+            };
+            self.scan(pagemap, range, query, each)
+        } else {
+            read_pagemap(pagemap, range, each)
+        }
+    }
+
+    fn scan(
+        &mut self,
+        pagemap: &File,
+        range: PageRange,
+        query: Query,
+        mut each: impl FnMut(PageRange, u64),
+    ) -> io::Result<()> {
+        // Something is always reported, or neighbours that differ would not be told apart.
+        let query = Query {
+            report: query.report | pagemap::PRESENT,
+            ..query
+        };
+        pagemap::scan(pagemap, range, query, &mut self.room, |region| {
+            if let Some(range) = PageRange::from_bounds(region.start, region.end) {
+                each(range, region.categories);
+            }
+        })
+    }
+}
+
+/// The same from the bits of `/proc/PID/pagemap`. Zero pages look like any others here; they are
+/// recognised when read.
+fn read_pagemap(
+    pagemap: &File,
+    range: PageRange,
+    mut each: impl FnMut(PageRange, u64),
+) -> io::Result<()> {
+    const ENTRIES: u64 = 4096;
+    const PRESENT: u64 = 1 << 63;
+    const SWAPPED: u64 = 1 << 62;
+    const FILE_OR_SHARED: u64 = 1 << 61;
+    const GUARD: u64 = 1 << 58;
+    const SOFT_DIRTY: u64 = 1 << 55;
+    let mut buffer = vec![0; ENTRIES as usize * 8];
+    let mut run: Option<(PageRange, u64)> = None;
+    let mut rest = Some(range);
+    while let Some(at) = rest {
+        let (now, later) = at.split_at(ENTRIES);
+        let now = now.expect("a range is not empty");
+        let bytes = &mut buffer[..now.pages() as usize * 8];
+        pagemap.read_exact_at(bytes, now.start() / PAGE_SIZE * 8)?;
+        for (index, entry) in bytes.chunks_exact(8).enumerate() {
+            let entry = u64::from_le_bytes(entry.try_into().expect("8 bytes"));
+            let populated = entry & (PRESENT | SWAPPED) != 0;
+            if !populated || entry & (FILE_OR_SHARED | GUARD) != 0 {
+                continue;
+            }
+            let start = now.start() + index as u64 * PAGE_SIZE;
+            let dirty = if entry & SOFT_DIRTY != 0 {
+                pagemap::SOFT_DIRTY
+            } else {
+                0
+            };
+            run = match run {
+                Some((before, bits)) if before.end() == start && bits == dirty => {
+                    let longer = PageRange::from_bounds(before.start(), start + PAGE_SIZE);
+                    longer.map(|longer| (longer, bits))
+                }
+                other => {
+                    if let Some((before, bits)) = other {
+                        each(before, bits);
+                    }
+                    PageRange::new(start, 1).ok().map(|page| (page, dirty))
+                }
+            };
+        }
+        rest = later;
+    }
+    if let Some((range, bits)) = run {
+        each(range, bits);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_common::PageSet;
+
+    #[test]
+    fn both_ways_see_the_same_pages() {
+        let mut scanner = Scanner::probe().unwrap();
+        if !scanner.has_scan() {
+            eprintln!("skipped: this kernel has no PAGEMAP_SCAN to compare with");
+            return;
+        }
+        let memory = vec![1u8; 64 << 12];
+        let start = memory.as_ptr() as u64 / PAGE_SIZE * PAGE_SIZE;
+        let range = PageRange::new(start, 64).unwrap();
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let (mut by_scan, mut by_read) = (PageSet::new(), PageSet::new());
+        scanner
+            .own_pages(&pagemap, range, 0, false, |range, _| by_scan.insert(range))
+            .unwrap();
+        read_pagemap(&pagemap, range, |range, _| by_read.insert(range)).unwrap();
+        assert_eq!(by_scan, by_read);
+        assert!(by_scan.pages() >= 63);
+        drop(memory);
+    }
+}

@@ -1,0 +1,115 @@
+//! Soft-dirty bits: cleared for a whole process at once by writing to `clear_refs`, set by the
+//! kernel at the next write. Collecting and clearing both happen while the process is stopped.
+
+use super::pages::Scanner;
+use super::{DirtyTracker, Run, TrackError};
+use crate::freeze::Frozen;
+use crate::maps::{Class, Vma};
+use crate::sys::pagemap::SOFT_DIRTY;
+use crate::task::Task;
+use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+
+/// See the module.
+#[derive(Debug)]
+pub struct SoftDirty {
+    scanner: Scanner,
+    /// For each process, the pages written in the epoch that ended last.
+    written: HashMap<i32, PageSet>,
+}
+
+impl SoftDirty {
+    /// Finds out whether this kernel can: fresh memory of our own must show as soft-dirty.
+    pub fn probe() -> io::Result<Self> {
+        let mut scanner = Scanner::probe()?;
+        let memory = vec![1u8; 2 * PAGE_SIZE as usize];
+        let page = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
+        let page = PageRange::new(page, 1).expect("an address of ours");
+        let pagemap = fs::File::open("/proc/self/pagemap")?;
+        let mut dirty = false;
+        scanner.own_pages(&pagemap, page, SOFT_DIRTY, false, |_, bits| {
+            dirty |= bits & SOFT_DIRTY != 0;
+        })?;
+        drop(memory);
+        match dirty {
+            true => Ok(Self {
+                scanner,
+                written: HashMap::new(),
+            }),
+            false => Err(io::ErrorKind::Unsupported.into()),
+        }
+    }
+
+    fn collect_and_clear(&mut self, task: &Task) -> io::Result<PageSet> {
+        let mut written = PageSet::new();
+        let private = |vma: &&Vma| matches!(vma.class, Class::Private { .. });
+        for vma in task.vmas.iter().filter(private) {
+            self.scanner.own_pages(
+                &task.pagemap,
+                vma.range,
+                SOFT_DIRTY,
+                false,
+                |range, bits| {
+                    if bits & SOFT_DIRTY != 0 {
+                        written.insert(range);
+                    }
+                },
+            )?;
+        }
+        fs::write(format!("/proc/{}/clear_refs", task.pid), "4")?;
+        Ok(written)
+    }
+}
+
+impl DirtyTracker for SoftDirty {
+    fn name(&self) -> &'static str {
+        "soft-dirty"
+    }
+
+    fn untracked(&self, _: i32) -> bool {
+        false
+    }
+
+    fn rearm(&mut self, _: &mut Frozen<'_>, task: &Task) -> Result<(), TrackError> {
+        let pid = task.pid;
+        match self.collect_and_clear(task) {
+            Ok(written) => {
+                self.written.insert(pid, written);
+                Ok(())
+            }
+            Err(_) if !task.alive() => Ok(()),
+            Err(source) => Err(TrackError::Io { pid, source }),
+        }
+    }
+
+    fn scan(&mut self, task: &Task, part: PageRange, runs: &mut Vec<Run>) -> io::Result<()> {
+        let nothing = PageSet::new();
+        let dirty = self.written.get(&task.pid).unwrap_or(&nothing);
+        self.scanner
+            .own_pages(&task.pagemap, part, 0, false, |range, _| {
+                dirty.split(range, |range, written| runs.push(Run { range, written }));
+            })
+    }
+
+    fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>> {
+        let mut pages = 0;
+        self.scanner.own_pages(
+            &task.pagemap,
+            vma.range,
+            SOFT_DIRTY,
+            false,
+            |range, bits| {
+                if bits & SOFT_DIRTY != 0 {
+                    pages += range.pages();
+                }
+            },
+        )?;
+        Ok(Some(pages))
+    }
+
+    fn forget(&mut self, pid: i32) {
+        self.written.remove(&pid);
+    }
+}

@@ -1,0 +1,356 @@
+//! The freezer process: the one tracer, single-threaded, told what to do over a socket.
+
+use super::procs::{self, TreeError};
+use super::{FrozenProcess, MESSAGE_MAX, Reply, Request, Then, inject};
+use crate::sys::ptrace::{self, Stop, Tid};
+use crate::sys::{fdpass, pidfd};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+/// How long a thread may take to stop (a system call on a dead NFS server never does).
+const STOP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a thread that does not stop is left alone before we ask whether it waits for a vfork
+/// child, and how often we ask again: such a wait ends without a signal to us.
+const VFORK_GRACE: Duration = Duration::from_millis(3);
+
+/// Runs the freezer on the socket that is its standard input, until the peer is gone. On return
+/// everything that was stopped runs.
+///
+/// # Errors
+/// The kernel's, from the socket; the process then ends, and the kernel detaches what is traced.
+pub fn serve() -> io::Result<()> {
+    // Ctrl-C and a terminal's hangup go to the whole process group; only the sender decides.
+    let _ = nix::unistd::setsid();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        crate::sys::signals::ignore(signal)?;
+    }
+    let mut children = SigSet::empty();
+    children.add(Signal::SIGCHLD);
+    children.thread_block()?;
+    let stdin = io::stdin();
+    let mut freezer = Freezer {
+        socket: stdin.as_fd(),
+        signals: SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?,
+        threads: BTreeMap::new(),
+        since: Instant::now(),
+    };
+    let served = freezer.run();
+    freezer.let_go(Then::Run);
+    served
+}
+
+/// A thread we trace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Told to stop.
+    Stopping,
+    /// Stopped.
+    Stopped,
+    /// In the kernel, waiting for its vfork child: it runs no instruction until that runs, but
+    /// does not count as stopped for ptrace.
+    InVfork,
+    /// Was in a vfork when the tree was let go: to be detached as soon as it stops.
+    Leaving,
+}
+
+struct Thread {
+    pid: i32,
+    state: State,
+}
+
+struct Freezer<'a> {
+    socket: BorrowedFd<'a>,
+    signals: SignalFd,
+    threads: BTreeMap<Tid, Thread>,
+    since: Instant,
+}
+
+impl Freezer<'_> {
+    fn run(&mut self) -> io::Result<()> {
+        let mut buffer = [0; MESSAGE_MAX];
+        loop {
+            self.release_leaving()?;
+            self.wait_for_events(None)?;
+            if !self.readable(PollTimeout::ZERO)? {
+                continue;
+            }
+            let Some((len, _)) = fdpass::receive(self.socket, &mut buffer)? else {
+                return Ok(());
+            };
+            match serde_json::from_slice(&buffer[..len])? {
+                Request::Freeze { root } => match self.freeze(root) {
+                    Ok(processes) => {
+                        for process in processes {
+                            self.reply(&Reply::Process(process), None)?;
+                        }
+                        self.reply(&Reply::Frozen, None)?;
+                    }
+                    Err(why) => {
+                        self.let_go(Then::Run);
+                        self.reply(&Reply::Failed(why), None)?;
+                    }
+                },
+                Request::Userfaultfd { pid } => match self.userfaultfd(pid) {
+                    Ok(fd) => self.reply(&Reply::Userfaultfd, Some(fd.as_fd()))?,
+                    Err(why) => self.reply(&Reply::NoUserfaultfd(why.to_string()), None)?,
+                },
+                Request::Thaw { then } => {
+                    self.let_go(then);
+                    let stopped_ns = self.since.elapsed().as_nanos() as u64;
+                    self.reply(&Reply::Thawed { stopped_ns }, None)?;
+                }
+            }
+        }
+    }
+
+    fn reply(&self, reply: &Reply, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        let bytes = serde_json::to_vec(reply).expect("replies have string keys only");
+        fdpass::send(self.socket, &bytes, fd)
+    }
+
+    /// Stops the tree: lists and seizes until a pass over the wholly stopped tree finds nothing
+    /// new. What is stopped makes no threads or children, so such a pass is the last.
+    fn freeze(&mut self, root: i32) -> Result<Vec<FrozenProcess>, TreeError> {
+        self.since = Instant::now();
+        for (&tid, thread) in &mut self.threads {
+            // Left over in a vfork from the time before: its stop is still asked for.
+            debug_assert_eq!(thread.state, State::Leaving, "thread {tid}");
+            thread.state = State::Stopping;
+        }
+        let deadline = self.since + STOP_DEADLINE;
+        let mut pids = loop {
+            let (pids, news) = self.seize_new(root)?;
+            self.wait_for_stops(deadline)?;
+            if !news {
+                break pids;
+            }
+        };
+        for pid in self.vfork_children() {
+            pids.retain(|&other| other != pid);
+        }
+        let live = pids.iter().filter_map(|&pid| {
+            let tid = self.stopped_thread_of(pid)?;
+            Some(FrozenProcess { pid, tid })
+        });
+        let live: Vec<FrozenProcess> = live.collect();
+        match live.first() {
+            Some(first) if first.pid == root => Ok(live),
+            _ => Err(TreeError::NoProcess(root)),
+        }
+    }
+
+    /// One pass over the tree. Returns its processes, the root first, and whether any thread was
+    /// new.
+    fn seize_new(&mut self, root: i32) -> Result<(Vec<i32>, bool), TreeError> {
+        let ours = [nix::unistd::getpid(), nix::unistd::getppid()].map(nix::unistd::Pid::as_raw);
+        let (mut pids, mut news) = (vec![root], false);
+        let mut next = 0;
+        while let Some(&pid) = pids.get(next) {
+            next += 1;
+            if ours.contains(&pid) {
+                return Err(TreeError::OwnTree(root));
+            }
+            for tid in procs::threads(pid) {
+                if !self.threads.contains_key(&tid) {
+                    news |= self.seize(pid, tid)?;
+                }
+                pids.extend(procs::children(pid, tid));
+            }
+        }
+        if next == 1 && procs::threads(root).is_empty() {
+            return Err(TreeError::NoProcess(root));
+        }
+        Ok((pids, news))
+    }
+
+    /// Whether there was a thread to seize.
+    fn seize(&mut self, pid: i32, tid: Tid) -> Result<bool, TreeError> {
+        match ptrace::seize(tid, false).and_then(|()| ptrace::interrupt(tid)) {
+            Ok(()) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(false),
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                return procs::why_not_traceable(pid, tid).map_or(Ok(false), Err);
+            }
+            Err(error) => return Err(TreeError::io(pid, &error)),
+        }
+        let state = State::Stopping;
+        self.threads.insert(tid, Thread { pid, state });
+        Ok(true)
+    }
+
+    fn wait_for_stops(&mut self, deadline: Instant) -> Result<(), TreeError> {
+        let mut ask_for_vfork = Instant::now() + VFORK_GRACE;
+        loop {
+            let root = self.threads.values().next().map_or(0, |thread| thread.pid);
+            self.collect_stops()
+                .map_err(|error| TreeError::io(root, &error))?;
+            let now = Instant::now();
+            if now >= ask_for_vfork {
+                ask_for_vfork = now + VFORK_GRACE;
+                for (&tid, thread) in &mut self.threads {
+                    if thread.state == State::Stopping && procs::waits_for_vfork(thread.pid, tid) {
+                        thread.state = State::InVfork;
+                    }
+                }
+            }
+            let running = |(_, t): &(&Tid, &Thread)| t.state == State::Stopping;
+            let Some((&tid, thread)) = self.threads.iter().find(running) else {
+                return Ok(());
+            };
+            if now >= deadline {
+                let pid = thread.pid;
+                return Err(TreeError::Stuck { pid, tid });
+            }
+            self.wait_for_events(Some(ask_for_vfork.saturating_duration_since(now)))
+                .map_err(|error| TreeError::io(root, &error))?;
+        }
+    }
+
+    /// Takes note of every stop there is by now.
+    fn collect_stops(&mut self) -> io::Result<()> {
+        let mut gone = Vec::new();
+        for (&tid, thread) in &mut self.threads {
+            while thread.state != State::Stopped {
+                match ptrace::poll(tid)? {
+                    None => break,
+                    Some(Stop::Event) => thread.state = State::Stopped,
+                    // A signal on its way got ahead of our stop: deliver it, then stop.
+                    Some(Stop::Signal(signal)) => ignore_gone(ptrace::resume(tid, signal))?,
+                    Some(Stop::Syscall) => ignore_gone(ptrace::resume(tid, 0))?,
+                    Some(Stop::Gone) => {
+                        gone.push(tid);
+                        break;
+                    }
+                }
+            }
+        }
+        for tid in gone {
+            self.threads.remove(&tid);
+        }
+        Ok(())
+    }
+
+    /// Lets everything go. Errors mean that a thread is gone, which is fine.
+    fn let_go(&mut self, then: Then) {
+        let signal = match then {
+            Then::Run => None,
+            Then::Stop => Some(libc::SIGSTOP),
+            Then::Kill => Some(libc::SIGKILL),
+        };
+        if let Some(signal) = signal {
+            // Sent to all while all stand still: nobody sees another die and reacts.
+            let pids: BTreeSet<i32> = self.threads.values().map(|thread| thread.pid).collect();
+            for pid in pids {
+                if let Ok(pidfd) = pidfd::open(pid) {
+                    let _ = pidfd::signal(pidfd.as_fd(), signal);
+                }
+            }
+        }
+        self.threads.retain(|&tid, thread| match thread.state {
+            State::Stopped => {
+                let _ = ptrace::detach(tid);
+                false
+            }
+            State::Stopping | State::InVfork | State::Leaving => {
+                thread.state = State::Leaving;
+                true
+            }
+        });
+    }
+
+    /// Detaches threads that were in a vfork (or did not stop in time) when the rest was let go.
+    fn release_leaving(&mut self) -> io::Result<()> {
+        if self.threads.values().any(|t| t.state == State::Leaving) {
+            let standing: BTreeSet<Tid> = self.stopped().collect();
+            self.collect_stops()?;
+            self.threads.retain(|&tid, thread| {
+                let leaves = thread.state == State::Stopped && !standing.contains(&tid);
+                if leaves {
+                    let _ = ptrace::detach(tid);
+                }
+                !leaves
+            });
+        }
+        Ok(())
+    }
+
+    /// Children that borrow the memory of a thread in vfork: they have none of their own.
+    fn vfork_children(&self) -> Vec<i32> {
+        let in_vfork = |(_, t): &(&Tid, &Thread)| t.state == State::InVfork;
+        self.threads
+            .iter()
+            .filter(in_vfork)
+            .flat_map(|(&tid, thread)| {
+                let pid = thread.pid;
+                procs::children(pid, tid)
+                    .into_iter()
+                    .filter(move |&child| crate::sys::signals::same_memory(pid, child))
+            })
+            .collect()
+    }
+
+    fn stopped(&self) -> impl Iterator<Item = Tid> + '_ {
+        let stopped = |(&tid, t): (&Tid, &Thread)| (t.state == State::Stopped).then_some(tid);
+        self.threads.iter().filter_map(stopped)
+    }
+
+    /// A stopped thread of a process, its leader if that lives.
+    fn stopped_thread_of(&self, pid: i32) -> Option<Tid> {
+        let of_pid = |tid: &Tid| self.threads[tid].pid == pid;
+        let leader = self.stopped().filter(of_pid).find(|&tid| tid == pid);
+        leader.or_else(|| self.stopped().find(of_pid))
+    }
+
+    fn userfaultfd(&self, pid: i32) -> io::Result<std::os::fd::OwnedFd> {
+        let tid = self
+            .stopped_thread_of(pid)
+            .ok_or_else(|| io::Error::other("it has no stopped thread"))?;
+        inject::userfaultfd(pid, tid)
+    }
+
+    /// Waits for a message or for a traced thread to stop. A closed socket counts as a message.
+    fn wait_for_events(&self, limit: Option<Duration>) -> io::Result<()> {
+        let timeout = limit.map_or(PollTimeout::NONE, |limit| {
+            // Rounded up: a poll of 0 ms would spin.
+            let ms = u16::try_from(limit.as_millis() + 1).unwrap_or(u16::MAX);
+            PollTimeout::from(ms)
+        });
+        // While threads are on their way to a stop, of the socket only its end counts.
+        let of_socket = match limit {
+            Some(_) => PollFlags::empty(),
+            None => PollFlags::POLLIN,
+        };
+        let mut fds = [
+            PollFd::new(self.signals.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.socket, of_socket),
+        ];
+        match poll(&mut fds, timeout) {
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let socket = fds[1].revents().unwrap_or(PollFlags::empty());
+        if limit.is_some() && socket.contains(PollFlags::POLLHUP) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        while let Ok(Some(_)) = self.signals.read_signal() {}
+        Ok(())
+    }
+
+    fn readable(&self, timeout: PollTimeout) -> io::Result<bool> {
+        let mut fds = [PollFd::new(self.socket, PollFlags::POLLIN)];
+        Ok(poll(&mut fds, timeout)? > 0)
+    }
+}
+
+fn ignore_gone(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+        other => other,
+    }
+}

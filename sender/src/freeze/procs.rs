@@ -1,0 +1,140 @@
+//! What `/proc` says of threads, children and tracers.
+
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io;
+
+/// Why a process tree cannot be stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum TreeError {
+    /// It is not there (any more).
+    #[error("there is no process {0}")]
+    NoProcess(i32),
+    /// A debugger has it.
+    #[error("process {pid} is traced already, by {tracer} ({name})")]
+    Traced {
+        /// The process that is traced.
+        pid: i32,
+        /// Who traces it.
+        tracer: i32,
+        /// The tracer's name.
+        name: String,
+    },
+    /// The kernel forbids it.
+    #[error("not permitted to trace process {0}")]
+    NotPermitted(i32),
+    /// The target's tree contains the sender.
+    #[error("the tree under process {0} contains this program")]
+    OwnTree(i32),
+    /// A thread does not stop.
+    #[error("thread {tid} of process {pid} is in an uninterruptible wait and does not stop")]
+    Stuck {
+        /// The process.
+        pid: i32,
+        /// The thread.
+        tid: i32,
+    },
+    /// Something else.
+    #[error("cannot stop process {pid}: {error}")]
+    Io {
+        /// The process.
+        pid: i32,
+        /// What the kernel said.
+        error: String,
+    },
+}
+
+impl TreeError {
+    pub(super) fn io(pid: i32, error: &io::Error) -> Self {
+        Self::Io {
+            pid,
+            error: error.to_string(),
+        }
+    }
+}
+
+/// The threads of a process; empty if it is gone.
+pub(super) fn threads(pid: i32) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// The children that one thread made; empty if it is gone.
+pub(super) fn children(pid: i32, tid: i32) -> Vec<i32> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
+    text.split_ascii_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
+}
+
+/// The state letter of a thread (`man 5 proc`); `None` if it is gone.
+pub(super) fn state(pid: i32, tid: i32) -> Option<char> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    // The name before it may contain anything, even ") Z".
+    stat.rsplit_once(')')?.1.trim_start().chars().next()
+}
+
+/// A field of `/proc/PID/status`.
+pub(super) fn status_field(pid: i32, field: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    Some(line.trim().to_owned())
+}
+
+/// Whether a thread waits for a vfork child to exec or exit. Such a wait cannot be interrupted,
+/// and ends only when the child runs.
+pub(super) fn waits_for_vfork(pid: i32, tid: i32) -> bool {
+    if state(pid, tid) != Some('D') {
+        return false;
+    }
+    let syscall = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default();
+    let number = syscall
+        .split_ascii_whitespace()
+        .next()
+        .and_then(|number| number.parse::<libc::c_long>().ok());
+    #[cfg(target_arch = "x86_64")]
+    const MAY_VFORK: &[libc::c_long] = &[libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3];
+    #[cfg(not(target_arch = "x86_64"))]
+    const MAY_VFORK: &[libc::c_long] = &[libc::SYS_clone, libc::SYS_clone3];
+    number.is_some_and(|number| MAY_VFORK.contains(&number))
+}
+
+/// Why the kernel refused to let us trace a thread; `None` if there is nothing left to trace.
+pub(super) fn why_not_traceable(pid: i32, tid: i32) -> Option<TreeError> {
+    match state(pid, tid) {
+        None | Some('Z' | 'X') => return None,
+        Some(_) => {}
+    }
+    let tracer = status_field(tid, "TracerPid")?.parse().unwrap_or(0);
+    Some(if tracer == 0 {
+        TreeError::NotPermitted(pid)
+    } else {
+        let name = fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
+        TreeError::Traced {
+            pid,
+            tracer,
+            name: name.trim().to_owned(),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn proc_knows_this_process() {
+        let pid = std::process::id() as i32;
+        assert!(threads(pid).contains(&pid));
+        assert!(matches!(state(pid, pid), Some('R' | 'S')));
+        assert_eq!(status_field(pid, "Tgid"), Some(pid.to_string()));
+        assert!(!waits_for_vfork(pid, pid));
+        assert_eq!(state(pid, 1 << 30), None);
+    }
+}

@@ -1,0 +1,94 @@
+//! A line that is redrawn on a terminal, and nothing elsewhere: there the log tells of each round.
+
+use std::io::{IsTerminal, Write, stderr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+/// How often the line is redrawn.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// What the line shows beside the bytes sent.
+#[derive(Debug, Clone, Default)]
+pub struct Status {
+    /// The round in progress.
+    pub round: u32,
+    /// `pre-dump` or `final`.
+    pub kind: &'static str,
+    /// How long the tree was stopped in the last round, ms.
+    pub frozen_ms: f64,
+    /// Bytes dirtied a second during the last round.
+    pub dirty_rate: f64,
+}
+
+/// The display. Dropping it ends it and leaves a clean line.
+#[derive(Debug)]
+pub struct Progress {
+    status: Arc<Mutex<Status>>,
+    /// Dropped to end the thread.
+    end: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Progress {
+    /// Starts the display if standard error is a terminal. `bytes_sent` counts bytes on the wire.
+    #[must_use]
+    pub fn start(bytes_sent: Arc<AtomicU64>) -> Self {
+        let status = Arc::new(Mutex::new(Status::default()));
+        let (end, ended) = mpsc::channel();
+        let thread = stderr().is_terminal().then(|| {
+            let status = Arc::clone(&status);
+            std::thread::Builder::new()
+                .name("progress".into())
+                .spawn(move || draw(&status, &bytes_sent, &ended))
+        });
+        Self {
+            status,
+            end: Some(end),
+            // Without a thread there is no display, which hurts nobody.
+            thread: thread.and_then(Result::ok),
+        }
+    }
+
+    /// Changes what is shown.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.end = None;
+        if let Some(thread) = self.thread.take() {
+            // It only writes to the terminal; how that went is of no interest.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn draw(status: &Mutex<Status>, bytes_sent: &AtomicU64, ended: &mpsc::Receiver<()>) {
+    let (mut before, mut at) = (bytes_sent.load(Ordering::Relaxed), Instant::now());
+    while ended.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+        let (now, then) = (bytes_sent.load(Ordering::Relaxed), at);
+        at = Instant::now();
+        let rate = (now - before) as f64 / (at - then).as_secs_f64();
+        before = now;
+        let status = status
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        let _ = write!(
+            stderr(),
+            "\r\x1b[Kround {} ({}): {} MiB sent, {:.0} MiB/s; dirtied {:.1} MiB/s; stopped {:.2} ms",
+            status.round,
+            status.kind,
+            now >> 20,
+            rate / f64::from(1 << 20),
+            status.dirty_rate / f64::from(1 << 20),
+            status.frozen_ms,
+        );
+    }
+    let _ = write!(stderr(), "\r\x1b[K");
+}

@@ -1,0 +1,244 @@
+//! From the command line to an exit code: sets everything up, and says of every failure what to do
+//! about it.
+
+use crate::cli::Cli;
+use crate::dirty::{self, NoTracker};
+use crate::freeze::{FreezeError, Freezer, TreeError};
+use crate::migrate::{MigrateError, Parts, Plan, migrate};
+use crate::progress::Progress;
+use crate::report::{Report, Totals};
+use crate::sink::{Connect, NativeSink, SinkError};
+use crate::stream::StreamError;
+use crate::task::namespace_depth;
+use crate::tree::{SendError, Tree, TreeFault};
+use pageferry_common::wire::WireError;
+use pageferry_common::{BufferPool, MigrationId};
+use std::io::{self, Read};
+use std::net::ToSocketAddrs;
+use std::process::ExitCode;
+
+/// What `send` exits with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Exit {
+    /// Done.
+    Done = 0,
+    /// Failed, for a reason without a code of its own.
+    Failed = 1,
+    /// The command line makes no sense.
+    Usage = 2,
+    /// The target is not there (any more).
+    TargetGone = 3,
+    /// The receiver refused, and said why.
+    Refused = 4,
+    /// The kernel forbids it.
+    NotPermitted = 5,
+    /// The user said stop.
+    Interrupted = 130,
+}
+
+/// Runs `send`.
+#[must_use]
+pub fn run(cli: &Cli) -> ExitCode {
+    start_log(cli.verbose);
+    let exit = match send(cli) {
+        Ok(report) => {
+            if cli.json {
+                println!(
+                    "{}",
+                    serde_json::to_string(&report).expect("a report is plain data")
+                );
+            }
+            Exit::Done
+        }
+        Err(failure) => {
+            let error = anyhow::Error::new(failure);
+            eprintln!("send: {error:#}");
+            let failure = error.downcast_ref().expect("it was made of a Failure");
+            let (exit, advice) = judge(failure);
+            if !advice.is_empty() {
+                eprintln!("send: {advice}");
+            }
+            exit
+        }
+    };
+    ExitCode::from(exit as u8)
+}
+
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error("{0} is not this host, and memory would cross the network in the clear")]
+    Plaintext(String),
+    #[error("cannot find {to}")]
+    Resolve { to: String, source: io::Error },
+    #[error(transparent)]
+    Tracker(#[from] NoTracker),
+    #[error(transparent)]
+    Migrate(#[from] MigrateError),
+    #[error("cannot prepare")]
+    Prepare(#[source] io::Error),
+}
+
+fn send(cli: &Cli) -> Result<Report, Failure> {
+    refuse_plaintext(cli)?;
+    let gone = |_| MigrateError::TargetGone(cli.pid);
+    let depth = namespace_depth(cli.pid).map_err(gone)?;
+    let root_pid = crate::task::pid_in_namespace(cli.pid, depth).map_err(gone)?;
+    let mut tracker = dirty::probe(cli.tracker)?;
+    let mut freezer = Freezer::start().map_err(MigrateError::from)?;
+    let mut tree = Tree::new(cli.pid, cli.skip_unchanged).map_err(Failure::Prepare)?;
+    let pool = BufferPool::new(usize::from(cli.buffers));
+    let id = random_id().map_err(Failure::Prepare)?;
+    let connect = Connect {
+        to: cli.to.clone(),
+        id,
+        root_pid,
+        stall: cli.timeout,
+        compression: cli.compress,
+    };
+    let mut sink = NativeSink::connect(connect, &pool).map_err(MigrateError::from)?;
+    let progress = Progress::start(sink.bytes_sent());
+    let mut report = Report {
+        pid: cli.pid,
+        processes: 0,
+        segments: 0,
+        migration: id.to_string(),
+        directory: sink.directory().to_owned(),
+        tracker: tracker.name(),
+        ended: None,
+        rounds: Vec::new(),
+        totals: Totals::default(),
+    };
+    let plan = Plan {
+        root: cli.pid,
+        limits: cli.limits(),
+        then: cli.then,
+    };
+    let parts = Parts {
+        freezer: &mut freezer,
+        tracker: tracker.as_mut(),
+        sink: &mut sink,
+        pool: &pool,
+        progress: &progress,
+    };
+    migrate(&plan, &mut tree, parts, &mut report)?;
+    Ok(report)
+}
+
+/// Memory is full of secrets: beyond loopback only if asked for by name.
+fn refuse_plaintext(cli: &Cli) -> Result<(), Failure> {
+    if cli.insecure {
+        return Ok(());
+    }
+    let resolve = |source| Failure::Resolve {
+        to: cli.to.clone(),
+        source,
+    };
+    let mut addresses = cli.to.to_socket_addrs().map_err(resolve)?;
+    match addresses.all(|address| address.ip().is_loopback()) {
+        true => Ok(()),
+        false => Err(Failure::Plaintext(cli.to.clone())),
+    }
+}
+
+fn random_id() -> io::Result<MigrationId> {
+    let mut id = [0; 16];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut id)?;
+    Ok(MigrationId(id))
+}
+
+fn start_log(verbose: u8) {
+    let level = match verbose {
+        0 => tracing::Level::INFO,
+        1 => tracing::Level::DEBUG,
+        _ => tracing::Level::TRACE,
+    };
+    tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_target(false)
+        .init();
+}
+
+const MAY_NOT_TRACE: &str = "run it as the target's user or root; beyond one's own processes it \
+    takes CAP_SYS_PTRACE, and for shared memory CAP_CHECKPOINT_RESTORE";
+
+/// The exit code of a failure, and what to do about it.
+fn judge(failure: &Failure) -> (Exit, &'static str) {
+    match failure {
+        Failure::Plaintext(_) => (
+            Exit::Usage,
+            "send through an encrypted tunnel to a loopback port, or say --insecure",
+        ),
+        Failure::Resolve { .. } => (Exit::Failed, "--to takes HOST:PORT"),
+        Failure::Tracker(_) => (
+            Exit::Failed,
+            "--tracker auto takes what this kernel has; --tracker hash works everywhere",
+        ),
+        Failure::Prepare(_) => (Exit::Failed, ""),
+        Failure::Migrate(error) => judge_migration(error),
+    }
+}
+
+fn judge_migration(error: &MigrateError) -> (Exit, &'static str) {
+    match error {
+        MigrateError::TargetGone(_) => (Exit::TargetGone, "is the PID right?"),
+        MigrateError::Uptime(_) => (Exit::Failed, ""),
+        MigrateError::Sink(error)
+        | MigrateError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
+        MigrateError::Freeze(error) => judge_freeze(error),
+        MigrateError::Tree(fault) | MigrateError::Send(SendError::Tree(fault)) => match fault {
+            TreeFault::Proc { source, .. } | TreeFault::Segment { source, .. } => judge_io(source),
+            TreeFault::Track(dirty::TrackError::Io { source, .. }) => judge_io(source),
+            TreeFault::Track(dirty::TrackError::Freeze(error)) => judge_freeze(error),
+            TreeFault::Ambiguous(_) => (Exit::Failed, ""),
+        },
+        MigrateError::Send(SendError::Stream(StreamError::Source(error))) => judge_io(error),
+    }
+}
+
+fn judge_freeze(error: &FreezeError) -> (Exit, &'static str) {
+    match error {
+        FreezeError::Freezer(_) => (Exit::Failed, "the target runs"),
+        FreezeError::Tree(error) => match error {
+            TreeError::NoProcess(_) => (Exit::TargetGone, "is the PID right?"),
+            TreeError::Traced { .. } => (
+                Exit::Failed,
+                "a process has one tracer at a time: detach the other first",
+            ),
+            TreeError::NotPermitted(_) => (Exit::NotPermitted, MAY_NOT_TRACE),
+            TreeError::OwnTree(_) => (
+                Exit::Usage,
+                "start it from outside the tree (another terminal, setsid, systemd-run)",
+            ),
+            TreeError::Stuck { .. } => (Exit::Failed, "the target runs; try again later"),
+            TreeError::Io { .. } => (Exit::Failed, "the target runs"),
+        },
+    }
+}
+
+fn judge_io(error: &io::Error) -> (Exit, &'static str) {
+    match error.kind() {
+        io::ErrorKind::PermissionDenied => (Exit::NotPermitted, MAY_NOT_TRACE),
+        _ => (Exit::Failed, "the target runs"),
+    }
+}
+
+fn judge_sink(error: &SinkError) -> (Exit, &'static str) {
+    match error {
+        SinkError::Connect { .. } => (
+            Exit::Failed,
+            "is `receive --listen PORT --dir DIR` running there, and the port right?",
+        ),
+        SinkError::Wire(WireError::Refused { .. }) => (
+            Exit::Refused,
+            "the target runs; the receiver's log says more",
+        ),
+        SinkError::Interrupted => (Exit::Interrupted, "the target runs"),
+        SinkError::Wire(_) | SinkError::Disagreement => (
+            Exit::Failed,
+            "the target runs; the receiver keeps the rounds it acknowledged",
+        ),
+        SinkError::Io(_) => (Exit::Failed, "the target runs"),
+    }
+}

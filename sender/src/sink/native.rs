@@ -1,0 +1,404 @@
+//! The native protocol over TCP: a thread of its own with the socket, fed by a bounded channel.
+
+use super::{PageSink, Receipt, SinkError};
+use bytes::Bytes;
+use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::wire::{
+    self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Phase, RoundKind, SharedPhase,
+    Totals, WireError,
+};
+use pageferry_common::{BufferPool, ImageId, MigrationId, PAGE_SIZE};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+/// How often a side that has nothing to say says so.
+const WORKING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long, after a write failed, the receiver's reason is waited for.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Whether and how hard pages are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// zstd at this level.
+    Zstd(i32),
+}
+
+/// Where to connect, and as whom.
+#[derive(Debug, Clone)]
+pub struct Connect {
+    /// `HOST:PORT`.
+    pub to: String,
+    /// Random.
+    pub id: MigrationId,
+    /// The tree's root, as its PID namespace counts.
+    pub root_pid: u32,
+    /// Longest silence of the receiver, and longest time for one frame to leave.
+    pub stall: Duration,
+    /// What to do with pages.
+    pub compression: Compression,
+}
+
+enum Outgoing {
+    Message(Message),
+    Chunk {
+        meta: Vec<u8>,
+        compressed: bool,
+        data: Bytes,
+    },
+}
+
+/// The native sink.
+pub struct NativeSink {
+    /// `None` once closed.
+    outgoing: Option<mpsc::Sender<Outgoing>>,
+    replies: mpsc::UnboundedReceiver<Message>,
+    network: Option<JoinHandle<Result<(), SinkError>>>,
+    pool: BufferPool,
+    compressor: Option<zstd::bulk::Compressor<'static>>,
+    bytes_sent: Arc<AtomicU64>,
+    /// `bytes_sent` when the round began.
+    round_start: u64,
+    round: u32,
+    totals: Totals,
+    digest: RoundDigest,
+    directory: String,
+}
+
+impl NativeSink {
+    /// Connects and greets. Buffers for compressed pages come out of `pool`.
+    ///
+    /// # Errors
+    /// [`SinkError`].
+    pub fn connect(connect: Connect, pool: &BufferPool) -> Result<Self, SinkError> {
+        let bytes_sent = Arc::new(AtomicU64::new(0));
+        // Two: one frame on its way, one ready. The pool's size is the limit that counts.
+        let (outgoing, commands) = mpsc::channel(2);
+        let (reply, replies) = mpsc::unbounded_channel();
+        let compressor = match connect.compression {
+            Compression::None => None,
+            Compression::Zstd(level) => {
+                Some(zstd::bulk::Compressor::new(level).map_err(SinkError::Io)?)
+            }
+        };
+        let features = match compressor {
+            Some(_) => wire::FEATURE_ZSTD,
+            None => 0,
+        };
+        let hello = Message::Hello {
+            version: wire::VERSION,
+            page_size: PAGE_SIZE as u32,
+            features,
+            id: connect.id,
+            root_pid: connect.root_pid,
+        };
+        let network = {
+            let bytes_sent = Arc::clone(&bytes_sent);
+            std::thread::Builder::new()
+                .name("network".into())
+                .spawn(move || network(connect, commands, reply, &bytes_sent))
+                .map_err(SinkError::Io)?
+        };
+        let mut sink = Self {
+            outgoing: Some(outgoing),
+            replies,
+            network: Some(network),
+            pool: pool.clone(),
+            compressor,
+            bytes_sent,
+            round_start: 0,
+            round: 0,
+            totals: Totals::default(),
+            digest: RoundDigest::default(),
+            directory: String::new(),
+        };
+        sink.say(hello)?;
+        match sink.hear()? {
+            Message::Welcome {
+                directory,
+                features: theirs,
+                ..
+            } => {
+                sink.directory = directory;
+                if theirs & wire::FEATURE_ZSTD == 0 {
+                    sink.compressor = None;
+                }
+                Ok(sink)
+            }
+            other => unreachable!("the phase table lets no {other:?} answer a hello"),
+        }
+    }
+
+    /// Where the receiver puts the rounds.
+    #[must_use]
+    pub fn directory(&self) -> &str {
+        &self.directory
+    }
+
+    /// Counts the bytes sent; for a progress display.
+    #[must_use]
+    pub fn bytes_sent(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.bytes_sent)
+    }
+
+    fn say(&mut self, message: Message) -> Result<(), SinkError> {
+        self.queue(Outgoing::Message(message))
+    }
+
+    fn queue(&mut self, outgoing: Outgoing) -> Result<(), SinkError> {
+        let sent = match &self.outgoing {
+            Some(channel) => channel.blocking_send(outgoing).is_ok(),
+            None => false,
+        };
+        if sent {
+            Ok(())
+        } else {
+            Err(self.why_it_ended())
+        }
+    }
+
+    fn hear(&mut self) -> Result<Message, SinkError> {
+        match self.replies.blocking_recv() {
+            Some(message) => Ok(message),
+            None => Err(self.why_it_ended()),
+        }
+    }
+
+    /// The network thread is over; its result says why.
+    fn why_it_ended(&mut self) -> SinkError {
+        self.outgoing = None;
+        let result = self.network.take().map(JoinHandle::join);
+        match result {
+            Some(Ok(Err(why))) => why,
+            Some(Ok(Ok(()))) | None => SinkError::Wire(WireError::Closed),
+            Some(Err(_)) => SinkError::Io(io::Error::other("it panicked")),
+        }
+    }
+
+    /// Compresses a chunk's pages if that makes them at least an eighth smaller.
+    fn compress(&mut self, pages: Bytes) -> Result<(bool, Bytes), SinkError> {
+        let Some(compressor) = &mut self.compressor else {
+            return Ok((false, pages));
+        };
+        let goal = pages.len() - pages.len() / 8;
+        let mut smaller = self.pool.take_blocking();
+        // A result that does not fit in the room given is an error, and no gain.
+        Ok(
+            match compressor.compress_to_buffer(&pages, &mut smaller[..goal]) {
+                Ok(len) if len > 0 => (true, smaller.freeze(len)),
+                Ok(_) | Err(_) => (false, pages),
+            },
+        )
+    }
+}
+
+impl PageSink for NativeSink {
+    fn begin(&mut self, round: u32, kind: RoundKind, uptime_us: u64) -> Result<(), SinkError> {
+        self.round = round;
+        self.totals = Totals::default();
+        self.digest = RoundDigest::default();
+        self.round_start = self.bytes_sent.load(Ordering::Relaxed);
+        self.say(Message::RoundBegin {
+            round,
+            kind,
+            uptime_us,
+        })
+    }
+
+    fn open(&mut self, image: ImageId) -> Result<(), SinkError> {
+        self.totals.images += 1;
+        self.digest.open(image);
+        self.say(Message::ImageOpen(image))
+    }
+
+    fn put(&mut self, entries: Vec<Entry>, pages: Bytes) -> Result<(), SinkError> {
+        self.totals.count(&entries);
+        let chunk = Chunk {
+            entries,
+            digest: digest(&pages),
+        };
+        let meta = Message::Chunk(chunk).encode();
+        self.digest.chunk(&meta);
+        let (compressed, data) = self.compress(pages)?;
+        self.queue(Outgoing::Chunk {
+            meta,
+            compressed,
+            data,
+        })
+    }
+
+    fn commit(&mut self) -> Result<Receipt, SinkError> {
+        self.totals.digest = self.digest.value();
+        self.say(Message::RoundEnd(self.totals))?;
+        let expected = Message::RoundAck {
+            round: self.round,
+            totals: self.totals,
+        };
+        if self.hear()? != expected {
+            return Err(SinkError::Disagreement);
+        }
+        Ok(Receipt {
+            totals: self.totals,
+            bytes_wire: self.bytes_sent.load(Ordering::Relaxed) - self.round_start,
+        })
+    }
+
+    fn finish(&mut self) -> Result<(), SinkError> {
+        self.say(Message::Finish)?;
+        self.hear().map(drop)
+    }
+}
+
+impl Drop for NativeSink {
+    fn drop(&mut self) {
+        self.outgoing = None;
+        if let Some(network) = self.network.take() {
+            // It says goodbye, or why not, and ends; what it returns was of interest before.
+            let _ = network.join();
+        }
+    }
+}
+
+/// The network thread.
+fn network(
+    connect: Connect,
+    commands: mpsc::Receiver<Outgoing>,
+    replies: mpsc::UnboundedSender<Message>,
+    bytes_sent: &AtomicU64,
+) -> Result<(), SinkError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(SinkError::Io)?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt()).map_err(SinkError::Io)?;
+        let mut terminate = signal(SignalKind::terminate()).map_err(SinkError::Io)?;
+        let interrupted = async {
+            tokio::select! {
+                _ = interrupt.recv() => (),
+                _ = terminate.recv() => (),
+            }
+        };
+        converse(connect, commands, replies, bytes_sent, interrupted).await
+    })
+}
+
+async fn converse(
+    connect: Connect,
+    commands: mpsc::Receiver<Outgoing>,
+    replies: mpsc::UnboundedSender<Message>,
+    bytes_sent: &AtomicU64,
+    interrupted: impl Future<Output = ()>,
+) -> Result<(), SinkError> {
+    tokio::pin!(interrupted);
+    let stream = tokio::select! {
+        stream = dial(&connect) => stream?,
+        () = &mut interrupted => return Err(SinkError::Interrupted),
+    };
+    let (read, write) = stream.into_split();
+    let phase = SharedPhase::default();
+    let mut reader = FrameReader::new(read, phase.clone(), connect.stall);
+    let mut writer = FrameWriter::new(write, phase.clone(), connect.stall);
+    let listening = listen(&mut reader, replies);
+    tokio::pin!(listening);
+    let ended = tokio::select! {
+        said = talk(&mut writer, commands, &phase, bytes_sent) => match said {
+            Ok(()) => return Ok(()),
+            // The receiver's own reason, if it gave one, says more than our failed write.
+            Err(ours) => match timeout(LAST_WORDS, &mut listening).await {
+                Ok(Err(refused @ WireError::Refused { .. })) => refused,
+                _ => ours,
+            },
+        },
+        heard = &mut listening => match heard {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        },
+        () = &mut interrupted => {
+            // The writer may stand in the middle of a frame; a closed connection says enough.
+            return Err(SinkError::Interrupted);
+        }
+    };
+    Err(ended.into())
+}
+
+async fn dial(connect: &Connect) -> Result<TcpStream, SinkError> {
+    let dialled = timeout(connect.stall, TcpStream::connect(&connect.to)).await;
+    dialled
+        .map_err(|_| io::ErrorKind::TimedOut.into())
+        .flatten()
+        .and_then(|stream| {
+            stream.set_nodelay(true)?;
+            Ok(stream)
+        })
+        .map_err(|source| SinkError::Connect {
+            to: connect.to.clone(),
+            source,
+        })
+}
+
+/// Sends what the migration says, and that we are alive when it says nothing.
+async fn talk(
+    writer: &mut FrameWriter<OwnedWriteHalf>,
+    mut commands: mpsc::Receiver<Outgoing>,
+    phase: &SharedPhase,
+    bytes_sent: &AtomicU64,
+) -> Result<(), WireError> {
+    loop {
+        match timeout(WORKING_INTERVAL, commands.recv()).await {
+            Ok(Some(Outgoing::Message(message))) => writer.send(&message).await?,
+            Ok(Some(Outgoing::Chunk {
+                meta,
+                compressed,
+                data,
+            })) => writer.send_chunk(&meta, compressed, data).await?,
+            Ok(None) => {
+                if phase.get() != Phase::Closed {
+                    let reason = "the sender gave up".to_owned();
+                    writer.send(&Message::Abort { reason }).await?;
+                }
+                return Ok(());
+            }
+            Err(_) => match phase.get() {
+                Phase::Fresh | Phase::Greeting | Phase::Closed => {}
+                Phase::Ready | Phase::Round | Phase::Image | Phase::Sealing | Phase::Finishing => {
+                    writer.send(&Message::Working).await?
+                }
+            },
+        }
+        bytes_sent.store(writer.bytes(), Ordering::Relaxed);
+    }
+}
+
+/// Passes on what the receiver says, until it says goodbye.
+async fn listen(
+    reader: &mut FrameReader<OwnedReadHalf>,
+    replies: mpsc::UnboundedSender<Message>,
+) -> Result<(), WireError> {
+    loop {
+        match reader.next().await? {
+            Incoming::Message(Message::Working) => {}
+            Incoming::Message(message) => {
+                let last = message == Message::FinishAck;
+                // Nobody waiting for it any more means that the migration is over.
+                if replies.send(message).is_err() || last {
+                    return Ok(());
+                }
+            }
+            Incoming::Chunk { .. } => {
+                // The phase table has no direction; a receiver that sends pages is no receiver.
+                return Err(WireError::Closed);
+            }
+        }
+    }
+}

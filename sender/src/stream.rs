@@ -1,0 +1,243 @@
+//! From runs of pages to chunks: batches what must be read into one buffer, reads it, and only
+//! then says what it is.
+
+use crate::dirty::{ContentHashes, Run};
+use crate::sink::{PageSink, SinkError};
+use crate::source::PageSource;
+use pageferry_common::wire::{Entry, EntryKind};
+use pageferry_common::{BUFFER_PAGES, BufferPool, PAGE_SIZE, PageRange, PageSet};
+use std::io;
+
+/// Pieces (to read, or kept) in one chunk. What is read may come apart into as many entries as it
+/// has pages, so this and a buffer's pages stay together below a chunk's most entries.
+const PIECES_MAX: usize = 2048;
+
+/// Most pages in one entry: the wire has 32 bits for them.
+const ENTRY_PAGES_MAX: u64 = 1 << 31;
+
+static ZERO_PAGE: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
+
+/// Why an image ends early.
+#[derive(Debug, thiserror::Error)]
+pub enum StreamError {
+    /// The receiving side.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The process or segment is gone, or forbidden.
+    #[error("cannot read memory")]
+    Source(#[source] io::Error),
+}
+
+/// Sends one image of a round.
+pub struct ImageStream<'a> {
+    sink: &'a mut dyn PageSink,
+    pool: &'a BufferPool,
+    /// What the receiver holds from the previous round.
+    parent: &'a PageSet,
+    hashes: Option<&'a mut ContentHashes>,
+    /// How to say "unchanged" of what is batched now.
+    kept_kind: EntryKind,
+    /// To be read: ascending, together at most a buffer.
+    wanted: Vec<PageRange>,
+    wanted_pages: u64,
+    /// Not to be read: in-parent entries that lie between.
+    kept: Vec<Entry>,
+    arrived: Vec<PageRange>,
+    announced: PageSet,
+    scanned_pages: u64,
+    changed_pages: u64,
+}
+
+/// What became of an image.
+#[derive(Debug)]
+pub struct Sent {
+    /// What the receiver will hold of it once the round is acked.
+    pub announced: PageSet,
+    /// Populated pages looked at.
+    pub scanned_pages: u64,
+    /// Pages that the receiver did not have so.
+    pub changed_pages: u64,
+}
+
+impl<'a> ImageStream<'a> {
+    /// The image must have been opened in `sink`.
+    pub fn new(
+        sink: &'a mut dyn PageSink,
+        pool: &'a BufferPool,
+        parent: &'a PageSet,
+        hashes: Option<&'a mut ContentHashes>,
+    ) -> Self {
+        Self {
+            sink,
+            pool,
+            parent,
+            hashes,
+            kept_kind: EntryKind::Parent,
+            wanted: Vec::with_capacity(PIECES_MAX),
+            wanted_pages: 0,
+            kept: Vec::with_capacity(PIECES_MAX),
+            arrived: Vec::with_capacity(BUFFER_PAGES),
+            announced: PageSet::new(),
+            scanned_pages: 0,
+            changed_pages: 0,
+        }
+    }
+
+    /// Adds a run of populated pages, behind all before it. Pages that were not written and that
+    /// the receiver has are kept (as `kept_kind`); the others are read.
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub fn run(
+        &mut self,
+        source: &mut dyn PageSource,
+        run: Run,
+        kept_kind: EntryKind,
+    ) -> Result<(), StreamError> {
+        self.scanned_pages += run.range.pages();
+        if self.kept_kind != kept_kind {
+            self.flush(source)?;
+            self.kept_kind = kept_kind;
+        }
+        if run.written {
+            return self.want(source, run.range);
+        }
+        let parent = self.parent;
+        let mut result = Ok(());
+        parent.split(run.range, |range, known| {
+            if result.is_ok() {
+                result = match known {
+                    true => self.keep(source, range),
+                    false => self.want(source, range),
+                };
+            }
+        });
+        result
+    }
+
+    fn keep(&mut self, source: &mut dyn PageSource, range: PageRange) -> Result<(), StreamError> {
+        let kind = self.kept_kind;
+        let mut rest = Some(range);
+        while let Some(range) = rest {
+            let (range, later) = range.split_at(ENTRY_PAGES_MAX);
+            self.make_room(source)?;
+            let range = range.expect("a range is not empty");
+            self.kept.push(Entry { range, kind });
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn want(&mut self, source: &mut dyn PageSource, range: PageRange) -> Result<(), StreamError> {
+        let mut rest = Some(range);
+        while let Some(range) = rest {
+            self.make_room(source)?;
+            let (now, later) = range.split_at(BUFFER_PAGES as u64 - self.wanted_pages);
+            let now = now.expect("make_room leaves room");
+            self.wanted_pages += now.pages();
+            self.wanted.push(now);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self, source: &mut dyn PageSource) -> Result<(), StreamError> {
+        let full = self.wanted_pages == BUFFER_PAGES as u64
+            || self.wanted.len() + self.kept.len() == PIECES_MAX;
+        if full { self.flush(source) } else { Ok(()) }
+    }
+
+    /// Reads what is wanted and puts one chunk.
+    fn flush(&mut self, source: &mut dyn PageSource) -> Result<(), StreamError> {
+        if self.wanted.is_empty() && self.kept.is_empty() {
+            return Ok(());
+        }
+        let mut entries = std::mem::take(&mut self.kept);
+        let mut buffer = self.pool.take_blocking();
+        self.arrived.clear();
+        if !self.wanted.is_empty() {
+            let room = &mut buffer[..(self.wanted_pages * PAGE_SIZE) as usize];
+            source
+                .read(&self.wanted, room, &mut self.arrived)
+                .map_err(StreamError::Source)?;
+        }
+        self.wanted.clear();
+        self.wanted_pages = 0;
+        let len = self.judge(&mut buffer, &mut entries);
+        self.kept.reserve(PIECES_MAX);
+        if entries.is_empty() {
+            return Ok(());
+        }
+        entries.sort_unstable_by_key(|entry| entry.range.start());
+        self.announced
+            .extend(entries.iter().map(|entry| entry.range));
+        let changed = |entry: &&Entry| matches!(entry.kind, EntryKind::Data | EntryKind::Zero);
+        let changed = entries.iter().filter(changed);
+        self.changed_pages += changed.map(|entry| entry.range.pages()).sum::<u64>();
+        self.sink.put(entries, buffer.freeze(len))?;
+        Ok(())
+    }
+
+    /// Tells of every page that arrived what it is: changed data (moved up so that the buffer's
+    /// front holds nothing else), zero, or what the receiver has. Returns the length of the data.
+    fn judge(&mut self, buffer: &mut [u8], entries: &mut Vec<Entry>) -> usize {
+        const PAGE: usize = PAGE_SIZE as usize;
+        let (mut from, mut to) = (0, 0);
+        let arrived = std::mem::take(&mut self.arrived);
+        for &range in &arrived {
+            let mut open: Option<Entry> = None;
+            for at in (range.start()..range.end()).step_by(PAGE) {
+                let kind = self.kind_of(at, &buffer[from..from + PAGE]);
+                if kind == EntryKind::Data {
+                    if from != to {
+                        buffer.copy_within(from..from + PAGE, to);
+                    }
+                    to += PAGE;
+                }
+                from += PAGE;
+                open = match open {
+                    Some(entry) if entry.kind == kind => {
+                        let range = PageRange::from_bounds(entry.range.start(), at + PAGE_SIZE);
+                        range.map(|range| Entry { range, kind })
+                    }
+                    other => {
+                        entries.extend(other);
+                        PageRange::new(at, 1)
+                            .ok()
+                            .map(|range| Entry { range, kind })
+                    }
+                };
+            }
+            entries.extend(open);
+        }
+        self.arrived = arrived;
+        to
+    }
+
+    fn kind_of(&mut self, address: u64, page: &[u8]) -> EntryKind {
+        let unchanged = self
+            .hashes
+            .as_mut()
+            .is_some_and(|hashes| hashes.unchanged(address, page));
+        if unchanged && self.parent.contains(address) {
+            self.kept_kind
+        } else if page == ZERO_PAGE {
+            EntryKind::Zero
+        } else {
+            EntryKind::Data
+        }
+    }
+
+    /// Sends what is left.
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub fn finish(mut self, source: &mut dyn PageSource) -> Result<Sent, StreamError> {
+        self.flush(source)?;
+        Ok(Sent {
+            announced: self.announced,
+            scanned_pages: self.scanned_pages,
+            changed_pages: self.changed_pages,
+        })
+    }
+}

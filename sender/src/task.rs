@@ -1,0 +1,253 @@
+//! One process of the tree, and one shared segment, as remembered from round to round.
+
+use crate::dirty::ContentHashes;
+use crate::maps::{Device, KernelMounts, Vma};
+use crate::sys::pidfd;
+use pageferry_common::{ImageId, PageSet};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+/// One process of the tree.
+#[derive(Debug)]
+pub struct Task {
+    /// Its PID, as this program's PID namespace counts.
+    pub pid: i32,
+    /// Its PID, as the tree's own PID namespace counts: the one in image names.
+    pub vpid: u32,
+    /// Its mappings at the last freeze, ascending.
+    pub vmas: Vec<Vma>,
+    /// What the receiver holds of it since the last round: only these can be in-parent entries.
+    pub announced: PageSet,
+    /// Content hashes of what the receiver holds, if contents are compared.
+    pub hashes: Option<ContentHashes>,
+    /// Its page table, opened at the last freeze: stays with that memory even if it execs.
+    pub pagemap: File,
+    /// Its memory, opened at the last freeze: reads what it may not read itself.
+    pub memory: File,
+    /// Devices may write its memory behind every write-protection's back.
+    pub direct_io: bool,
+    pidfd: OwnedFd,
+}
+
+impl Task {
+    /// A process met for the first time.
+    ///
+    /// # Errors
+    /// Those of `/proc`; `NotFound` or `ESRCH` if it is gone.
+    pub fn meet(pid: i32, tid: i32, namespace_depth: usize) -> io::Result<Self> {
+        Ok(Self {
+            pid,
+            vpid: pid_in_namespace(tid, namespace_depth)?,
+            vmas: Vec::new(),
+            announced: PageSet::new(),
+            hashes: None,
+            pagemap: open_pagemap(tid)?,
+            memory: open_memory(tid)?,
+            direct_io: false,
+            pidfd: pidfd::open(pid)?,
+        })
+    }
+
+    /// Opens what belongs to the memory the process has now.
+    ///
+    /// # Errors
+    /// As [`Task::meet`].
+    pub fn reopen(&mut self, tid: i32) -> io::Result<()> {
+        self.pagemap = open_pagemap(tid)?;
+        self.memory = open_memory(tid)?;
+        Ok(())
+    }
+
+    /// Whether it still is the process it was (not a later one of the same number).
+    #[must_use]
+    pub fn alive(&self) -> bool {
+        pidfd::alive(self.pidfd.as_fd())
+    }
+
+    /// Its image.
+    #[must_use]
+    pub fn image(&self) -> ImageId {
+        ImageId::Task(self.vpid)
+    }
+}
+
+fn open_pagemap(tid: i32) -> io::Result<File> {
+    File::open(format!("/proc/{tid}/pagemap"))
+}
+
+fn open_memory(tid: i32) -> io::Result<File> {
+    File::open(format!("/proc/{tid}/mem"))
+}
+
+/// The PIDs of a process in the nested PID namespaces from ours inwards.
+fn nested_pids(tid: i32) -> io::Result<Vec<u32>> {
+    let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
+    // NStgid, not NSpid: the thread may not be the leader.
+    let line = status.lines().find_map(|line| line.strip_prefix("NStgid:"));
+    let pids: Vec<u32> = line
+        .unwrap_or("")
+        .split_ascii_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect();
+    match pids.is_empty() {
+        true => Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "no PID in /proc/PID/status",
+        )),
+        false => Ok(pids),
+    }
+}
+
+/// How many PID namespaces deep a process is, from ours at 1.
+///
+/// # Errors
+/// Those of `/proc`.
+pub fn namespace_depth(tid: i32) -> io::Result<usize> {
+    Ok(nested_pids(tid)?.len())
+}
+
+/// The PID of a process in the PID namespace so deep.
+///
+/// # Errors
+/// Those of `/proc`.
+pub fn pid_in_namespace(tid: i32, depth: usize) -> io::Result<u32> {
+    let pids = nested_pids(tid)?;
+    // A process of the tree cannot be outside the root's namespace, only deeper.
+    Ok(pids[(depth - 1).min(pids.len() - 1)])
+}
+
+/// Names a shared segment: inode numbers are only unique on their device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SegmentKey {
+    /// Device of the kernel's mount.
+    pub device: Device,
+    /// Inode number there.
+    pub inode: u64,
+}
+
+/// One shared segment: anonymous shared memory, a memfd, or System V shared memory.
+#[derive(Debug)]
+pub struct Segment {
+    /// The object itself.
+    pub file: File,
+    /// What the receiver holds of it since the last round.
+    pub announced: PageSet,
+    /// Content hashes of what the receiver holds. Always: it can be written through descriptors
+    /// and by processes that come and go, which no page table of the tree remembers.
+    pub hashes: ContentHashes,
+}
+
+impl Segment {
+    /// A segment met for the first time.
+    #[must_use]
+    pub fn meet(file: File) -> Self {
+        Self {
+            file,
+            announced: PageSet::new(),
+            hashes: ContentHashes::default(),
+        }
+    }
+
+    /// Opens the object behind a mapping.
+    ///
+    /// # Errors
+    /// `EPERM` without `CAP_CHECKPOINT_RESTORE` (or `CAP_SYS_ADMIN`), `NotFound` if unmapped.
+    pub fn open_mapped(pid: i32, vma: &Vma) -> io::Result<File> {
+        let (start, end) = (vma.range.start(), vma.range.end());
+        File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
+    }
+}
+
+/// What a process's descriptors tell of its memory.
+#[derive(Debug, Default)]
+pub struct Descriptors {
+    /// Segments it holds open, mapped or not.
+    pub segments: Vec<(SegmentKey, File)>,
+    /// It lets devices write into its memory: `O_DIRECT` files, io_uring's registered buffers.
+    pub direct_io: bool,
+}
+
+/// Looks through the descriptors of a process. One that is closed meanwhile is no error.
+#[must_use]
+pub fn descriptors(pid: i32, mounts: &KernelMounts) -> Descriptors {
+    let mut found = Descriptors::default();
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return found;
+    };
+    for entry in entries.flatten() {
+        let path = entry.path();
+        let Ok(target) = fs::read_link(&path) else {
+            continue;
+        };
+        let target = target.as_os_str().as_encoded_bytes();
+        if target.starts_with(b"/memfd:") {
+            let opened = File::open(&path).and_then(|file| Ok((file.metadata()?, file)));
+            let Ok((metadata, file)) = opened else {
+                continue;
+            };
+            let device = Device::from_raw(metadata.dev());
+            if mounts.holds(device) {
+                let inode = metadata.ino();
+                found.segments.push((SegmentKey { device, inode }, file));
+            }
+        } else if target.starts_with(b"/") || target == b"anon_inode:[io_uring]" {
+            let info = entry.file_name();
+            let info = info.to_string_lossy();
+            let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{info}")).unwrap_or_default();
+            found.direct_io |= writes_past_page_tables(&info);
+        }
+    }
+    found
+}
+
+/// Whether `/proc/PID/fdinfo/N` tells of a descriptor through which a device writes memory.
+fn writes_past_page_tables(info: &str) -> bool {
+    info.lines().any(|line| {
+        let Some((field, value)) = line.split_once(':') else {
+            return false;
+        };
+        match field {
+            "flags" => {
+                i32::from_str_radix(value.trim(), 8).is_ok_and(|flags| flags & libc::O_DIRECT != 0)
+            }
+            "UserBufs" => value.trim().parse().is_ok_and(|buffers: u64| buffers > 0),
+            _ => false,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn direct_io_shows_in_fdinfo() {
+        assert!(writes_past_page_tables("pos:\t0\nflags:\t0140002\n"));
+        assert!(!writes_past_page_tables("pos:\t0\nflags:\t0100002\n"));
+        assert!(writes_past_page_tables("UserFiles:\t0\nUserBufs:\t3\n"));
+        assert!(!writes_past_page_tables("UserBufs:\t0\n"));
+    }
+
+    #[test]
+    fn a_memfd_is_found_by_its_descriptor() {
+        let mounts = KernelMounts::probe().unwrap();
+        let flags = nix::sys::memfd::MFdFlags::empty();
+        let mut memfd = File::from(nix::sys::memfd::memfd_create("x", flags).unwrap());
+        memfd.write_all(b"hello").unwrap();
+        let inode = memfd.metadata().unwrap().ino();
+        let found = descriptors(std::process::id() as i32, &mounts);
+        assert!(found.segments.iter().any(|(key, _)| key.inode == inode));
+    }
+
+    #[test]
+    fn this_process_can_be_met() {
+        let pid = std::process::id() as i32;
+        let depth = namespace_depth(pid).unwrap();
+        let task = Task::meet(pid, pid, depth).unwrap();
+        assert!(task.alive());
+        assert!(task.vpid > 0);
+    }
+}

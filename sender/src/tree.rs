@@ -1,0 +1,396 @@
+//! The tree's memory as remembered from round to round: processes and shared segments.
+
+use crate::dirty::{DirtyTracker, Run, TrackError};
+use crate::freeze::{Frozen, FrozenProcess};
+use crate::maps::{Class, KernelMounts, Vma, list};
+use crate::sink::PageSink;
+use crate::source::{SegmentSource, TaskSource};
+use crate::stream::{ImageStream, Sent, StreamError};
+use crate::task::{Segment, SegmentKey, Task, descriptors, namespace_depth};
+use nix::unistd::{Whence, lseek64};
+use pageferry_common::wire::{EntryKind, RoundKind};
+use pageferry_common::{BufferPool, ImageId, PAGE_SIZE, PageRange};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::time::{Duration, Instant};
+
+/// Pages scanned at once: bounds the list of runs, whatever the mapping's size. A multiple of
+/// every huge page size, for a hugetlb page is protected whole or not at all.
+const SCAN_WINDOW_PAGES: u64 = (1 << 30) / PAGE_SIZE;
+
+/// Why the tree's memory could not be listed.
+#[derive(Debug, thiserror::Error)]
+pub enum TreeFault {
+    /// A process's files in `/proc`.
+    #[error("cannot read what /proc says of process {pid}")]
+    Proc {
+        /// The process.
+        pid: i32,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// A shared segment.
+    #[error("cannot open shared segment {inode} of process {pid}")]
+    Segment {
+        /// A process that maps it.
+        pid: i32,
+        /// Its inode number.
+        inode: u64,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// Two segments on different mounts share an inode number, and so an image name.
+    #[error("two shared segments have inode number {0}; CRIU's images cannot tell them apart")]
+    Ambiguous(u64),
+    /// The tracker.
+    #[error(transparent)]
+    Track(#[from] TrackError),
+}
+
+/// What sending a round looked at.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Scanned {
+    /// Populated pages.
+    pub pages: u64,
+    /// Time spent asking the kernel for them.
+    pub scan_time: Duration,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Tree {
+    mounts: KernelMounts,
+    /// Compare written pages by content even where writes are tracked.
+    skip_unchanged: bool,
+    root: i32,
+    /// How many PID namespaces deep the root is.
+    depth: Option<usize>,
+    tasks: BTreeMap<i32, Task>,
+    segments: BTreeMap<SegmentKey, Segment>,
+    /// Pages sent in the last round of images whose writes are not tracked: the best guess at what
+    /// they will have dirty next time.
+    untracked_sent: u64,
+    maps_text: Vec<u8>,
+    runs: Vec<Run>,
+}
+
+impl Tree {
+    /// Of the tree under `root` nothing is known yet.
+    ///
+    /// # Errors
+    /// The kernel's, if it has no memfd.
+    pub fn new(root: i32, skip_unchanged: bool) -> io::Result<Self> {
+        Ok(Self {
+            mounts: KernelMounts::probe()?,
+            skip_unchanged,
+            root,
+            depth: None,
+            tasks: BTreeMap::new(),
+            segments: BTreeMap::new(),
+            untracked_sent: 0,
+            maps_text: Vec::with_capacity(1 << 20),
+            runs: Vec::with_capacity(1 << 16),
+        })
+    }
+
+    /// Lists the mappings of the whole tree and ends the trackers' epoch, while it is stopped.
+    /// Nothing here costs more for more memory (but with soft-dirty, whose page tables are walked).
+    ///
+    /// # Errors
+    /// [`TreeFault`]; a process that is gone is none.
+    pub fn collect(
+        &mut self,
+        frozen: &mut Frozen<'_>,
+        tracker: &mut dyn DirtyTracker,
+    ) -> Result<(), TreeFault> {
+        let processes = frozen.processes().to_vec();
+        self.forget_the_gone(&processes, tracker);
+        let mut mapped = BTreeSet::new();
+        for process in processes {
+            let pid = process.pid;
+            match self.look_at(process) {
+                Ok(()) => {}
+                Err(error) if is_gone(&error) => {
+                    self.tasks.remove(&pid);
+                    continue;
+                }
+                Err(source) => return Err(TreeFault::Proc { pid, source }),
+            }
+            let task = self.tasks.get_mut(&pid).expect("just looked at");
+            tracker.rearm(frozen, task)?;
+            let compare = self.skip_unchanged || tracker.untracked(pid);
+            if compare && task.hashes.is_none() {
+                task.hashes = Some(Default::default());
+            }
+            for vma in task.vmas.iter().filter(|vma| vma.class == Class::Segment) {
+                let key = SegmentKey {
+                    device: vma.device,
+                    inode: vma.inode,
+                };
+                mapped.insert(key);
+                if let Entry::Vacant(unknown) = self.segments.entry(key) {
+                    match Segment::open_mapped(pid, vma) {
+                        Ok(file) => drop(unknown.insert(Segment::meet(file))),
+                        Err(error) if is_gone(&error) => {}
+                        Err(source) => {
+                            let inode = vma.inode;
+                            return Err(TreeFault::Segment { pid, inode, source });
+                        }
+                    }
+                }
+            }
+        }
+        // What only a descriptor holds is found again by the survey.
+        self.segments.retain(|key, _| mapped.contains(key));
+        Ok(())
+    }
+
+    fn forget_the_gone(&mut self, now: &[FrozenProcess], tracker: &mut dyn DirtyTracker) {
+        let still: BTreeSet<i32> = now.iter().map(|process| process.pid).collect();
+        self.tasks.retain(|pid, task| {
+            let stays = still.contains(pid) && task.alive();
+            if !stays {
+                tracker.forget(*pid);
+            }
+            stays
+        });
+    }
+
+    fn look_at(&mut self, process: FrozenProcess) -> io::Result<()> {
+        let FrozenProcess { pid, tid } = process;
+        let depth = match self.depth {
+            Some(depth) => depth,
+            None => namespace_depth(tid)?,
+        };
+        self.depth = Some(depth);
+        let vmas = list(tid, &self.mounts, &mut self.maps_text)?;
+        match self.tasks.get_mut(&pid) {
+            Some(task) => {
+                task.reopen(tid)?;
+                task.vmas = vmas;
+            }
+            None => {
+                let mut task = Task::meet(pid, tid, depth)?;
+                task.vmas = vmas;
+                self.tasks.insert(pid, task);
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks through the descriptors of every process for segments that nobody maps, and for ways
+    /// in which devices write memory. In a pre-dump round the tree runs meanwhile.
+    pub fn survey_descriptors(&mut self) {
+        for task in self.tasks.values_mut() {
+            let found = descriptors(task.pid, &self.mounts);
+            for (key, file) in found.segments {
+                self.segments
+                    .entry(key)
+                    .or_insert_with(|| Segment::meet(file));
+            }
+            if found.direct_io && !task.direct_io {
+                tracing::info!(
+                    task.pid,
+                    "it does direct I/O, which write-protection does not see: comparing contents"
+                );
+                task.direct_io = true;
+                task.hashes.get_or_insert_default();
+            }
+        }
+    }
+
+    /// Sends every image of the round.
+    ///
+    /// # Errors
+    /// [`StreamError`]; a process that is gone, wholly or halfway, is none.
+    pub fn send(
+        &mut self,
+        kind: RoundKind,
+        tracker: &mut dyn DirtyTracker,
+        sink: &mut dyn PageSink,
+        pool: &BufferPool,
+    ) -> Result<Scanned, SendError> {
+        let mut scanned = Scanned::default();
+        self.untracked_sent = 0;
+        for task in self.tasks.values_mut() {
+            let sent = send_task(
+                task,
+                kind,
+                tracker,
+                sink,
+                pool,
+                &mut self.runs,
+                &mut scanned,
+            )?;
+            if task.hashes.is_some() {
+                self.untracked_sent += sent;
+            }
+        }
+        let mut ids = BTreeSet::new();
+        for (key, segment) in &mut self.segments {
+            if !ids.insert(key.inode) {
+                return Err(TreeFault::Ambiguous(key.inode).into());
+            }
+            self.untracked_sent += send_segment(*key, segment, sink, pool, &mut scanned)?;
+        }
+        Ok(scanned)
+    }
+
+    /// How many pages would have to be sent now: what the trackers tell, and for the rest what the
+    /// last round had to send.
+    #[must_use]
+    pub fn pending_pages(&self, tracker: &mut dyn DirtyTracker) -> u64 {
+        let mut pages = self.untracked_sent;
+        for task in self.tasks.values().filter(|task| task.hashes.is_none()) {
+            let private = |vma: &&Vma| matches!(vma.class, Class::Private { .. });
+            for vma in task.vmas.iter().filter(private) {
+                // Memory that is gone has nothing dirty.
+                pages += tracker.pending(task, vma).ok().flatten().unwrap_or(0);
+            }
+        }
+        pages
+    }
+
+    /// Whether the root still is there.
+    #[must_use]
+    pub fn root_alive(&self) -> bool {
+        self.tasks.get(&self.root).is_some_and(Task::alive)
+    }
+
+    /// Processes and segments in the last round.
+    #[must_use]
+    pub fn size(&self) -> (usize, usize) {
+        (self.tasks.len(), self.segments.len())
+    }
+}
+
+/// Either kind of failure of [`Tree::send`].
+#[derive(Debug, thiserror::Error)]
+pub enum SendError {
+    /// Reading or sending.
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    /// The tree itself.
+    #[error(transparent)]
+    Tree(#[from] TreeFault),
+}
+
+/// Sends one process's image. Returns how many pages were dirty.
+fn send_task(
+    task: &mut Task,
+    kind: RoundKind,
+    tracker: &mut dyn DirtyTracker,
+    sink: &mut dyn PageSink,
+    pool: &BufferPool,
+    runs: &mut Vec<Run>,
+    scanned: &mut Scanned,
+) -> Result<u64, StreamError> {
+    sink.open(task.image()).map_err(StreamError::Sink)?;
+    let parent = std::mem::take(&mut task.announced);
+    let mut hashes = task.hashes.take();
+    let result = (|| {
+        let task = &*task;
+        let mut source = TaskSource::new(task);
+        let mut stream = ImageStream::new(sink, pool, &parent, hashes.as_mut());
+        for vma in &task.vmas {
+            let kept = match (vma.class, kind) {
+                (Class::Foreign | Class::Segment, _) => continue,
+                (Class::Whole, _) => {
+                    let (range, written) = (vma.range, true);
+                    stream.run(&mut source, Run { range, written }, EntryKind::Parent)?;
+                    continue;
+                }
+                // Restore reads hugetlb pages from the newest directory only.
+                (Class::Private { hugetlb: true }, RoundKind::Final) => EntryKind::Copy,
+                (Class::Private { .. }, _) => EntryKind::Parent,
+            };
+            let mut rest = Some(vma.range);
+            while let Some(range) = rest {
+                let (part, later) = range.split_at(SCAN_WINDOW_PAGES);
+                rest = later;
+                runs.clear();
+                let asked = Instant::now();
+                let part = part.expect("a range is not empty");
+                tracker
+                    .scan(task, part, runs)
+                    .map_err(StreamError::Source)?;
+                scanned.scan_time += asked.elapsed();
+                for run in &*runs {
+                    let written = run.written || task.direct_io;
+                    stream.run(&mut source, Run { written, ..*run }, kept)?;
+                }
+            }
+        }
+        stream.finish(&mut source)
+    })();
+    task.hashes = hashes;
+    match result {
+        Ok(Sent {
+            announced,
+            scanned_pages,
+            changed_pages,
+        }) => {
+            task.announced = announced;
+            scanned.pages += scanned_pages;
+            Ok(changed_pages)
+        }
+        // It exited, or called exec: its image stays as far as it got, and nothing of it will be
+        // an in-parent entry.
+        Err(StreamError::Source(error)) if is_gone(&error) => Ok(0),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sends one shared segment's image. Returns how many pages had changed.
+fn send_segment(
+    key: SegmentKey,
+    segment: &mut Segment,
+    sink: &mut dyn PageSink,
+    pool: &BufferPool,
+    scanned: &mut Scanned,
+) -> Result<u64, StreamError> {
+    sink.open(ImageId::Shmem(key.inode))
+        .map_err(StreamError::Sink)?;
+    let parent = std::mem::take(&mut segment.announced);
+    let file = &segment.file;
+    let mut source = SegmentSource { file };
+    let mut stream = ImageStream::new(sink, pool, &parent, Some(&mut segment.hashes));
+    let mut at = 0;
+    while let Some(range) = next_data(file, at).map_err(StreamError::Source)? {
+        let written = true;
+        stream.run(&mut source, Run { range, written }, EntryKind::Parent)?;
+        at = range.end();
+    }
+    let sent = stream.finish(&mut source)?;
+    segment.announced = sent.announced;
+    scanned.pages += sent.scanned_pages;
+    Ok(sent.changed_pages)
+}
+
+/// The next populated range of a segment at or behind offset `at`.
+fn next_data(file: &File, at: u64) -> io::Result<Option<PageRange>> {
+    let seek = |offset: u64, whence| match lseek64(file, offset as i64, whence) {
+        Ok(offset) => Ok(Some(offset as u64)),
+        Err(nix::Error::ENXIO) => Ok(None),
+        Err(error) => Err(io::Error::from(error)),
+    };
+    let Some(start) = seek(at, Whence::SeekData)? else {
+        return Ok(None);
+    };
+    // It may have been truncated between the two questions.
+    let Some(end) = seek(start, Whence::SeekHole)? else {
+        return Ok(None);
+    };
+    let start = start - start % PAGE_SIZE;
+    Ok(PageRange::from_bounds(
+        start,
+        end.next_multiple_of(PAGE_SIZE),
+    ))
+}
+
+/// Whether the kernel says that a process is no more.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}
