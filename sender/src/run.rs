@@ -15,6 +15,7 @@ use pageferry_common::wire::WireError;
 use pageferry_common::{BufferPool, MigrationId};
 use std::io::{self, Read};
 use std::net::ToSocketAddrs;
+use std::path::Path;
 use std::process::ExitCode;
 
 /// What `send` exits with.
@@ -85,7 +86,7 @@ fn send(cli: &Cli) -> Result<Report, Failure> {
     let depth = namespace_depth(cli.pid).map_err(gone)?;
     let root_pid = crate::task::pid_in_namespace(cli.pid, depth).map_err(gone)?;
     let mut tracker = dirty::probe(cli.tracker)?;
-    let mut freezer = Freezer::start().map_err(MigrateError::from)?;
+    let mut freezer = Freezer::start(Path::new("/proc/self/exe")).map_err(MigrateError::from)?;
     let mut tree = Tree::new(cli.pid, cli.skip_unchanged).map_err(Failure::Prepare)?;
     let pool = BufferPool::new(usize::from(cli.buffers));
     let id = random_id().map_err(Failure::Prepare)?;

@@ -19,6 +19,9 @@ const STOP_DEADLINE: Duration = Duration::from_secs(10);
 /// child, and how often we ask again: such a wait ends without a signal to us.
 const VFORK_GRACE: Duration = Duration::from_millis(3);
 
+/// How long the death of what was killed is waited for (a thread may be in the middle of I/O).
+const KILL_DEADLINE: Duration = Duration::from_secs(5);
+
 /// Runs the freezer on the socket that is its standard input, until the peer is gone. On return
 /// everything that was stopped runs.
 ///
@@ -55,7 +58,8 @@ enum State {
     /// In the kernel, waiting for its vfork child: it runs no instruction until that runs, but
     /// does not count as stopped for ptrace.
     InVfork,
-    /// Was in a vfork when the tree was let go: to be detached as soon as it stops.
+    /// Was in a vfork, or dying, when the tree was let go: to be detached as soon as it stops, or
+    /// reaped.
     Leaving,
 }
 
@@ -236,7 +240,8 @@ impl Freezer<'_> {
         Ok(())
     }
 
-    /// Lets everything go. Errors mean that a thread is gone, which is fine.
+    /// Lets everything go. Errors mean that a thread is gone, which is fine. What was killed is
+    /// waited for.
     fn let_go(&mut self, then: Then) {
         let signal = match then {
             Then::Run => None,
@@ -252,19 +257,25 @@ impl Freezer<'_> {
                 }
             }
         }
-        self.threads.retain(|&tid, thread| match thread.state {
-            State::Stopped => {
-                let _ = ptrace::detach(tid);
-                false
-            }
-            State::Stopping | State::InVfork | State::Leaving => {
-                thread.state = State::Leaving;
-                true
-            }
+        self.threads.retain(|&tid, thread| {
+            // One that just died cannot be detached; it stays ours, and its parent's SIGCHLD held
+            // back, until it is waited for.
+            let left = thread.state == State::Stopped && ptrace::detach(tid).is_ok();
+            thread.state = State::Leaving;
+            !left
         });
+        let deadline = Instant::now() + KILL_DEADLINE;
+        while then == Then::Kill && !self.threads.is_empty() && Instant::now() < deadline {
+            let reaped = self
+                .release_leaving()
+                .and_then(|()| self.wait_for_events(Some(VFORK_GRACE)));
+            if reaped.is_err() {
+                break;
+            }
+        }
     }
 
-    /// Detaches threads that were in a vfork (or did not stop in time) when the rest was let go.
+    /// Detaches or reaps threads that were in a vfork, or dying, when the rest was let go.
     fn release_leaving(&mut self) -> io::Result<()> {
         if self.threads.values().any(|t| t.state == State::Leaving) {
             let standing: BTreeSet<Tid> = self.stopped().collect();

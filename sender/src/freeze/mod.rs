@@ -16,6 +16,7 @@ use crate::sys::fdpass;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -92,14 +93,14 @@ pub struct Freezer {
 }
 
 impl Freezer {
-    /// Starts the freezer process.
+    /// Starts the freezer process: `program` is `send`, wherever it is.
     ///
     /// # Errors
     /// [`FreezeError::Freezer`].
-    pub fn start() -> Result<Self, FreezeError> {
+    pub fn start(program: &Path) -> Result<Self, FreezeError> {
         let start = || {
             let (ours, theirs) = fdpass::pair()?;
-            let child = Command::new("/proc/self/exe")
+            let child = Command::new(program)
                 .arg(FREEZER_ARG)
                 .stdin(Stdio::from(theirs))
                 .stdout(Stdio::null())
