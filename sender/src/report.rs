@@ -71,6 +71,22 @@ pub struct Report {
 }
 
 impl Report {
+    /// Of a migration that has done nothing yet.
+    #[must_use]
+    pub fn new(pid: i32, tracker: &'static str) -> Self {
+        Self {
+            pid,
+            processes: 0,
+            segments: 0,
+            migration: String::new(),
+            directory: String::new(),
+            tracker,
+            ended: None,
+            rounds: Vec::new(),
+            totals: Totals::default(),
+        }
+    }
+
     /// Adds a round to the list and the sums.
     pub fn add(&mut self, round: RoundReport) {
         let totals = &mut self.totals;

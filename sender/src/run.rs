@@ -6,7 +6,7 @@ use crate::dirty::{self, NoTracker};
 use crate::freeze::{FreezeError, Freezer, TreeError};
 use crate::migrate::{MigrateError, Parts, Plan, migrate};
 use crate::progress::Progress;
-use crate::report::{Report, Totals};
+use crate::report::Report;
 use crate::sink::{Connect, NativeSink, SinkError};
 use crate::stream::StreamError;
 use crate::task::namespace_depth;
@@ -99,17 +99,9 @@ fn send(cli: &Cli) -> Result<Report, Failure> {
     };
     let mut sink = NativeSink::connect(connect, &pool).map_err(MigrateError::from)?;
     let progress = Progress::start(sink.bytes_sent());
-    let mut report = Report {
-        pid: cli.pid,
-        processes: 0,
-        segments: 0,
-        migration: id.to_string(),
-        directory: sink.directory().to_owned(),
-        tracker: tracker.name(),
-        ended: None,
-        rounds: Vec::new(),
-        totals: Totals::default(),
-    };
+    let mut report = Report::new(cli.pid, tracker.name());
+    report.migration = id.to_string();
+    sink.directory().clone_into(&mut report.directory);
     let plan = Plan {
         root: cli.pid,
         limits: cli.limits(),

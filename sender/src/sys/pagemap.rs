@@ -82,6 +82,7 @@ pub fn scan(
     room: &mut [Region],
     mut each: impl FnMut(&Region),
 ) -> io::Result<()> {
+    let vec_len = room.len();
     let mut start = range.start();
     while start < range.end() {
         let mut arg = ScanArg {
@@ -94,7 +95,7 @@ pub fn scan(
             start,
             end: range.end(),
             vec: room.as_mut_ptr() as u64,
-            vec_len: room.len() as u64,
+            vec_len: vec_len as u64,
             category_inverted: query.none,
             category_mask: query.none | query.all,
             category_anyof_mask: query.any,
@@ -106,11 +107,16 @@ pub fn scan(
         let found = check(libc::c_long::from(unsafe {
             libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg)
         }))?;
-        room[..found as usize].iter().for_each(&mut each);
-        if arg.walk_end <= start {
-            return Err(io::Error::other("PAGEMAP_SCAN does not advance"));
-        }
-        start = arg.walk_end;
+        let found = &room[..found as usize];
+        found.iter().for_each(&mut each);
+        // Only a full list ends a walk early. `walk_end` alone must not be believed: once the
+        // kernel's own small buffer was full in between, it stays at that place even if the walk
+        // went on to the end (seen on 6.18), and going on there would list, as not written, what
+        // this very call protected.
+        let Some(last) = found.last().filter(|_| found.len() == vec_len) else {
+            return Ok(());
+        };
+        start = arg.walk_end.max(last.end);
     }
     Ok(())
 }
