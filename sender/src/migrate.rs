@@ -98,16 +98,18 @@ pub fn migrate(
 
         let start = Instant::now();
         let mut frozen = freezer.freeze(plan.root)?;
-        sink.begin(round, kind, uptime_us().map_err(MigrateError::Uptime)?)?;
+        let uptime = uptime_us().map_err(MigrateError::Uptime)?;
         tree.collect(&mut frozen, tracker)?;
         let (receipt, stopped, collected) = match kind {
             RoundKind::PreDump => {
                 let stopped = frozen.thaw(Then::Run)?;
+                sink.begin(round, kind, uptime)?;
                 tree.survey_descriptors();
                 let scanned = tree.send(kind, tracker, sink, pool)?;
                 (sink.commit()?, stopped, scanned)
             }
             RoundKind::Final => {
+                sink.begin(round, kind, uptime)?;
                 tree.survey_descriptors();
                 let scanned = tree.send(kind, tracker, sink, pool)?;
                 let receipt = sink.commit()?;
