@@ -6,6 +6,7 @@ use crate::freeze::{FreezeError, Freezer, Then};
 use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
 use crate::sink::{PageSink, Receipt, SinkError};
+use crate::sys::sched::Urgent;
 use crate::tree::{SendError, Tree, TreeFault};
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, PAGE_SIZE};
@@ -97,18 +98,22 @@ pub fn migrate(
         progress.update(|status| (status.round, status.kind) = (round, name));
 
         let start = Instant::now();
+        let urgent = Urgent::begin();
         let mut frozen = freezer.freeze(plan.root)?;
         let uptime = uptime_us().map_err(MigrateError::Uptime)?;
         tree.collect(&mut frozen, tracker)?;
         let (receipt, stopped, collected) = match kind {
             RoundKind::PreDump => {
                 let stopped = frozen.thaw(Then::Run)?;
+                drop(urgent);
                 sink.begin(round, kind, uptime)?;
                 tree.survey_descriptors();
                 let scanned = tree.send(kind, tracker, sink, pool)?;
                 (sink.commit()?, stopped, scanned)
             }
             RoundKind::Final => {
+                // Reading and sending takes longer than anybody may be kept waiting.
+                drop(urgent);
                 sink.begin(round, kind, uptime)?;
                 tree.survey_descriptors();
                 let scanned = tree.send(kind, tracker, sink, pool)?;

@@ -13,7 +13,7 @@ use crate::task::namespace_depth;
 use crate::tree::{SendError, Tree, TreeFault};
 use pageferry_common::wire::WireError;
 use pageferry_common::{BufferPool, MigrationId};
-use std::io::{self, Read};
+use std::io::{self, IsTerminal, Read};
 use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::process::ExitCode;
@@ -149,6 +149,7 @@ fn start_log(verbose: u8) {
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .init();
 }

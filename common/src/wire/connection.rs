@@ -187,6 +187,11 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.bytes
     }
 
+    /// The stream itself, for what is no frame any more.
+    pub fn get_mut(&mut self) -> &mut R {
+        &mut self.io
+    }
+
     /// The next frame. Refusals and aborts of the peer come as errors.
     ///
     /// # Errors

@@ -3,6 +3,7 @@
 use super::procs::{self, TreeError};
 use super::{FrozenProcess, MESSAGE_MAX, Reply, Request, Then, inject};
 use crate::sys::ptrace::{self, Stop, Tid};
+use crate::sys::sched::Urgent;
 use crate::sys::{fdpass, pidfd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -33,6 +34,7 @@ pub fn serve() -> io::Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         crate::sys::signals::ignore(signal)?;
     }
+    let _urgent = Urgent::begin();
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
     children.thread_block()?;

@@ -6,6 +6,7 @@ pub mod fdpass;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
+pub mod sched;
 pub mod signals;
 pub mod uffd;
 
