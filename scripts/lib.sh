@@ -47,3 +47,11 @@ debian_extract() {
     rm -rf "$folder.log" "$folder"/usr/share/{doc,man,locale,info,lintian,bash-completion} \
         "$folder"/var/{lib,cache}/{apt,dpkg}
 }
+
+# replace_folder OLD NEW: puts NEW where OLD is, if OLD is one of ours (they have a stamp), empty or absent.
+replace_folder() {
+    [ -z "$(ls -A "$1" 2> /dev/null)" ] || [ -e "$1/stamp" ] ||
+        die "$1 has other things in it: name another folder, or empty it"
+    rm -rf "$1"
+    mv "$2" "$1"
+}
