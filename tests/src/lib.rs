@@ -1,1 +1,27 @@
-//! placeholder
+//! The harness of Pageferry's tests: a [`Victim`] with known memory, the [`Pair`] of programs under
+//! test, the truth about a frozen tree ([`memory`]), and a reader of CRIU images that shares no code
+//! with the receiver ([`images`]).
+//!
+//! ```no_run
+//! use pageferry_tests::{Frozen, Pair, Snapshot, Victim, images};
+//!
+//! let victim = Victim::start("heap=64 children=2 dirty=10");
+//! let pair = Pair::start(&[]);
+//! let report = pair.send(victim.pid(), &["--then", "stop"]).expect_report();
+//! let truth = Snapshot::take(&Frozen::already(victim.pid()).unwrap()).unwrap();
+//! images::compare(&truth, &pair.last_round(&report)).unwrap();
+//! ```
+#![forbid(unsafe_code)]
+
+pub mod images;
+pub mod memory;
+pub mod pair;
+pub mod program;
+pub mod scenario;
+pub mod victim;
+
+pub use images::{Mismatch, Stats, compare};
+pub use memory::{Frozen, Snapshot};
+pub use pair::{Pair, Receiver, Report, Round, Send};
+pub use program::{Finished, Program};
+pub use victim::{ReportFile, Victim};

@@ -20,6 +20,7 @@
 #include <linux/seccomp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <semaphore.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -140,6 +141,7 @@ struct board {
 
 static struct {
 	uint64_t seed, rng;
+	pid_t pid; /* kept, for strict seccomp forbids to ask */
 	uint32_t slot, next_id;
 	struct region region[MAX_REGIONS];
 	size_t regions;
@@ -151,7 +153,7 @@ static struct {
 	size_t auxes;
 	double dirty;
 	uint64_t dirty64;
-	bool chaos;
+	bool chaos, boxed;
 	int grandchildren;
 	int up_in, up_out;
 	struct board *board;
@@ -216,7 +218,7 @@ __attribute__((format(printf, 1, 2))) static void say(const char *pattern, ...)
 __attribute__((format(printf, 1, 2))) static void error(const char *pattern, ...)
 {
 	char line[240];
-	int head = snprintf(line, sizeof line, "ERROR pid=%d ", getpid());
+	int head = snprintf(line, sizeof line, "ERROR pid=%d ", g.pid);
 	va_list arguments;
 	va_start(arguments, pattern);
 	size_t length = (size_t)head;
@@ -282,9 +284,27 @@ static void expected(const struct region *r, size_t page, struct version v, uint
 		fill_line(key, patch, out + patch % lines * (LINE / 8));
 }
 
+/* The threads that never rest would take a lock again at once: they let those who queue go first. */
+static _Atomic int queued;
+
+static void queue_for(pthread_mutex_t *mutex)
+{
+	atomic_fetch_add(&queued, 1);
+	pthread_mutex_lock(mutex);
+	atomic_fetch_sub(&queued, 1);
+}
+
+static void give_way(pthread_mutex_t *mutex)
+{
+	pthread_mutex_unlock(mutex);
+	while (atomic_load(&queued))
+		sched_yield();
+	pthread_mutex_lock(mutex);
+}
+
 static void lock(struct region *r)
 {
-	pthread_mutex_lock(r->shared ? &r->model->lock : &g.lock);
+	queue_for(r->shared ? &r->model->lock : &g.lock);
 }
 
 static void unlock(struct region *r)
@@ -321,8 +341,8 @@ static bool may_write(const struct region *r, size_t page)
 {
 	return r->model->page[page].version != GUARD && !(r->stride && page % r->stride) &&
 	       !(r->gap && page % r->gap == 0) &&
-	       /* Each process has stripes of its own in what all share. */
-	       !(r->shared && page / STRIPE % 8 != g.slot % 8);
+	       /* In what all share the root writes anywhere, another process in stripes of its own. */
+	       !(r->shared && g.slot && page / STRIPE % 8 != g.slot % 8);
 }
 
 static void bump(struct region *r, size_t page)
@@ -413,7 +433,7 @@ static void mismatch(struct reply *reply, const struct region *r, size_t page, s
 {
 	if (!reply->mismatches++)
 		snprintf(reply->first, sizeof reply->first,
-			 "pid=%d region=%s/%x page=%zu address=%p offset=%zu version=%u.%u", getpid(), r->kind,
+			 "pid=%d region=%s/%x page=%zu address=%p offset=%zu version=%u.%u", g.pid, r->kind,
 			 r->id, page, r->addr ? (void *)(r->addr + page * PAGE) : NULL, offset,
 			 r->model->page[page].version, r->model->page[page].patch);
 }
@@ -422,7 +442,7 @@ static void mismatch(struct reply *reply, const struct region *r, size_t page, s
  * object would create it, and a huge sparse mapping would get page tables all over. */
 static bool look_at_hole(const struct region *r, size_t page)
 {
-	return !r->shared && (!r->stride || page % 64 == 3);
+	return !r->shared && (r->stride != 7 || page % 64 == 3);
 }
 
 static void check_region(struct region *r, struct reply *reply)
@@ -627,6 +647,7 @@ static void huge(const char *kind, const char *a, bool shared)
 	}
 	struct region *r = add(kind, at, bytes / PAGE, shared);
 	r->huge = true;
+	r->keep_out = !shared; /* a child that cannot get a copy is killed */
 	r->inode = shared ? inode_at(at) : 0;
 	publish(r);
 }
@@ -828,8 +849,7 @@ static void *dirty_thread(void *unused)
 			struct region *r = locate(true, &page);
 			whole ? bump(r, page) : patch(r, page);
 			if (n % 64 == 0) {
-				pthread_mutex_unlock(&g.lock);
-				pthread_mutex_lock(&g.lock);
+				give_way(&g.lock);
 				total = total_pages(true); /* it may have been remapped meanwhile */
 			}
 			if (owed < 1 && owed64 < 1)
@@ -854,7 +874,6 @@ enum { DEPTH = 200 };
 __attribute__((noinline)) static void descend(size_t depth, uint32_t version)
 {
 	volatile uint64_t frame[WORDS];
-	uint64_t want[WORDS / 8];
 	struct version v = {version, 0};
 	uint64_t key = page_key(&deep_region, depth, v);
 	for (size_t i = 0; i < WORDS; i++)
@@ -874,8 +893,6 @@ __attribute__((noinline)) static void descend(size_t depth, uint32_t version)
 			error("stack frame %zu word %zu is wrong", depth, i);
 			break;
 		}
-	want[0] = frame[0]; /* keeps the frame alive past the call: no tail call */
-	(void)*(volatile uint64_t *)want;
 }
 
 static void *deep_thread(void *unused)
@@ -1239,7 +1256,6 @@ static void on_timer(int number, siginfo_t *info, void *context)
 	other.turns = 1;
 	if (!hold(&other))
 		error("a register changed in a signal handler");
-	errno = 4711;
 }
 
 static void arm_timer(void)
@@ -1482,14 +1498,14 @@ static bool is_writing(void)
 static void *chaos_thread(void *unused)
 {
 	(void)unused;
+	pthread_mutex_lock(&chaos.lock);
 	for (;;) {
-		pthread_mutex_lock(&chaos.lock);
 		while (!is_writing())
 			pthread_cond_wait(&chaos.go, &chaos.lock);
 		for (int i = 0; i < 16; i++)
 			chaos_verify(chaos_step());
 		chaos.steps += 16;
-		pthread_mutex_unlock(&chaos.lock);
+		give_way(&chaos.lock);
 	}
 	return NULL;
 }
@@ -1506,12 +1522,12 @@ static void check_chaos(struct reply *reply)
 {
 	if (!g.chaos)
 		return;
-	pthread_mutex_lock(&chaos.lock);
+	queue_for(&chaos.lock);
 	for (struct chaos_map *m = chaos.map; m < chaos.map + CHAOS_MAPS; m++)
 		for (size_t page = 0; m->addr && page < m->pages; page++, reply->pages++)
 			if (!chaos_page_right(m, page) && !reply->mismatches++)
 				snprintf(reply->first, sizeof reply->first, "pid=%d region=chaos page=%zu address=%p",
-					 getpid(), page, (void *)(m->addr + page * PAGE));
+					 g.pid, page, (void *)(m->addr + page * PAGE));
 	pthread_mutex_unlock(&chaos.lock);
 }
 
@@ -1545,8 +1561,8 @@ static void act(struct command command, struct reply *reply)
 		break;
 	case STOP_WRITING:
 	case START_WRITING:
-		pthread_mutex_lock(&chaos.lock); /* no step of chaos is under way */
-		pthread_mutex_lock(&g.lock);
+		queue_for(&chaos.lock); /* no step of chaos is under way */
+		queue_for(&g.lock);
 		g.writing = command.op == START_WRITING;
 		pthread_mutex_unlock(&g.lock);
 		if (g.chaos)
@@ -1555,7 +1571,7 @@ static void act(struct command command, struct reply *reply)
 		break;
 	case REGIONS:
 		for (struct region *r = g.region; r < g.region + g.regions; r++, reply->pages++)
-			say("region pid=%d id=%x start=%#lx length=%zu kind=%s inode=%lu", getpid(), r->id,
+			say("region pid=%d id=%x start=%#lx length=%zu kind=%s inode=%lu", g.pid, r->id,
 			    (unsigned long)(uintptr_t)r->addr, r->pages * PAGE, r->kind, (unsigned long)r->inode);
 		break;
 	case QUIT:
@@ -1582,21 +1598,6 @@ static void run(struct command command, struct reply *reply)
 	}
 }
 
-__attribute__((noreturn)) static void serve_parent(void)
-{
-	struct command command;
-	while (read(g.up_in, &command, sizeof command) == sizeof command) {
-		struct reply reply = {0};
-		run(command, &reply);
-		if (command.op == QUIT)
-			end_kids();
-		if (write(g.up_out, &reply, sizeof reply) != sizeof reply || command.op == QUIT)
-			break;
-	}
-	for (;;)
-		syscall(SYS_exit, 0); /* the one exit that strict seccomp allows; it has no threads */
-}
-
 __attribute__((noreturn)) static void serve(void)
 {
 	struct command command;
@@ -1608,6 +1609,8 @@ __attribute__((noreturn)) static void serve(void)
 		if (write(g.up_out, &reply, sizeof reply) != sizeof reply || command.op == QUIT)
 			break;
 	}
+	if (g.boxed)
+		syscall(SYS_exit, 0); /* strict seccomp allows no other, and there is one thread */
 	_exit(0);
 }
 
@@ -1622,8 +1625,8 @@ static void die_with(pid_t parent)
 static pid_t quiet_fork(void)
 {
 	pid_t parent = getpid();
-	pthread_mutex_lock(&chaos.lock);
-	pthread_mutex_lock(&g.lock);
+	queue_for(&chaos.lock);
+	queue_for(&g.lock);
 	for (size_t i = 0; i < g.regions; i++)
 		if (g.region[i].shared)
 			lock(&g.region[i]);
@@ -1641,6 +1644,7 @@ static pid_t quiet_fork(void)
 
 static void inherit(void)
 {
+	g.pid = getpid();
 	g.slot = atomic_fetch_add(&g.board->slots, 1);
 	g.rng = mix(g.seed ^ g.slot);
 	g.next_id = 0;
@@ -1664,7 +1668,7 @@ static void inherit(void)
 }
 
 /* Forks a child that runs `begin` and serves commands. */
-static pid_t add_kid(void (*begin)(void), void (*loop)(void))
+static pid_t add_kid(void (*begin)(void))
 {
 	int down[2], up[2];
 	if (g.kids == MAX_KIDS || pipe2(down, O_CLOEXEC) || pipe2(up, O_CLOEXEC))
@@ -1689,8 +1693,7 @@ static pid_t add_kid(void (*begin)(void), void (*loop)(void))
 		struct reply ready = {0};
 		if (write(g.up_out, &ready, sizeof ready) != sizeof ready)
 			_exit(1);
-		loop();
-		_exit(0);
+		serve();
 	}
 	close(down[0]);
 	close(up[1]);
@@ -1744,7 +1747,7 @@ static void begin_child(void)
 	f_heap("1");
 	change(total_pages(false) / 8, false); /* its own copies of what it inherited */
 	for (int i = 0; i < g.grandchildren; i++)
-		if (add_kid(begin_grandchild, serve) < 0)
+		if (add_kid(begin_grandchild) < 0)
 			_exit(1);
 	start_dirty();
 }
@@ -1752,7 +1755,7 @@ static void begin_child(void)
 static void f_children(const char *a)
 {
 	for (int i = 0; i < count_of(a); i++)
-		if (add_kid(begin_child, serve) < 0)
+		if (add_kid(begin_child) < 0)
 			die("child");
 }
 
@@ -1772,25 +1775,28 @@ static void begin_chaos(void)
 static void f_chaos(const char *a)
 {
 	(void)a;
-	if (add_kid(begin_chaos, serve) < 0)
+	if (add_kid(begin_chaos) < 0)
 		die("chaos child");
 	start_chaos(false);
 }
 
-static void keep_simple_regions(void)
+static void enter_box(void)
 {
-	/* In seccomp nothing but memory can be used, and no lock may be waited for. */
+	/* Only what needs no system call: no lock is waited for, no page given back. */
 	size_t kept = 0;
 	for (size_t i = 0; i < g.regions; i++)
-		if (!g.region[i].shared && g.region[i].prot == (PROT_READ | PROT_WRITE))
+		if (!g.region[i].shared && g.region[i].prot == (PROT_READ | PROT_WRITE)) {
+			g.region[i].plain = false;
 			g.region[kept++] = g.region[i];
+		}
 	g.regions = kept;
+	g.boxed = true;
 }
 
 static void begin_strict(void)
 {
 	f_heap("1");
-	keep_simple_regions();
+	enter_box();
 	if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT))
 		_exit(1);
 }
@@ -1798,7 +1804,7 @@ static void begin_strict(void)
 static void begin_filter(void)
 {
 	f_heap("1");
-	keep_simple_regions();
+	enter_box();
 #define ALLOW(call) BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_##call, 0, 1), \
 		    BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)
 	struct sock_filter code[] = {
@@ -1815,7 +1821,7 @@ static void begin_filter(void)
 
 static void f_seccomp(const char *a)
 {
-	if (add_kid(a && !strcmp(a, "strict") ? begin_strict : begin_filter, serve_parent) < 0)
+	if (add_kid(a && !strcmp(a, "strict") ? begin_strict : begin_filter) < 0)
 		skip("seccomp");
 }
 
@@ -1950,8 +1956,9 @@ static struct region *last_plain(void)
 {
 	struct region *found = NULL;
 	for (struct region *r = g.region; r < g.region + g.regions; r++)
-		if (r->plain && !r->stride && r->pages > 1 && !r->wipe && !r->keep_out)
-			found = r;
+		if (r->plain && !r->stride && r->pages > 1 && !r->wipe && !r->keep_out &&
+		    !(found && !strcmp(found->kind, "heap") && strcmp(r->kind, "heap")))
+			found = r; /* the last heap if there is one */
 	return found;
 }
 
@@ -1964,7 +1971,7 @@ static size_t reshape(enum reshape how)
 	struct region *r = last_plain();
 	if (!r)
 		return 0;
-	pthread_mutex_lock(&g.lock);
+	queue_for(&g.lock);
 	size_t bytes = r->pages * PAGE, filled = r->pages;
 	void *to;
 	switch (how) {
@@ -2056,7 +2063,7 @@ static void obey(const char *line)
 	} else if (!strcmp(word, "grow")) {
 		say("ok %zu", reshape(GROW));
 	} else if (!strcmp(word, "fork")) {
-		pid_t pid = add_kid(begin_child, serve);
+		pid_t pid = add_kid(begin_child);
 		say(pid < 0 ? "bad %d" : "ok %d", pid);
 	} else if (!strcmp(word, "reap")) {
 		if (g.kids)
@@ -2066,7 +2073,7 @@ static void obey(const char *line)
 		say("ok %lu %lu %lu %s", (unsigned long)g.board->errors, (unsigned long)g.board->interrupted,
 		    (unsigned long)g.board->eintr, g.board->first_taken ? g.board->first : "");
 	} else if (!strcmp(word, "activity")) { /* steps of chaos, signals seen */
-		pthread_mutex_lock(&chaos.lock);
+		queue_for(&chaos.lock);
 		uint64_t steps = chaos.steps;
 		pthread_mutex_unlock(&chaos.lock);
 		say("ok %lu %lu", (unsigned long)steps, (unsigned long)atomic_load(&signals_seen));
@@ -2214,6 +2221,7 @@ int main(int argc, char **argv)
 	if (!g.board)
 		die("board");
 	atomic_store(&g.board->slots, 1);
+	g.pid = getpid();
 	g.rng = mix(g.seed);
 	for (int phase = 0; phase <= 3; phase++)
 		make_features(list, phase);

@@ -1,0 +1,271 @@
+//! The two programs under test: `receive` on a free loopback port, and `send` to it.
+
+use crate::program::{Finished, Program, binary};
+use serde::Deserialize;
+use std::ffi::OsStr;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use tempfile::TempDir;
+
+/// One round, as `send --json` reports it.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct Round {
+    /// Its number.
+    pub round: u64,
+    /// What sort of round it was.
+    pub kind: String,
+    /// How long the tree stood still for it, milliseconds.
+    pub frozen_ms: f64,
+    /// Pages looked at.
+    pub scanned_pages: u64,
+    /// Pages sent with their contents.
+    pub sent_pages: u64,
+    /// Pages that were written but hold what the receiver has.
+    pub unchanged_pages: u64,
+    /// Pages of zeros, which need no contents.
+    pub zero_pages: u64,
+    /// Bytes of page contents, before compression.
+    pub bytes_raw: u64,
+    /// Bytes on the wire.
+    pub bytes_wire: u64,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+/// What `send --json` prints.
+///
+/// Only the rounds are typed here, so that a test sees when the program's words change.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct Report {
+    /// The rounds, oldest first.
+    pub rounds: Vec<Round>,
+    /// Everything else it says.
+    #[serde(flatten)]
+    pub totals: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A run of `send` that is over.
+#[derive(Debug)]
+pub struct Sent {
+    /// Its exit status.
+    pub status: ExitStatus,
+    /// Its report, if standard output holds one.
+    pub report: Option<Report>,
+    /// Standard output as it was.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Sent {
+    /// The report of a run that must have succeeded.
+    ///
+    /// # Panics
+    /// If it did not, with what the program said.
+    #[must_use]
+    pub fn expect_report(self) -> Report {
+        assert!(
+            self.status.success(),
+            "send: {}\n{}",
+            self.status,
+            self.stderr
+        );
+        let text = self.stdout;
+        self.report
+            .unwrap_or_else(|| panic!("send printed no report but {text:?}"))
+    }
+}
+
+impl From<Finished> for Sent {
+    fn from(finished: Finished) -> Self {
+        Self {
+            status: finished.status,
+            report: serde_json::from_str(&finished.stdout).ok(),
+            stdout: finished.stdout,
+            stderr: finished.stderr,
+        }
+    }
+}
+
+/// A `send` that runs.
+#[derive(Debug)]
+pub struct Send(Program);
+
+impl Send {
+    /// Starts `send --to TO OPTIONS PID --json`; the binary is `$PAGEFERRY_SEND` or the workspace's.
+    ///
+    /// # Panics
+    /// If the binary is not built.
+    #[must_use]
+    pub fn start(to: SocketAddr, pid: i32, options: &[&str]) -> Self {
+        let mut command = Command::new(binary("PAGEFERRY_SEND", "send"));
+        command.arg("--to").arg(to.to_string()).args(options);
+        Self(Program::start(command.arg(pid.to_string()).arg("--json")))
+    }
+
+    /// The running program: to watch or kill.
+    pub fn program(&mut self) -> &mut Program {
+        &mut self.0
+    }
+
+    /// Waits until it ends.
+    ///
+    /// # Panics
+    /// If it hangs.
+    #[must_use]
+    pub fn finish(self) -> Sent {
+        self.0.finish().into()
+    }
+}
+
+/// A `receive` that listens.
+#[derive(Debug)]
+pub struct Receiver {
+    program: Program,
+    address: SocketAddr,
+}
+
+impl Receiver {
+    /// Starts `receive --listen 0 --dir DIR OPTIONS`, and waits until it says `listening on
+    /// ADDRESS` on standard error; the binary is `$PAGEFERRY_RECEIVE` or the workspace's.
+    ///
+    /// # Panics
+    /// If the binary is not built, or does not come to listen.
+    #[must_use]
+    pub fn start(dir: &Path, options: &[&str]) -> Self {
+        Self::listen("0", dir, options)
+    }
+
+    /// The same on a given port, such as one that a predecessor has left.
+    ///
+    /// # Panics
+    /// As [`Receiver::start`].
+    #[must_use]
+    pub fn listen(port: &str, dir: &Path, options: &[&str]) -> Self {
+        let mut command = Command::new(binary("PAGEFERRY_RECEIVE", "receive"));
+        command.args([OsStr::new("--listen"), port.as_ref()]);
+        command
+            .args([OsStr::new("--dir"), dir.as_ref()])
+            .args(options);
+        let mut program = Program::start(&mut command);
+        let address = program.await_stderr(listening_on);
+        Self { program, address }
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// The running program: to watch or kill.
+    pub fn program(&mut self) -> &mut Program {
+        &mut self.program
+    }
+
+    /// Waits until it ends by itself.
+    ///
+    /// # Panics
+    /// If it hangs.
+    #[must_use]
+    pub fn finish(self) -> Finished {
+        self.program.finish()
+    }
+}
+
+/// The address in a line `… listening on ADDRESS …`.
+fn listening_on(line: &str) -> Option<SocketAddr> {
+    let rest = line.split_once("listening on ")?.1;
+    rest.split_whitespace().next()?.parse().ok()
+}
+
+/// A receiver with a directory of its own.
+#[derive(Debug)]
+pub struct Pair {
+    receiver: Receiver,
+    dir: PathBuf,
+    _root: TempDir,
+}
+
+impl Pair {
+    /// Starts a receiver with these options that writes to a new directory.
+    ///
+    /// # Panics
+    /// As [`Receiver::start`].
+    #[must_use]
+    pub fn start(receiver_options: &[&str]) -> Self {
+        let root = tempfile::tempdir().expect("a temporary directory can be made");
+        let dir = root.path().join("images");
+        std::fs::create_dir(&dir).expect("it is new");
+        Self {
+            receiver: Receiver::start(&dir, receiver_options),
+            dir,
+            _root: root,
+        }
+    }
+
+    /// Where the images go.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Where the last round that a report tells of has its images, over those of the rounds before.
+    ///
+    /// # Panics
+    /// If the report names no directory or has no round.
+    #[must_use]
+    pub fn last_round(&self, report: &Report) -> PathBuf {
+        let directory = report.totals.get("directory").and_then(|it| it.as_str());
+        let round = report.rounds.last().expect("there was a round").round;
+        self.dir
+            .join(directory.expect("a report names the directory"))
+            .join(round.to_string())
+    }
+
+    /// The receiver.
+    pub fn receiver(&mut self) -> &mut Receiver {
+        &mut self.receiver
+    }
+
+    /// Starts to send a tree.
+    ///
+    /// # Panics
+    /// As [`Send::start`].
+    #[must_use]
+    pub fn start_send(&self, pid: i32, options: &[&str]) -> Send {
+        Send::start(self.receiver.address, pid, options)
+    }
+
+    /// Sends a tree.
+    ///
+    /// # Panics
+    /// As [`Send::start`], or if it hangs.
+    #[must_use]
+    pub fn send(&self, pid: i32, options: &[&str]) -> Sent {
+        self.start_send(pid, options).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_port_is_read_from_any_log_line() {
+        let line = " INFO receive: listening on 127.0.0.1:4711 dir=/x";
+        assert_eq!(listening_on(line), "127.0.0.1:4711".parse().ok());
+        assert_eq!(listening_on("listening on nothing"), None);
+    }
+
+    #[test]
+    fn a_report_keeps_what_it_does_not_know() {
+        let text = r#"{"rounds": [{"round": 0, "kind": "full", "frozen_ms": 0.3, "scanned_pages": 9,
+            "sent_pages": 5, "unchanged_pages": 3, "zero_pages": 1, "bytes_raw": 20480,
+            "bytes_wire": 900, "seconds": 0.01, "later": true}], "downtime_ms": 4.5}"#;
+        let report: Report = serde_json::from_str(text).unwrap();
+        assert_eq!(report.rounds[0].sent_pages, 5);
+        assert_eq!(report.totals["downtime_ms"], 4.5);
+    }
+}

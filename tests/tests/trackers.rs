@@ -1,0 +1,120 @@
+//! Each dirty tracker on each kind of memory: what arrives is, byte by byte, what the frozen victim
+//! holds. These tests run in the VM too, whose kernel has what the host's may lack.
+
+use pageferry_tests::scenario::assert_sent;
+use pageferry_tests::{Pair, Victim};
+use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+const TRACKERS: [&str; 3] = ["uffd", "soft-dirty", "hash"];
+
+/// Rounds go on until the plateau shows: several, with everything that rounds bring.
+const MANY_ROUNDS: [&str; 4] = ["--max-downtime", "0ms", "--max-rounds", "4"];
+
+/// Whether this kernel has a tracker; if not, says so by name.
+fn is_here(tracker: &str) -> bool {
+    let victim = Victim::start("heap=1");
+    let pair = Pair::start(&[]);
+    let sent = pair.send(victim.pid(), &["--tracker", tracker, "--rounds", "1"]);
+    let missing = sent.stderr.contains("this kernel has no");
+    assert!(sent.status.success() || missing, "{}", sent.stderr);
+    if missing {
+        eprintln!("SKIPPED: --tracker {tracker}: {}", sent.stderr.trim());
+    }
+    !missing
+}
+
+fn with_each_tracker(features: &str, options: &[&str]) {
+    let mut tested = 0;
+    for tracker in TRACKERS.into_iter().filter(|tracker| is_here(tracker)) {
+        let mut victim = Victim::start(features);
+        for skipped in victim.skipped() {
+            eprintln!("SKIPPED: {skipped}");
+        }
+        let all = [&MANY_ROUNDS[..], &["--tracker", tracker], options].concat();
+        let report = assert_sent(&mut victim, &all);
+        assert_eq!(report.totals["tracker"], tracker);
+        assert!(report.rounds.len() >= 2, "{:?}", report.rounds);
+        // A second time, for the first must have left nothing behind.
+        assert_sent(&mut victim, &all);
+        tested += 1;
+    }
+    assert!(tested >= 1, "no tracker works here");
+}
+
+#[test]
+fn private_memory_of_every_kind() {
+    with_each_tracker(
+        "heap=8 text=4 zero=2 sparse=64 protnone=2 readonly=1 code=1 guard=1 readzero=1 mlock=1 \
+         wipeonfork=1 dontfork=1 dontdump=1 mergeable=1 brk=1 static fileprivate=2 fileshared=1 \
+         dirty=20 dirty64=500",
+        &[],
+    );
+}
+
+#[test]
+fn huge_pages_that_the_kernel_makes() {
+    with_each_tracker("thp=16 dirty=20", &[]);
+}
+
+/// Huge pages that are set aside are the whole machine's: one test at a time, and given back.
+struct HugePages {
+    before: String,
+    _alone: MutexGuard<'static, ()>,
+}
+
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    fn reserve(pages: usize) -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = fs::read_to_string(NR_HUGEPAGES).unwrap();
+        fs::write(NR_HUGEPAGES, pages.to_string()).expect("root may reserve huge pages");
+        let _alone = alone;
+        Self { before, _alone }
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        let _ = fs::write(NR_HUGEPAGES, &self.before);
+    }
+}
+
+#[test]
+fn huge_pages_that_are_set_aside() {
+    let _pages = HugePages::reserve(16);
+    with_each_tracker("hugetlb=4 hugeshared=2 heap=2 dirty=20", &[]);
+}
+
+#[test]
+fn shared_memory_of_a_tree() {
+    with_each_tracker(
+        "heap=2 shared=4 memfd=4 memfd_unmapped=2 sysv=2 children=3 grandchildren=2 dirty=20 lock",
+        &[],
+    );
+}
+
+#[test]
+fn threads_in_every_system_call() {
+    with_each_tracker("heap=4 threads=16 spin=2 signals dirty=20", &[]);
+}
+
+#[test]
+fn processes_of_every_kind() {
+    with_each_tracker(
+        "heap=2 children=2 seccomp=strict seccomp=filter zombie dirty=20",
+        &[],
+    );
+}
+
+#[test]
+fn compressed() {
+    with_each_tracker("heap=8 text=16 zero=4 dirty=20", &["--compress", "zstd:3"]);
+}
+
+#[test]
+fn with_contents_compared() {
+    with_each_tracker("heap=8 zero=2 children=1 dirty=20", &["--skip-unchanged"]);
+}
