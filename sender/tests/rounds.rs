@@ -13,7 +13,7 @@ use pageferry_sender::sink::{PageSink, Receipt, SinkError};
 use pageferry_sender::tree::Tree;
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -153,7 +153,7 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool) {
     };
     migrate(&plan, &mut tree, parts, &mut report).unwrap();
     for round in &report.rounds {
-        writeln!(std::io::stderr(), "{name}: {round:?}").unwrap();
+        eprintln!("{name}: {round:?}");
     }
     assert!(report.rounds.len() >= 4);
     assert!(report.rounds[0].sent_pages > 64 * 256);

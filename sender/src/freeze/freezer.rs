@@ -259,13 +259,20 @@ impl Freezer<'_> {
                 }
             }
         }
+        let mut detached = Vec::with_capacity(self.threads.len());
         self.threads.retain(|&tid, thread| {
             // One that just died cannot be detached; it stays ours, and its parent's SIGCHLD held
             // back, until it is waited for.
             let left = thread.state == State::Stopped && ptrace::detach(tid).is_ok();
             thread.state = State::Leaving;
+            if left {
+                detached.push((thread.pid, tid));
+            }
             !left
         });
+        if then == Then::Stop {
+            wait_until_stopped(&detached);
+        }
         let deadline = Instant::now() + KILL_DEADLINE;
         while then == Then::Kill && !self.threads.is_empty() && Instant::now() < deadline {
             let reaped = self
@@ -358,6 +365,20 @@ impl Freezer<'_> {
     fn readable(&self, timeout: PollTimeout) -> io::Result<bool> {
         let mut fds = [PollFd::new(self.socket, PollFlags::POLLIN)];
         Ok(poll(&mut fds, timeout)? > 0)
+    }
+}
+
+/// Waits until threads that run into a SIGSTOP stand. They execute nothing more before, but a
+/// debugger or CRIU that comes next wants to see them stopped. Nothing but `/proc` tells.
+fn wait_until_stopped(threads: &[(i32, Tid)]) {
+    let deadline = Instant::now() + STOP_DEADLINE;
+    for &(pid, tid) in threads {
+        while matches!(procs::state(pid, tid), Some('R' | 'S' | 'D' | 't')) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
     }
 }
 

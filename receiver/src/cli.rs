@@ -1,0 +1,134 @@
+//! The command line of `receive`.
+
+use clap::{Args, Parser, Subcommand};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Takes the memory of process trees from `send`, and writes it as CRIU image files.
+///
+/// Each migration gets a directory of its own under DIR, with one directory for each round, linked
+/// by CRIU's `parent` symlinks. A round appears when it is complete and on disk, or not at all.
+#[derive(Debug, Parser)]
+#[command(name = "receive", version, after_help = EXAMPLES,
+          args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Cli {
+    /// What to do instead of receiving
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// How to receive
+    #[command(flatten)]
+    pub serve: Serve,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  receive --listen 7700 --dir /var/lib/pageferry
+      take any number of migrations from this host (or through a tunnel)
+  receive --listen 7700 --dir images --once --json
+      take one, report, and exit with its result
+  receive verify /var/lib/pageferry/4711-0123456789abcdef0123456789abcdef
+      check the rounds of a migration
+  receive flatten /var/lib/pageferry/4711-0123456789abcdef0123456789abcdef flat
+      merge them into one directory that needs no other
+
+Exit codes:
+  0 done, 1 failed, 2 usage, 4 cannot use the port or the directory, 130 or 143 stopped by a signal";
+
+/// What to do with images that are there.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Merge a chain of rounds into one self-contained directory
+    Flatten {
+        /// A round, or a migration (then its newest round)
+        dir: PathBuf,
+        /// Where to; must be new or empty
+        out: PathBuf,
+    },
+    /// Check a chain of rounds; exits with 1 if anything is wrong
+    Verify {
+        /// A round, or a migration (then its newest round)
+        dir: PathBuf,
+    },
+}
+
+/// Options of receiving.
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// Where to listen; a bare PORT is of 127.0.0.1, and port 0 any that is free
+    #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_listen, required = true)]
+    pub listen: Option<SocketAddr>,
+
+    /// Where migrations go; made if it is not there
+    #[arg(long, required = true)]
+    pub dir: Option<PathBuf>,
+
+    /// Take one migration, and exit with its result
+    #[arg(long)]
+    pub once: bool,
+
+    /// Give up on a sender that is silent for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
+    pub timeout: Duration,
+
+    /// Buffers of 4 MiB for each sender
+    #[arg(long, value_name = "N", default_value_t = 4,
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub buffers: u16,
+
+    /// Most senders at once; others are refused
+    #[arg(long, value_name = "N", default_value_t = 16,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_senders: u16,
+
+    /// Take memory in the clear from other hosts
+    #[arg(long)]
+    pub insecure: bool,
+
+    /// With --once: print a report as one JSON object on standard output
+    #[arg(long, requires = "once")]
+    pub json: bool,
+
+    /// Log more
+    #[arg(long, short, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+fn parse_listen(text: &str) -> Result<SocketAddr, String> {
+    if let Ok(port) = text.parse() {
+        return Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port));
+    }
+    text.parse()
+        .map_err(|_| "it is a PORT, or ADDRESS:PORT like 192.0.2.1:7700 or [::1]:7700".to_owned())
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.strip_suffix('s').unwrap_or(text).parse().ok();
+    seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|time| !time.is_zero())
+        .ok_or_else(|| "it is a number of seconds".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+        let parse = |args: &[&str]| Cli::try_parse_from([&["receive"], args].concat());
+        let cli = parse(&["--listen", "7700", "--dir", "d"]).unwrap();
+        assert_eq!(cli.serve.listen, Some(([127, 0, 0, 1], 7700).into()));
+        assert!(parse(&["verify", "d"]).unwrap().command.is_some());
+        for wrong in [
+            &["--dir", "d"][..],
+            &["--listen", "x", "--dir", "d"],
+            &["flatten", "d"],
+        ] {
+            assert!(parse(wrong).is_err());
+        }
+    }
+}

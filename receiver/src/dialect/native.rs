@@ -1,0 +1,430 @@
+//! The native protocol's receiving end: one task on the socket, one thread on the disk.
+//!
+//! Memory for one sender: `--buffers` of 4 MiB, one more for decompression, and a chunk's metadata.
+
+use crate::image::writer::{RoundWriter, WriteError};
+use crate::store::{Store, is_taken};
+use bytes::Bytes;
+use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::wire::{
+    self, Chunk, FrameReader, FrameWriter, Incoming, Message, RefuseCode, RoundKind, SharedPhase,
+    Totals, WireError,
+};
+use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, PAGE_SIZE};
+use serde::Serialize;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::sync::{mpsc, oneshot};
+
+/// How often a sender that waits for a long fsync is told that we live.
+const WORKING_INTERVAL: Duration = Duration::from_secs(5);
+
+/// How long a sender may take to stop sending after it was refused: closing earlier would reset
+/// the connection and destroy our reason on its way.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Highest round number taken: bounds chains that a reader must follow.
+const ROUNDS_MAX: u32 = 1000;
+
+/// How a migration went.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Migration {
+    /// Its directory.
+    pub directory: PathBuf,
+    /// Complete rounds.
+    pub rounds: u32,
+    /// Whether the last of them was a final one.
+    pub finished_frozen: bool,
+    /// Pages received with content.
+    pub data_pages: u64,
+    /// Bytes received on the wire.
+    pub bytes_wire: u64,
+}
+
+/// Why a migration ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum NativeError {
+    /// The connection, or the peer on it.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// Something else than the peer's protocol.
+    #[error("{reason}")]
+    Refuse {
+        /// Its class.
+        code: RefuseCode,
+        /// The reason the peer is given.
+        reason: String,
+    },
+}
+
+impl NativeError {
+    fn refuse(code: RefuseCode, reason: impl Into<String>) -> Self {
+        let reason = reason.into();
+        Self::Refuse { code, reason }
+    }
+}
+
+impl From<WriteError> for NativeError {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Storage(file) => {
+                Self::refuse(RefuseCode::Storage, format!("{file}: {}", file.source))
+            }
+            WriteError::Protocol(what) => Self::refuse(RefuseCode::Protocol, what),
+        }
+    }
+}
+
+/// Limits of one connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Longest silence.
+    pub stall: Duration,
+    /// Buffers of 4 MiB.
+    pub buffers: usize,
+}
+
+/// Takes one migration, whose progress is in `migration` however it ends.
+///
+/// # Errors
+/// [`NativeError`]; the sender was told why, if it could be.
+pub async fn receive<R, W>(
+    read: R,
+    write: W,
+    store: &Store,
+    limits: Limits,
+    migration: &mut Migration,
+) -> Result<(), NativeError>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let phase = SharedPhase::default();
+    let mut session = Session {
+        reader: FrameReader::new(read, phase.clone(), limits.stall),
+        writer: FrameWriter::new(write, phase, limits.stall),
+        pool: BufferPool::new(limits.buffers),
+    };
+    let result = session.run(store, limits, migration).await;
+    migration.bytes_wire = session.reader.bytes();
+    if let Err(error) = &result {
+        session.say_why(error).await;
+    }
+    result
+}
+
+struct Session<R, W> {
+    reader: FrameReader<R>,
+    writer: FrameWriter<W>,
+    pool: BufferPool,
+}
+
+impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
+    async fn run(
+        &mut self,
+        store: &Store,
+        limits: Limits,
+        migration: &mut Migration,
+    ) -> Result<(), NativeError> {
+        migration.directory = self.greet(store).await?;
+        let mut disk = Disk::start(migration.directory.clone(), limits.buffers)?;
+        loop {
+            match self.message().await? {
+                Message::RoundBegin {
+                    round,
+                    kind,
+                    uptime_us,
+                } => {
+                    let began = Instant::now();
+                    let parent = (migration.rounds > 0).then_some(migration.rounds);
+                    if round != migration.rounds + 1 || round > ROUNDS_MAX {
+                        let what = format!("round {round} after {}", migration.rounds);
+                        return Err(NativeError::refuse(RefuseCode::Protocol, what));
+                    }
+                    let begin = Job::Begin {
+                        round,
+                        parent,
+                        uptime_us,
+                    };
+                    disk.give(begin).await?;
+                    let totals = self.round(&mut disk).await?;
+                    self.writer
+                        .send(&Message::RoundAck { round, totals })
+                        .await?;
+                    migration.rounds = round;
+                    migration.finished_frozen = kind == RoundKind::Final;
+                    migration.data_pages += totals.data_pages;
+                    tracing::info!(
+                        directory = %migration.directory.display(),
+                        round,
+                        data_mib = (totals.data_pages * PAGE_SIZE) >> 20,
+                        pages = totals.pages(),
+                        seconds = began.elapsed().as_secs_f64(),
+                        "round complete"
+                    );
+                }
+                Message::Finish => {
+                    self.writer.send(&Message::FinishAck).await?;
+                    return Ok(());
+                }
+                other => return Err(not_mine(&other)),
+            }
+        }
+    }
+
+    async fn greet(&mut self, store: &Store) -> Result<PathBuf, NativeError> {
+        let Message::Hello {
+            version,
+            page_size,
+            features,
+            id,
+            root_pid,
+        } = self.message().await?
+        else {
+            unreachable!("the phase table lets nothing else begin");
+        };
+        let unsupported = |what: String| NativeError::refuse(RefuseCode::Unsupported, what);
+        if version != wire::VERSION {
+            let ours = wire::VERSION;
+            let what = format!("the sender speaks version {version}, this receiver {ours}");
+            return Err(unsupported(what));
+        }
+        if u64::from(page_size) != PAGE_SIZE {
+            return Err(unsupported(format!("pages of {page_size} bytes")));
+        }
+        let directory = store.create(root_pid, id).map_err(|error| {
+            let code = match is_taken(&error) {
+                true => RefuseCode::Busy,
+                false => RefuseCode::Storage,
+            };
+            NativeError::refuse(code, format!("{error}: {}", error.source))
+        })?;
+        let welcome = Message::Welcome {
+            version: wire::VERSION,
+            features: features & wire::FEATURES,
+            directory: directory.display().to_string(),
+        };
+        self.writer.send(&welcome).await?;
+        Ok(directory)
+    }
+
+    /// The next message other than "still working".
+    async fn message(&mut self) -> Result<Message, NativeError> {
+        loop {
+            match self.reader.next().await? {
+                Incoming::Message(Message::Working) => {}
+                Incoming::Message(message) => return Ok(message),
+                Incoming::Chunk { .. } => unreachable!("the phase table wants an image first"),
+            }
+        }
+    }
+
+    /// Takes a round from its beginning to its end, and makes it durable.
+    async fn round(&mut self, disk: &mut Disk) -> Result<Totals, NativeError> {
+        let mut totals = Totals::default();
+        let mut digest = RoundDigest::default();
+        loop {
+            match self.reader.next().await? {
+                Incoming::Message(Message::Working) => {}
+                Incoming::Message(Message::ImageOpen(image)) => {
+                    totals.images += 1;
+                    digest.open(image);
+                    disk.give(Job::Open(image)).await?;
+                }
+                Incoming::Chunk {
+                    chunk,
+                    meta,
+                    compressed,
+                    data_len,
+                } => {
+                    totals.count(&chunk.entries);
+                    digest.chunk(&meta);
+                    let mut buffer = self.pool.take().await;
+                    self.reader.data(&mut buffer[..data_len]).await?;
+                    let data = buffer.freeze(data_len);
+                    let put = Job::Put {
+                        chunk,
+                        compressed,
+                        data,
+                    };
+                    disk.give(put).await?;
+                }
+                Incoming::Message(Message::RoundEnd(theirs)) => {
+                    totals.digest = digest.value();
+                    if theirs != totals {
+                        let what = format!("this is not what was sent: {totals:?}, not {theirs:?}");
+                        return Err(NativeError::refuse(RefuseCode::Protocol, what));
+                    }
+                    let (done, mut committed) = oneshot::channel();
+                    disk.give(Job::Commit(done)).await?;
+                    loop {
+                        let wait = tokio::time::timeout(WORKING_INTERVAL, &mut committed);
+                        match wait.await {
+                            Ok(Ok(())) => return Ok(totals),
+                            Ok(Err(_)) => return Err(disk.why_it_ended()),
+                            Err(_) => self.writer.send(&Message::Working).await?,
+                        }
+                    }
+                }
+                Incoming::Message(other) => return Err(not_mine(&other)),
+            }
+        }
+    }
+
+    /// Gives the sender the reason, if it is there to hear it.
+    async fn say_why(&mut self, error: &NativeError) {
+        let (code, reason) = match error {
+            NativeError::Refuse { code, reason } => (*code, reason.clone()),
+            NativeError::Wire(
+                error @ (WireError::Frame(_) | WireError::Message(_) | WireError::Phase(_)),
+            ) => (RefuseCode::Protocol, with_source(error)),
+            NativeError::Wire(error @ WireError::Stalled(_)) => {
+                (RefuseCode::Limit, error.to_string())
+            }
+            NativeError::Wire(_) => return,
+        };
+        if self
+            .writer
+            .send(&Message::Refuse { code, reason })
+            .await
+            .is_ok()
+        {
+            let reader = self.reader.get_mut();
+            let mut scrap = vec![0; 1 << 16];
+            let drain = async { while matches!(reader.read(&mut scrap).await, Ok(1..)) {} };
+            // It need not go away; we do.
+            let _ = tokio::time::timeout(LAST_WORDS, drain).await;
+        }
+    }
+}
+
+fn with_source(error: &WireError) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
+fn not_mine(message: &Message) -> NativeError {
+    let what = format!("a {:?} message is not for a receiver", message.kind());
+    NativeError::refuse(RefuseCode::Protocol, what)
+}
+
+enum Job {
+    Begin {
+        round: u32,
+        parent: Option<u32>,
+        uptime_us: u64,
+    },
+    Open(ImageId),
+    Put {
+        chunk: Chunk,
+        compressed: bool,
+        data: Bytes,
+    },
+    Commit(oneshot::Sender<()>),
+}
+
+/// The thread that writes: everything of one migration in the order it came.
+struct Disk {
+    jobs: mpsc::Sender<Job>,
+    failed: mpsc::UnboundedReceiver<NativeError>,
+}
+
+impl Disk {
+    fn start(home: PathBuf, depth: usize) -> Result<Self, NativeError> {
+        let (jobs, todo) = mpsc::channel(depth);
+        let (fail, failed) = mpsc::unbounded_channel();
+        std::thread::Builder::new()
+            .name("disk".into())
+            .spawn(move || {
+                if let Err(error) = work(&home, todo) {
+                    // The task is gone only if the migration is over anyway.
+                    let _ = fail.send(error);
+                }
+            })
+            .map_err(|error| {
+                NativeError::refuse(
+                    RefuseCode::Limit,
+                    format!("no thread to write with: {error}"),
+                )
+            })?;
+        Ok(Self { jobs, failed })
+    }
+
+    async fn give(&mut self, job: Job) -> Result<(), NativeError> {
+        match self.jobs.send(job).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.why_it_ended()),
+        }
+    }
+
+    fn why_it_ended(&mut self) -> NativeError {
+        self.failed.try_recv().unwrap_or_else(|_| {
+            NativeError::refuse(RefuseCode::Storage, "the writing thread panicked")
+        })
+    }
+}
+
+fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), NativeError> {
+    let mut round: Option<RoundWriter> = None;
+    let mut decompressor = zstd::bulk::Decompressor::new()
+        .map_err(|error| NativeError::refuse(RefuseCode::Limit, error.to_string()))?;
+    let mut scratch = Vec::new();
+    while let Some(job) = jobs.blocking_recv() {
+        match job {
+            Job::Begin {
+                round: number,
+                parent,
+                uptime_us,
+            } => round = Some(RoundWriter::begin(home, number, parent, uptime_us)?),
+            Job::Open(image) => in_round(&mut round).open(image)?,
+            Job::Put {
+                chunk,
+                compressed,
+                data,
+            } => {
+                let pages = match compressed {
+                    true => decompress(&mut decompressor, &data, &chunk, &mut scratch)?,
+                    false => &data[..],
+                };
+                if digest(pages) != chunk.digest {
+                    let what = "the pages of a chunk were damaged on their way";
+                    return Err(NativeError::refuse(RefuseCode::Protocol, what));
+                }
+                in_round(&mut round).put(&chunk.entries, pages)?;
+            }
+            Job::Commit(done) => {
+                let round = round.take().expect("the phase table begins rounds");
+                round.commit()?;
+                // The task is gone only if the sender is: the round is complete all the same.
+                let _ = done.send(());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn in_round(round: &mut Option<RoundWriter>) -> &mut RoundWriter {
+    round.as_mut().expect("the phase table begins rounds")
+}
+
+/// Decompresses into `scratch`, never more than the chunk announced, which is at most a buffer.
+fn decompress<'a>(
+    decompressor: &mut zstd::bulk::Decompressor<'_>,
+    data: &[u8],
+    chunk: &Chunk,
+    scratch: &'a mut Vec<u8>,
+) -> Result<&'a [u8], NativeError> {
+    scratch.resize(BUFFER_SIZE, 0);
+    let room = &mut scratch[..chunk.raw_len()];
+    let len = room.len();
+    match decompressor.decompress_to_buffer(data, room) {
+        Ok(got) if got == len => Ok(&scratch[..len]),
+        Ok(_) | Err(_) => {
+            let what = "compressed pages do not have the size announced";
+            Err(NativeError::refuse(RefuseCode::Protocol, what))
+        }
+    }
+}

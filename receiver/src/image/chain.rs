@@ -1,0 +1,259 @@
+//! Reading chains: a directory, and behind its `parent` link the one before it.
+
+use super::format::{PagemapEntry, PagemapReader, Place};
+use super::{FileError, INVENTORY, PARENT, failed, pages_name};
+use pageferry_common::{ImageId, PageRange};
+use std::fs::{self, File};
+use std::io::{self, BufReader};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Longest chain followed: far more rounds than make sense, and an end for links in a circle.
+const DEPTH_MAX: usize = 4096;
+
+/// The directory meant by `dir`: itself if it holds images, else its highest complete round.
+///
+/// # Errors
+/// [`FileError`] if it cannot be read or holds neither.
+pub fn newest_round(dir: &Path) -> Result<PathBuf, FileError> {
+    if dir.join(INVENTORY).exists() || !images(dir)?.is_empty() {
+        return Ok(dir.to_owned());
+    }
+    let rounds = names(dir)?
+        .into_iter()
+        .filter_map(|name| name.parse::<u32>().ok());
+    match rounds.max() {
+        Some(round) => Ok(dir.join(round.to_string())),
+        None => Err(failed("find a round in", dir)(
+            io::ErrorKind::NotFound.into(),
+        )),
+    }
+}
+
+/// The directories of a chain, the newest first.
+pub type Levels = Arc<[PathBuf]>;
+
+/// Follows the `parent` links from `dir`.
+///
+/// # Errors
+/// [`FileError`] if a link leads nowhere or the chain has no end.
+pub fn levels(dir: &Path) -> Result<Levels, FileError> {
+    let mut levels = vec![dir.to_owned()];
+    loop {
+        let last = levels.last().expect("it begins with one");
+        let link = last.join(PARENT);
+        match fs::symlink_metadata(&link) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(levels.into()),
+            Err(error) => return Err(failed("follow", &link)(error)),
+            Ok(_) => {}
+        }
+        let parent = fs::canonicalize(&link).map_err(failed("follow", &link))?;
+        if levels.len() == DEPTH_MAX {
+            let circle = io::Error::other("the chain of parents has no end");
+            return Err(failed("follow", &link)(circle));
+        }
+        levels.push(parent);
+    }
+}
+
+/// The memory images in a directory, in order.
+///
+/// # Errors
+/// [`FileError`] if it cannot be listed.
+pub fn images(dir: &Path) -> Result<Vec<ImageId>, FileError> {
+    let names = names(dir)?;
+    let mut images: Vec<_> = names
+        .iter()
+        .filter_map(|name| ImageId::from_pagemap_name(name))
+        .collect();
+    images.sort_unstable();
+    Ok(images)
+}
+
+/// The names in a directory, but for those that are no UTF-8: none of ours.
+pub(super) fn names(dir: &Path) -> Result<Vec<String>, FileError> {
+    let entries = fs::read_dir(dir).map_err(failed("list", dir))?;
+    entries
+        .filter_map(|entry| match entry {
+            Ok(entry) => entry.file_name().into_string().ok().map(Ok),
+            Err(error) => Some(Err(failed("list", dir)(error))),
+        })
+        .collect()
+}
+
+/// One image through all levels of a chain. It only goes forward, as CRIU's own reader, so its
+/// memory does not grow with the image.
+#[derive(Debug)]
+pub struct Cursor {
+    levels: Levels,
+    /// Which of the levels this one reads.
+    level: usize,
+    image: ImageId,
+    path: PathBuf,
+    entries: PagemapReader<BufReader<File>>,
+    pages: File,
+    current: Option<PagemapEntry>,
+    /// Where the pages of `current` begin in the pages file, bytes, if they are there.
+    offset: u64,
+    parent: Parent,
+}
+
+#[derive(Debug)]
+enum Parent {
+    /// Not asked for yet.
+    Unopened,
+    None,
+    Open(Box<Cursor>),
+}
+
+impl Cursor {
+    /// Opens an image in the first of `levels`; `None` if it is not there.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn open(levels: &Levels, image: ImageId) -> Result<Option<Self>, FileError> {
+        Self::open_level(levels, 0, image)
+    }
+
+    fn open_level(
+        levels: &Levels,
+        level: usize,
+        image: ImageId,
+    ) -> Result<Option<Self>, FileError> {
+        let Some(dir) = levels.get(level) else {
+            return Ok(None);
+        };
+        let path = dir.join(image.pagemap_name());
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed("open", &path)(error)),
+        };
+        let entries = PagemapReader::new(BufReader::new(file)).map_err(failed("read", &path))?;
+        let pages_path = dir.join(pages_name(entries.pages_id()));
+        let pages = File::open(&pages_path).map_err(failed("open", &pages_path))?;
+        Ok(Some(Self {
+            levels: Arc::clone(levels),
+            level,
+            image,
+            path,
+            entries,
+            pages,
+            current: None,
+            offset: 0,
+            parent: Parent::Unopened,
+        }))
+    }
+
+    /// The next entry of the newest level; `None` at the end.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn next_entry(&mut self) -> Result<Option<PagemapEntry>, FileError> {
+        if let Some(before) = self.current
+            && before.place == Place::Present
+        {
+            self.offset += before.range.bytes();
+        }
+        self.current = self
+            .entries
+            .next_entry()
+            .map_err(failed("read", &self.path))?;
+        Ok(self.current)
+    }
+
+    /// Bytes that the entries read so far have in the pages file, and its length.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn extent(&self) -> Result<(u64, u64), FileError> {
+        let metadata = self.pages.metadata().map_err(failed("read", &self.path))?;
+        Ok((self.offset, metadata.len()))
+    }
+
+    /// Number of the pages file, and whether every page count so far was there twice.
+    #[must_use]
+    pub fn pages_id(&self) -> (u32, bool) {
+        (self.entries.pages_id(), self.entries.counts_agree())
+    }
+
+    /// Whether every page of `range` is in an entry of the newest level. Calls must ascend.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn covers(&mut self, range: PageRange) -> Result<bool, FileError> {
+        let mut at = range.start();
+        while at < range.end() {
+            match self.entry_at(at)? {
+                Some(entry) => at = entry.range.end(),
+                None => return Ok(false),
+            }
+        }
+        Ok(true)
+    }
+
+    /// Goes through the pages of `range`, wherever in the chain they are: `each` gets the file,
+    /// the pages, and their offset in the file, bytes. Calls must ascend.
+    ///
+    /// # Errors
+    /// [`FileError`], also if a page is nowhere; what `each` returns.
+    pub fn read(
+        &mut self,
+        range: PageRange,
+        each: &mut dyn FnMut(&File, PageRange, u64) -> Result<(), FileError>,
+    ) -> Result<(), FileError> {
+        let mut rest = Some(range);
+        while let Some(wanted) = rest {
+            let found = self.entry_at(wanted.start())?;
+            let Some((entry, piece)) =
+                found.and_then(|entry| Some((entry, entry.range.intersect(wanted)?)))
+            else {
+                return Err(self.missing(wanted));
+            };
+            match entry.place {
+                Place::Present => {
+                    let offset = self.offset + (piece.start() - entry.range.start());
+                    each(&self.pages, piece, offset)?;
+                }
+                Place::Parent => match self.parent()? {
+                    Some(parent) => parent.read(piece, each)?,
+                    None => return Err(self.missing(piece)),
+                },
+                Place::Lazy => return Err(self.missing(piece)),
+            }
+            rest = PageRange::from_bounds(piece.end(), range.end());
+        }
+        Ok(())
+    }
+
+    /// The entry that holds `address`, if one does.
+    fn entry_at(&mut self, address: u64) -> Result<Option<PagemapEntry>, FileError> {
+        while self
+            .current
+            .is_none_or(|entry| entry.range.end() <= address)
+        {
+            if self.next_entry()?.is_none() {
+                return Ok(None);
+            }
+        }
+        Ok(self.current.filter(|entry| entry.range.start() <= address))
+    }
+
+    fn parent(&mut self) -> Result<Option<&mut Cursor>, FileError> {
+        if matches!(self.parent, Parent::Unopened) {
+            self.parent = match Cursor::open_level(&self.levels, self.level + 1, self.image)? {
+                Some(cursor) => Parent::Open(Box::new(cursor)),
+                None => Parent::None,
+            };
+        }
+        match &mut self.parent {
+            Parent::Open(cursor) => Ok(Some(cursor)),
+            Parent::None | Parent::Unopened => Ok(None),
+        }
+    }
+
+    fn missing(&self, range: PageRange) -> FileError {
+        let what = format!("pages {range} are nowhere in the chain");
+        failed("resolve", &self.path)(io::Error::new(io::ErrorKind::InvalidData, what))
+    }
+}

@@ -1,0 +1,381 @@
+//! CRIU's image files, as far as memory goes: records, pagemap entries, the inventory.
+//!
+//! An image is one or two magic words and then records: a `u32` length and that many bytes of
+//! protobuf. The few messages there are here are small enough to code by hand, bounded.
+
+use pageferry_common::PageRange;
+use std::io::{self, Read, Write};
+
+/// First word of an image.
+const COMMON_MAGIC: u32 = 0x5456_4319;
+/// Second word of a pagemap image.
+const PAGEMAP_MAGIC: u32 = 0x5608_4025;
+/// The only word of the inventory.
+const INVENTORY_MAGIC: u32 = 0x5831_3116;
+/// Longest record we accept, bytes: those of a pagemap have at most a few dozen.
+const RECORD_MAX: u32 = 4096;
+
+/// Entry flag: the pages are as in the parent directory.
+const FLAG_PARENT: u64 = 1;
+/// Entry flag: the pages are in the pages file.
+const FLAG_PRESENT: u64 = 4;
+
+/// Where the pages of an entry are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// Next in the pages file of this directory.
+    Present,
+    /// In the parent directory.
+    Parent,
+    /// Nowhere: to be asked for lazily. CRIU writes such; we do not.
+    Lazy,
+}
+
+/// One run of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PagemapEntry {
+    /// The pages.
+    pub range: PageRange,
+    /// Where they are.
+    pub place: Place,
+}
+
+fn invalid(what: impl Into<String>) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, what.into())
+}
+
+/// Writes the magic words and the head of a pagemap image.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_pagemap_head(out: &mut impl Write, pages_id: u32) -> io::Result<()> {
+    out.write_all(&COMMON_MAGIC.to_le_bytes())?;
+    out.write_all(&PAGEMAP_MAGIC.to_le_bytes())?;
+    let mut record = Record::default();
+    record.field(1, u64::from(pages_id));
+    record.write(out)
+}
+
+impl PagemapEntry {
+    /// Appends the entry, its page count in both the field of CRIU up to 4.1 and that of 4.2.
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        let pages = self.range.pages();
+        let mut record = Record::default();
+        record.field(1, self.range.start());
+        record.field(2, pages);
+        match self.place {
+            Place::Present => record.field(4, FLAG_PRESENT),
+            Place::Parent => {
+                record.field(3, 1);
+                record.field(4, FLAG_PARENT);
+            }
+            Place::Lazy => record.field(4, 2),
+        }
+        record.field(5, pages);
+        record.write(out)
+    }
+
+    /// The entry, and whether both page counts are there and agree.
+    fn parse(record: &[u8]) -> io::Result<(Self, bool)> {
+        let (mut start, mut compat_pages, mut in_parent, mut flags, mut pages) =
+            (None, None, false, FLAG_PRESENT, None);
+        parse_fields(record, |field, value| match field {
+            1 => start = Some(value),
+            2 => compat_pages = Some(value),
+            3 => in_parent = value != 0,
+            4 => flags = value,
+            5 => pages = Some(value),
+            _ => {}
+        })?;
+        let agree = pages.is_some() && pages == compat_pages;
+        let (Some(start), Some(pages)) = (start, pages.or(compat_pages)) else {
+            return Err(invalid("a pagemap entry without address or page count"));
+        };
+        let range = PageRange::new(start, pages).map_err(|bad| invalid(bad.to_string()))?;
+        let place = match flags {
+            _ if in_parent || flags & FLAG_PARENT != 0 => Place::Parent,
+            _ if flags & FLAG_PRESENT != 0 => Place::Present,
+            _ => Place::Lazy,
+        };
+        Ok((Self { range, place }, agree))
+    }
+}
+
+/// Reads a pagemap image from its start, entry by entry.
+#[derive(Debug)]
+pub struct PagemapReader<R> {
+    input: R,
+    pages_id: u32,
+    /// End of the entry before.
+    at: u64,
+    counts_agree: bool,
+}
+
+impl<R: Read> PagemapReader<R> {
+    /// Reads magic words and head.
+    ///
+    /// # Errors
+    /// `InvalidData` if it is no pagemap image; those of `input`.
+    pub fn new(mut input: R) -> io::Result<Self> {
+        let mut magic = [0; 8];
+        input.read_exact(&mut magic)?;
+        if magic[..4] != COMMON_MAGIC.to_le_bytes() || magic[4..] != PAGEMAP_MAGIC.to_le_bytes() {
+            return Err(invalid("not a pagemap image"));
+        }
+        let head = read_record(&mut input)?.ok_or_else(|| invalid("a pagemap without a head"))?;
+        let mut pages_id = None;
+        parse_fields(&head, |field, value| {
+            if field == 1 {
+                pages_id = u32::try_from(value).ok();
+            }
+        })?;
+        Ok(Self {
+            input,
+            pages_id: pages_id.ok_or_else(|| invalid("a pagemap head without a pages id"))?,
+            at: 0,
+            counts_agree: true,
+        })
+    }
+
+    /// The number in the name of the pages file.
+    #[must_use]
+    pub fn pages_id(&self) -> u32 {
+        self.pages_id
+    }
+
+    /// Whether all entries so far have their page count in both fields, for every CRIU to read.
+    #[must_use]
+    pub fn counts_agree(&self) -> bool {
+        self.counts_agree
+    }
+
+    /// The next entry; `None` at the end. Entries ascend and do not overlap.
+    ///
+    /// # Errors
+    /// `InvalidData` for what is no such entry; those of `input`.
+    pub fn next_entry(&mut self) -> io::Result<Option<PagemapEntry>> {
+        let Some(record) = read_record(&mut self.input)? else {
+            return Ok(None);
+        };
+        let (entry, agree) = PagemapEntry::parse(&record)?;
+        self.counts_agree &= agree;
+        if entry.range.start() < self.at {
+            return Err(invalid(format!(
+                "entry {} overlaps or descends",
+                entry.range
+            )));
+        }
+        self.at = entry.range.end();
+        Ok(Some(entry))
+    }
+}
+
+/// Writes the inventory of a pre-dump: enough for `criu dump` to take the directory as a parent.
+/// `uptime_us` is the source host's uptime when the tree was frozen, µs.
+///
+/// # Errors
+/// Those of `out`.
+pub fn write_inventory(out: &mut impl Write, uptime_us: u64) -> io::Result<()> {
+    const IMAGE_VERSION: u64 = 2;
+    const PRE_DUMP_READ: u64 = 2;
+    out.write_all(&INVENTORY_MAGIC.to_le_bytes())?;
+    let mut record = Record::default();
+    record.field(1, IMAGE_VERSION);
+    record.field(8, uptime_us);
+    record.field(9, PRE_DUMP_READ);
+    record.write(out)
+}
+
+/// A protobuf message under construction; all our fields are varints.
+#[derive(Default)]
+struct Record(Vec<u8>);
+
+impl Record {
+    fn field(&mut self, number: u8, value: u64) {
+        self.varint(u64::from(number) << 3);
+        self.varint(value);
+    }
+
+    fn varint(&mut self, mut value: u64) {
+        while value >= 0x80 {
+            self.0.push(value as u8 | 0x80);
+            value >>= 7;
+        }
+        self.0.push(value as u8);
+    }
+
+    fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        let len = u32::try_from(self.0.len()).expect("our records have a few dozen bytes");
+        out.write_all(&len.to_le_bytes())?;
+        out.write_all(&self.0)
+    }
+}
+
+/// The next record; `None` where the image ends between two.
+fn read_record(input: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
+    let mut len = [0; 4];
+    let first = loop {
+        match input.read(&mut len) {
+            Ok(0) => return Ok(None),
+            Ok(bytes) => break bytes,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    };
+    input.read_exact(&mut len[first..])?;
+    let len = u32::from_le_bytes(len);
+    if len > RECORD_MAX {
+        return Err(invalid(format!("a record of {len} bytes")));
+    }
+    let mut record = vec![0; len as usize];
+    input.read_exact(&mut record)?;
+    Ok(Some(record))
+}
+
+/// Goes through the fields of a protobuf message; those that are no varints are skipped.
+fn parse_fields(record: &[u8], mut each: impl FnMut(u64, u64)) -> io::Result<()> {
+    let mut rest = record;
+    while !rest.is_empty() {
+        let key = parse_varint(&mut rest)?;
+        let skip = match key & 7 {
+            0 => {
+                each(key >> 3, parse_varint(&mut rest)?);
+                0
+            }
+            1 => 8,
+            2 => parse_varint(&mut rest)?,
+            5 => 4,
+            other => return Err(invalid(format!("a field of wire type {other}"))),
+        };
+        let skip = usize::try_from(skip).unwrap_or(usize::MAX);
+        rest = rest
+            .get(skip..)
+            .ok_or_else(|| invalid("a field that is cut short"))?;
+    }
+    Ok(())
+}
+
+fn parse_varint(rest: &mut &[u8]) -> io::Result<u64> {
+    let mut value = 0u64;
+    for shift in (0..64).step_by(7) {
+        let (&byte, tail) = rest
+            .split_first()
+            .ok_or_else(|| invalid("a number that is cut short"))?;
+        *rest = tail;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Ok(value);
+        }
+    }
+    Err(invalid("a number of more than 64 bits"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn entry(start: u64, pages: u64, place: Place) -> PagemapEntry {
+        let range = PageRange::new(start, pages).unwrap();
+        PagemapEntry { range, place }
+    }
+
+    fn image(records: &[&[u8]]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        write_pagemap_head(&mut bytes, 7).unwrap();
+        for record in records {
+            bytes.extend_from_slice(&(record.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(record);
+        }
+        bytes
+    }
+
+    fn entries(bytes: &[u8]) -> io::Result<Vec<PagemapEntry>> {
+        let mut reader = PagemapReader::new(bytes)?;
+        let mut all = Vec::new();
+        while let Some(entry) = reader.next_entry()? {
+            all.push(entry);
+        }
+        Ok(all)
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let mut bytes = Vec::new();
+        write_pagemap_head(&mut bytes, 1).unwrap();
+        entry(0x1000, 1, Place::Present).write(&mut bytes).unwrap();
+        entry(0x2000, 0x80, Place::Parent)
+            .write(&mut bytes)
+            .unwrap();
+        let expected = [
+            &b"\x19\x43\x56\x54\x25\x40\x08\x56"[..],
+            b"\x02\0\0\0\x08\x01",
+            b"\x09\0\0\0\x08\x80\x20\x10\x01\x20\x04\x28\x01",
+            b"\x0d\0\0\0\x08\x80\x40\x10\x80\x01\x18\x01\x20\x01\x28\x80\x01",
+        ];
+        assert_eq!(bytes, expected.concat());
+        let mut inventory = Vec::new();
+        write_inventory(&mut inventory, 5).unwrap();
+        assert_eq!(
+            inventory,
+            b"\x16\x31\x31\x58\x06\0\0\0\x08\x02\x40\x05\x48\x02"
+        );
+    }
+
+    #[test]
+    fn entries_of_every_criu_are_read() {
+        let old = b"\x08\x80\xa0\x89\x8e\xae\xbd\x15\x10\x01\x20\x04";
+        let new = b"\x08\x80\xc0\x89\x8e\xae\xbd\x15\x10\x00\x20\x04\x28\x01";
+        let ancient = b"\x08\x80\xe0\x89\x8e\xae\xbd\x15\x10\x02\x18\x01";
+        let read = entries(&image(&[old, new, ancient])).unwrap();
+        let places: Vec<_> = read.iter().map(|e| (e.range.pages(), e.place)).collect();
+        let present = Place::Present;
+        assert_eq!(places, [(1, present), (1, present), (2, Place::Parent)]);
+    }
+
+    #[test]
+    fn lies_are_refused() {
+        let good = b"\x08\x80\x20\x10\x01\x20\x04".as_slice();
+        assert!(entries(&image(&[good])).is_ok());
+        for bad in [
+            image(&[good, good]),
+            image(&[b"\x08\x81\x20\x10\x01"]),
+            image(&[b"\x08\x80\x20\x10\x00"]),
+            image(&[b"\x10\x01"]),
+            image(&[&[0xff; 11]]),
+            image(&[&[0; 5000]]),
+            image(&[b"\x12\xff\xff\xff\xff\x0f"]),
+            b"\x19\x43\x56\x54\x25\x40\x08\x57".to_vec(),
+        ] {
+            assert!(entries(&bad).is_err(), "{bad:02x?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_refused_or_read(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = entries(&image(&[&bytes]));
+            let mut tail = image(&[]);
+            tail.extend(bytes);
+            let _ = entries(&tail);
+        }
+
+        #[test]
+        fn what_is_written_is_read(raw in prop::collection::vec((0u64..9, 1u64..1 << 33, 0u8..3), 0..20)) {
+            let mut at = 0x1000;
+            let mut bytes = image(&[]);
+            let mut all = Vec::new();
+            for (gap, pages, place) in raw {
+                let place = [Place::Present, Place::Parent, Place::Lazy][place as usize];
+                let entry = entry(at + gap * 4096, pages, place);
+                at = entry.range.end();
+                entry.write(&mut bytes).unwrap();
+                all.push(entry);
+            }
+            prop_assert_eq!(entries(&bytes).unwrap(), all);
+        }
+    }
+}

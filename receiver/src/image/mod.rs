@@ -1,0 +1,40 @@
+//! CRIU image directories: writing rounds, reading chains of them.
+
+pub mod chain;
+pub mod flatten;
+pub mod format;
+pub mod verify;
+pub mod writer;
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// A file or directory that could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what} {}", path.display())]
+pub struct FileError {
+    /// What was tried: read, write, create…
+    pub what: &'static str,
+    /// On what.
+    pub path: PathBuf,
+    /// What the kernel said, or what is wrong with the contents.
+    pub source: io::Error,
+}
+
+/// Names what was tried on which file.
+pub(crate) fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileError {
+    let path = path.to_owned();
+    move |source| FileError { what, path, source }
+}
+
+/// The name of a pages file.
+#[must_use]
+pub fn pages_name(pages_id: u32) -> String {
+    format!("pages-{pages_id}.img")
+}
+
+/// Name of the symlink to the round before.
+pub const PARENT: &str = "parent";
+
+/// Name of the inventory.
+pub const INVENTORY: &str = "inventory.img";

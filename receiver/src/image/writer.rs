@@ -1,0 +1,314 @@
+//! Writes one round: complete, or not at all.
+//!
+//! Everything goes into `.N.tmp`; the commit syncs every file and the directory, renames it to
+//! `N`, and syncs the directory above. Dropped before that, it takes its directory with it.
+
+use super::chain::{Cursor, Levels, levels};
+use super::format::{self, PagemapEntry, Place};
+use super::{FileError, INVENTORY, PARENT, failed, pages_name};
+use pageferry_common::wire::{Entry, EntryKind};
+use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange};
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+/// Pages files are numbered from here, so that CRIU's own (from 1, or 65537) can lie beside them.
+const FIRST_PAGES_ID: u32 = 0x20001;
+
+/// Why a round cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The disk, or what is on it.
+    #[error(transparent)]
+    Storage(#[from] FileError),
+    /// What was sent makes no round.
+    #[error("{0}")]
+    Protocol(String),
+}
+
+/// One round in the making.
+#[derive(Debug)]
+pub struct RoundWriter {
+    /// The migration's directory.
+    home: PathBuf,
+    round: u32,
+    tmp: PathBuf,
+    /// The chain behind this round, its parent first.
+    parents: Levels,
+    written: BTreeSet<ImageId>,
+    open: Option<ImageWriter>,
+    files: Vec<PathBuf>,
+    committed: bool,
+}
+
+/// Where a round is made in a migration's directory.
+#[must_use]
+pub fn temporary_name(round: u32) -> String {
+    format!(".{round}.tmp")
+}
+
+impl RoundWriter {
+    /// Begins round `round` in the directory of a migration, behind `parent`, the round before.
+    /// `uptime_us` is the source host's uptime when its tree was frozen, µs.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn begin(
+        home: &Path,
+        round: u32,
+        parent: Option<u32>,
+        uptime_us: u64,
+    ) -> Result<Self, WriteError> {
+        let tmp = home.join(temporary_name(round));
+        let parents = match parent {
+            Some(parent) => levels(&home.join(parent.to_string()))?,
+            None => Levels::default(),
+        };
+        DirBuilder::new()
+            .mode(0o700)
+            .create(&tmp)
+            .map_err(failed("create", &tmp))?;
+        let mut writer = Self {
+            home: home.to_owned(),
+            round,
+            tmp,
+            parents,
+            written: BTreeSet::new(),
+            open: None,
+            files: Vec::new(),
+            committed: false,
+        };
+        if let Some(parent) = parent {
+            let link = writer.tmp.join(PARENT);
+            symlink(format!("../{parent}"), &link).map_err(failed("create", &link))?;
+        }
+        let path = writer.tmp.join(INVENTORY);
+        format::write_inventory(&mut create_image(&path)?, uptime_us)
+            .map_err(failed("write", &path))?;
+        writer.files.push(path);
+        Ok(writer)
+    }
+
+    /// What is put from now on belongs to this image, which must be new in this round.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn open(&mut self, image: ImageId) -> Result<(), WriteError> {
+        self.close_image()?;
+        let pages_id = FIRST_PAGES_ID + self.written.len() as u32;
+        if !self.written.insert(image) {
+            return Err(WriteError::Protocol(format!("{image} was sent twice")));
+        }
+        let mut writer = ImageWriter::create(&self.tmp, image, pages_id)?;
+        writer.parent = Cursor::open(&self.parents, image)?;
+        self.files.push(writer.pagemap_path.clone());
+        self.files.push(writer.pages_path.clone());
+        self.open = Some(writer);
+        Ok(())
+    }
+
+    /// Adds a chunk to the open image: entries behind all before them, and the pages of those that
+    /// have data.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn put(&mut self, entries: &[Entry], pages: &[u8]) -> Result<(), WriteError> {
+        let Some(image) = &mut self.open else {
+            return Err(WriteError::Protocol("pages without an image".to_owned()));
+        };
+        let mut rest = pages;
+        for entry in entries {
+            if entry.range.start() < image.end {
+                let what = format!("{} of {} comes after its end", entry.range, image.image);
+                return Err(WriteError::Protocol(what));
+            }
+            image.end = entry.range.end();
+            match entry.kind {
+                EntryKind::Data => {
+                    let (now, later) = rest.split_at(entry.range.bytes() as usize);
+                    rest = later;
+                    image.append(now)?;
+                    image.entry(entry.range, Place::Present)?;
+                }
+                EntryKind::Zero => {
+                    image.offset += entry.range.bytes();
+                    image.entry(entry.range, Place::Present)?;
+                }
+                EntryKind::Copy => image.copy_from_parent(entry.range)?,
+                EntryKind::Parent => {
+                    let covered = match &mut image.parent {
+                        Some(parent) => parent.covers(entry.range)?,
+                        None => false,
+                    };
+                    if !covered {
+                        return Err(image.unresolved(entry.range));
+                    }
+                    image.entry(entry.range, Place::Parent)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes the round durable and lets it appear under its number. Returns its directory.
+    ///
+    /// # Errors
+    /// [`WriteError`]; the round does not appear then.
+    pub fn commit(mut self) -> Result<PathBuf, WriteError> {
+        self.close_image()?;
+        for path in &self.files {
+            File::open(path)
+                .and_then(|file| file.sync_all())
+                .map_err(failed("sync", path))?;
+        }
+        let sync_dir = |path: &Path| {
+            File::open(path)
+                .and_then(|dir| dir.sync_all())
+                .map_err(failed("sync", path))
+        };
+        sync_dir(&self.tmp)?;
+        let path = self.home.join(self.round.to_string());
+        fs::rename(&self.tmp, &path).map_err(failed("rename", &self.tmp))?;
+        self.committed = true;
+        sync_dir(&self.home)?;
+        Ok(path)
+    }
+
+    fn close_image(&mut self) -> Result<(), WriteError> {
+        match self.open.take() {
+            Some(image) => Ok(image.close()?),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Creates an image file that only its owner can read: memory is full of secrets.
+pub(super) fn create_image(path: &Path) -> Result<File, FileError> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(failed("create", path))
+}
+
+impl Drop for RoundWriter {
+    fn drop(&mut self) {
+        if !self.committed {
+            // What cannot be removed now is removed at the next start.
+            let _ = fs::remove_dir_all(&self.tmp);
+        }
+    }
+}
+
+/// One image in the making: a pagemap and its pages file.
+#[derive(Debug)]
+pub(super) struct ImageWriter {
+    image: ImageId,
+    pagemap: BufWriter<File>,
+    pagemap_path: PathBuf,
+    pages: File,
+    pages_path: PathBuf,
+    /// The same image in the round before.
+    parent: Option<Cursor>,
+    /// One past the last page announced.
+    end: u64,
+    /// Where the next present page goes in the pages file. Zero pages only move it: the file is
+    /// sparse there.
+    offset: u64,
+    /// The last entry, as long as the next might extend it.
+    pending: Option<PagemapEntry>,
+}
+
+impl ImageWriter {
+    /// Creates an image in `dir`.
+    pub(super) fn create(dir: &Path, image: ImageId, pages_id: u32) -> Result<Self, FileError> {
+        let pagemap_path = dir.join(image.pagemap_name());
+        let pages_path = dir.join(pages_name(pages_id));
+        let mut pagemap = BufWriter::new(create_image(&pagemap_path)?);
+        format::write_pagemap_head(&mut pagemap, pages_id)
+            .map_err(failed("write", &pagemap_path))?;
+        Ok(Self {
+            image,
+            pagemap,
+            pages: create_image(&pages_path)?,
+            pagemap_path,
+            pages_path,
+            parent: None,
+            end: 0,
+            offset: 0,
+            pending: None,
+        })
+    }
+
+    fn unresolved(&self, range: PageRange) -> WriteError {
+        WriteError::Protocol(format!("{range} of {} is not in its parent", self.image))
+    }
+
+    fn copy_from_parent(&mut self, range: PageRange) -> Result<(), WriteError> {
+        let mut parent = self.parent.take().ok_or_else(|| self.unresolved(range))?;
+        self.copy(&mut parent, range)?;
+        self.parent = Some(parent);
+        Ok(())
+    }
+
+    fn append(&mut self, pages: &[u8]) -> Result<(), FileError> {
+        self.pages
+            .write_all_at(pages, self.offset)
+            .map_err(failed("write", &self.pages_path))?;
+        self.offset += pages.len() as u64;
+        Ok(())
+    }
+
+    fn entry(&mut self, range: PageRange, place: Place) -> Result<(), FileError> {
+        if let Some(before) = self.pending {
+            if before.place == place && before.range.end() == range.start() {
+                let longer = PageRange::from_bounds(before.range.start(), range.end());
+                let range = longer.expect("two ranges that touch make one");
+                self.pending = Some(PagemapEntry { range, place });
+                return Ok(());
+            }
+            before
+                .write(&mut self.pagemap)
+                .map_err(failed("write", &self.pagemap_path))?;
+        }
+        self.pending = Some(PagemapEntry { range, place });
+        Ok(())
+    }
+
+    /// Stores pages of the chain again. Zero pages become holes.
+    pub(super) fn copy(&mut self, from: &mut Cursor, range: PageRange) -> Result<(), FileError> {
+        let mut buffer = vec![0; BUFFER_SIZE.min(range.bytes() as usize)];
+        from.read(range, &mut |file, piece, offset| {
+            let mut done = 0;
+            while done < piece.bytes() {
+                let len = (piece.bytes() - done).min(buffer.len() as u64);
+                let part = &mut buffer[..len as usize];
+                file.read_exact_at(part, offset + done)
+                    .map_err(failed("read a pages file for", &self.pages_path))?;
+                for page in part.chunks_exact(PAGE_SIZE as usize) {
+                    match page.iter().all(|&byte| byte == 0) {
+                        true => self.offset += PAGE_SIZE,
+                        false => self.append(page)?,
+                    }
+                }
+                done += len;
+            }
+            self.entry(piece, Place::Present)
+        })
+    }
+
+    pub(super) fn close(mut self) -> Result<(), FileError> {
+        let at_pagemap = failed("write", &self.pagemap_path);
+        let finish = |pagemap: &mut BufWriter<File>, last: Option<PagemapEntry>| {
+            last.map_or(Ok(()), |entry| entry.write(pagemap))?;
+            pagemap.flush()
+        };
+        finish(&mut self.pagemap, self.pending).map_err(at_pagemap)?;
+        self.pages
+            .set_len(self.offset)
+            .map_err(failed("write", &self.pages_path))
+    }
+}

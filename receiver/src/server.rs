@@ -1,0 +1,148 @@
+//! Accepting senders: any number, one after another and at once, none in another's way.
+
+use crate::dialect::detect::{Dialect, FIRST_BYTES, detect};
+use crate::dialect::native::{self, Limits, Migration, NativeError};
+use crate::store::Store;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, mpsc};
+use tokio::time::timeout;
+
+/// How the server works.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// End after one migration.
+    pub once: bool,
+    /// Most senders at once.
+    pub max_senders: usize,
+    /// Of each.
+    pub limits: Limits,
+}
+
+/// Why the server ended.
+#[derive(Debug)]
+pub enum Ended {
+    /// With `once`: how the migration went.
+    Once(Migration, Result<(), NativeError>),
+    /// A signal, by number.
+    Signal(i32),
+}
+
+/// Serves until a signal comes or, with `once`, one migration is over.
+///
+/// # Errors
+/// Those of the runtime and of accepting.
+pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io::Result<Ended> {
+    let store = Arc::new(store);
+    let places = Arc::new(Semaphore::new(options.max_senders));
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let (over, mut ended) = mpsc::unbounded_channel();
+    loop {
+        let (stream, peer) = tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of descriptors, most likely: those who are here finish and free some.
+                    tracing::error!(%error, "cannot accept a connection");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
+                    continue;
+                }
+            },
+            Some((migration, result)) = ended.recv() => {
+                if options.once {
+                    return Ok(Ended::Once(migration, result));
+                }
+                continue;
+            }
+            _ = interrupt.recv() => return Ok(Ended::Signal(2)),
+            _ = terminate.recv() => return Ok(Ended::Signal(15)),
+        };
+        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
+            tracing::warn!(%peer, "refused: --max-senders are here already");
+            continue;
+        };
+        let (store, over) = (Arc::clone(&store), over.clone());
+        tokio::spawn(async move {
+            if let Some(outcome) = connection(stream, peer, &store, options.limits).await {
+                // The server is gone only if everything is over.
+                let _ = over.send(outcome);
+            }
+            drop(place);
+        });
+    }
+}
+
+/// Serves one connection. `None` if it was no migration.
+async fn connection(
+    mut stream: TcpStream,
+    peer: SocketAddr,
+    store: &Store,
+    limits: Limits,
+) -> Option<(Migration, Result<(), NativeError>)> {
+    match timeout(limits.stall, first_bytes(&stream)).await {
+        Ok(Ok(Some(first))) => match detect(first) {
+            Dialect::Native => {}
+            Dialect::Criu => {
+                tracing::warn!(%peer, "refused: a CRIU page-server client; only `send` is understood");
+                return None;
+            }
+            Dialect::Unknown => {
+                tracing::warn!(%peer, ?first, "refused: neither `send` nor CRIU");
+                return None;
+            }
+        },
+        // Connected and gone, or not a word: a port scan, a health check.
+        Ok(Ok(None)) | Ok(Err(_)) | Err(_) => {
+            tracing::debug!(%peer, "said nothing");
+            return None;
+        }
+    }
+    let _ = stream.set_nodelay(true);
+    let mut migration = Migration::default();
+    let (read, write) = stream.split();
+    let result = native::receive(read, write, store, limits, &mut migration).await;
+    let directory = migration.directory.display();
+    match &result {
+        Ok(()) => tracing::info!(%peer, %directory, migration.rounds, "migration complete"),
+        Err(error) => {
+            let why = anyhow_chain(error);
+            tracing::warn!(%peer, %directory, migration.rounds, why, "migration ended early");
+        }
+    }
+    // A peer that broke the protocol before it was welcome began no migration.
+    let began = !migration.directory.as_os_str().is_empty();
+    began.then_some((migration, result))
+}
+
+/// The first bytes, left where they are; `None` if the peer goes without sending as many.
+async fn first_bytes(stream: &TcpStream) -> io::Result<Option<[u8; FIRST_BYTES]>> {
+    let mut first = [0; FIRST_BYTES];
+    let mut before = 0;
+    loop {
+        let got = stream.peek(&mut first).await?;
+        if got == FIRST_BYTES {
+            return Ok(Some(first));
+        }
+        if got == before {
+            // Nothing new though readable: the peer has closed its side.
+            return Ok(None);
+        }
+        before = got;
+        tokio::task::yield_now().await;
+    }
+}
+
+fn anyhow_chain(error: &NativeError) -> String {
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(error) = source {
+        text = format!("{text}: {error}");
+        source = error.source();
+    }
+    text
+}
