@@ -100,6 +100,9 @@ pub fn migrate(
         let start = Instant::now();
         let urgent = Urgent::begin();
         let mut frozen = freezer.freeze(plan.root)?;
+        if kind == RoundKind::Final && plan.then == Then::Stop {
+            frozen.settle()?;
+        }
         let uptime = uptime_us().map_err(MigrateError::Uptime)?;
         tree.collect(&mut frozen, tracker)?;
         let (receipt, stopped, collected) = match kind {

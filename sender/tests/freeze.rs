@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 fn freezer() -> Freezer {
     Freezer::start(Path::new(env!("CARGO_BIN_EXE_send"))).unwrap()
@@ -46,6 +47,15 @@ impl Drop for Tree {
 fn state(pid: i32) -> char {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
+}
+
+/// What only `/proc` tells.
+fn until(what: &str, so: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !so() {
+        assert!(Instant::now() < deadline, "not {what}");
+        std::thread::yield_now();
+    }
 }
 
 fn waits_in(pid: i32) -> String {
@@ -106,6 +116,8 @@ fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
     };
     let fds: Vec<_> = before.iter().map(|p| descriptors(p.pid)).collect();
     let masks: Vec<_> = before.iter().map(|p| status(p.pid, "SigBlk")).collect();
+    let asleep = |pid: i32| until("asleep", || state(pid) == 'S');
+    before.iter().for_each(|p| asleep(p.pid));
     let calls: Vec<_> = before.iter().map(|p| waits_in(p.pid)).collect();
     for _ in 0..20 {
         let mut frozen = freezer.freeze(tree.pid()).unwrap();
@@ -117,10 +129,7 @@ fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
     // Each sits in the very call it sat in, with the same arguments and stack.
     for (index, process) in before.iter().enumerate() {
         let pid = process.pid;
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
-        while state(pid) != 'S' && std::time::Instant::now() < deadline {
-            std::thread::yield_now();
-        }
+        asleep(pid);
         assert_eq!(descriptors(pid), fds[index]);
         assert_eq!(status(pid, "SigBlk"), masks[index]);
         let call = |text: &str| {
@@ -142,19 +151,24 @@ fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
 fn stopped_stays_stopped_and_killed_dies() {
     let mut tree = Tree::start();
     let mut freezer = freezer();
-    let frozen = freezer.freeze(tree.pid()).unwrap();
+    let mut frozen = freezer.freeze(tree.pid()).unwrap();
     let pids: Vec<i32> = frozen.processes().iter().map(|p| p.pid).collect();
-    frozen.thaw(Then::Stop).unwrap();
+    // A sender that fails now, or dies, leaves it running.
+    frozen.settle().unwrap();
+    drop(frozen);
     for &pid in &pids {
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(5);
-        while state(pid) != 'T' {
-            assert!(std::time::Instant::now() < deadline, "{}", state(pid));
-        }
+        until("running", || !matches!(state(pid), 'T' | 't'));
     }
+    let mut frozen = freezer.freeze(tree.pid()).unwrap();
+    frozen.settle().unwrap();
+    frozen.thaw(Then::Stop).unwrap();
+    assert!(pids.iter().all(|&pid| state(pid) == 'T'));
     // A stopped tree can be frozen too, and is stopped again afterwards.
     let frozen = freezer.freeze(tree.pid()).unwrap();
     frozen.thaw(Then::Run).unwrap();
-    assert!(pids.iter().all(|&pid| state(pid) == 'T'));
+    for &pid in &pids {
+        until("stopped again", || state(pid) == 'T');
+    }
     freezer
         .freeze(tree.pid())
         .unwrap()

@@ -43,6 +43,7 @@ pub fn serve() -> io::Result<()> {
         socket: stdin.as_fd(),
         signals: SignalFd::with_flags(&children, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?,
         threads: BTreeMap::new(),
+        settled: BTreeSet::new(),
         since: Instant::now(),
     };
     let served = freezer.run();
@@ -68,12 +69,16 @@ enum State {
 struct Thread {
     pid: i32,
     state: State,
+    /// Its stop is that of a stop signal: it lasts when we let it go.
+    in_group_stop: bool,
 }
 
 struct Freezer<'a> {
     socket: BorrowedFd<'a>,
     signals: SignalFd,
     threads: BTreeMap<Tid, Thread>,
+    /// Processes that have their SIGSTOP from us.
+    settled: BTreeSet<i32>,
     since: Instant,
 }
 
@@ -97,6 +102,13 @@ impl Freezer<'_> {
                         }
                         self.reply(&Reply::Frozen, None)?;
                     }
+                    Err(why) => {
+                        self.let_go(Then::Run);
+                        self.reply(&Reply::Failed(why), None)?;
+                    }
+                },
+                Request::Settle => match self.settle() {
+                    Ok(()) => self.reply(&Reply::Settled, None)?,
                     Err(why) => {
                         self.let_go(Then::Run);
                         self.reply(&Reply::Failed(why), None)?;
@@ -185,8 +197,12 @@ impl Freezer<'_> {
             }
             Err(error) => return Err(TreeError::io(pid, &error)),
         }
-        let state = State::Stopping;
-        self.threads.insert(tid, Thread { pid, state });
+        let thread = Thread {
+            pid,
+            state: State::Stopping,
+            in_group_stop: false,
+        };
+        self.threads.insert(tid, thread);
         Ok(true)
     }
 
@@ -225,10 +241,18 @@ impl Freezer<'_> {
             while thread.state != State::Stopped {
                 match ptrace::poll(tid)? {
                     None => break,
-                    Some(Stop::Event) => thread.state = State::Stopped,
-                    // A signal on its way got ahead of our stop: deliver it, then stop.
-                    Some(Stop::Signal(signal)) => ignore_gone(ptrace::resume(tid, signal))?,
-                    Some(Stop::Syscall) => ignore_gone(ptrace::resume(tid, 0))?,
+                    Some(stop @ (Stop::Event | Stop::Group)) => {
+                        thread.state = State::Stopped;
+                        thread.in_group_stop = stop == Stop::Group;
+                    }
+                    // A signal on its way got ahead of our stop: deliver it, then stop. Asked for
+                    // again, for any stop uses up the asking.
+                    Some(Stop::Signal(signal)) => ignore_gone(
+                        ptrace::interrupt(tid).and_then(|()| ptrace::resume(tid, signal)),
+                    )?,
+                    Some(Stop::Syscall) => {
+                        ignore_gone(ptrace::interrupt(tid).and_then(|()| ptrace::resume(tid, 0)))?
+                    }
                     Some(Stop::Gone) => {
                         gone.push(tid);
                         break;
@@ -242,22 +266,52 @@ impl Freezer<'_> {
         Ok(())
     }
 
+    /// Gives every process its SIGSTOP while we still hold its threads, so that none executes an
+    /// instruction more: each thread gets one of its own, and goes from our stop into that.
+    fn settle(&mut self) -> Result<(), TreeError> {
+        let mut going = Vec::new();
+        for (&tid, thread) in &self.threads {
+            if thread.state == State::Stopped && !thread.in_group_stop {
+                self.settled.insert(thread.pid);
+                going.push(tid);
+            }
+        }
+        for &tid in &going {
+            let thread = self.threads.get_mut(&tid).expect("it was just listed");
+            let pid = thread.pid;
+            let sent = ptrace::signal_thread(pid, tid, libc::SIGSTOP)
+                .and_then(|()| ptrace::resume(tid, 0));
+            ignore_gone(sent).map_err(|error| TreeError::io(pid, &error))?;
+            thread.state = State::Stopping;
+        }
+        let deadline = Instant::now() + STOP_DEADLINE;
+        loop {
+            self.wait_for_stops(deadline)?;
+            // A stop for us alone (that another thread began its group stop) is not the one meant.
+            let early = going.iter().copied().find(|tid| {
+                let thread = self.threads.get(tid);
+                thread.is_some_and(|t| t.state == State::Stopped && !t.in_group_stop)
+            });
+            let Some(tid) = early else {
+                return Ok(());
+            };
+            let thread = self.threads.get_mut(&tid).expect("it was just found");
+            let pid = thread.pid;
+            ignore_gone(ptrace::resume(tid, 0)).map_err(|error| TreeError::io(pid, &error))?;
+            thread.state = State::Stopping;
+        }
+    }
+
     /// Lets everything go. Errors mean that a thread is gone, which is fine. What was killed is
     /// waited for.
     fn let_go(&mut self, then: Then) {
-        let signal = match then {
-            Then::Run => None,
-            Then::Stop => Some(libc::SIGSTOP),
-            Then::Kill => Some(libc::SIGKILL),
-        };
-        if let Some(signal) = signal {
-            // Sent to all while all stand still: nobody sees another die and reacts.
-            let pids: BTreeSet<i32> = self.threads.values().map(|thread| thread.pid).collect();
-            for pid in pids {
-                if let Ok(pidfd) = pidfd::open(pid) {
-                    let _ = pidfd::signal(pidfd.as_fd(), signal);
-                }
-            }
+        let pids: BTreeSet<i32> = self.threads.values().map(|thread| thread.pid).collect();
+        // Sent to all while all stand still: nobody sees another die and reacts.
+        let settled = std::mem::take(&mut self.settled);
+        match then {
+            Then::Run => signal_all(&settled, libc::SIGCONT),
+            Then::Stop => {}
+            Then::Kill => signal_all(&pids, libc::SIGKILL),
         }
         let mut detached = Vec::with_capacity(self.threads.len());
         self.threads.retain(|&tid, thread| {
@@ -378,6 +432,15 @@ fn wait_until_stopped(threads: &[(i32, Tid)]) {
                 return;
             }
             std::thread::sleep(Duration::from_micros(100));
+        }
+    }
+}
+
+fn signal_all(pids: &BTreeSet<i32>, signal: i32) {
+    for &pid in pids {
+        if let Ok(pidfd) = pidfd::open(pid) {
+            // It may have ended; nothing else can go wrong with a process we trace.
+            let _ = pidfd::signal(pidfd.as_fd(), signal);
         }
     }
 }

@@ -114,7 +114,9 @@ impl Borrowed {
         // An interrupt that is pending when it goes on stops it again before its next instruction.
         ptrace::interrupt(self.tid)?;
         ptrace::resume(self.tid, 0)?;
-        while self.next_stop()? != Stop::Event {
+        while !matches!(self.next_stop()?, Stop::Event | Stop::Group) {
+            // Any other stop has used up the interrupt.
+            ptrace::interrupt(self.tid)?;
             ptrace::resume(self.tid, 0)?;
         }
         ptrace::set_registers(self.tid, &self.registers)?;

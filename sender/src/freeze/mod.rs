@@ -32,7 +32,7 @@ const MESSAGE_MAX: usize = 4096;
 pub enum Then {
     /// It runs on.
     Run,
-    /// It stays stopped (SIGSTOP); SIGCONT lets it go on.
+    /// It stays stopped by the SIGSTOP that [`Frozen::settle`] gave it; SIGCONT lets it go on.
     Stop,
     /// It is killed (SIGKILL).
     Kill,
@@ -51,6 +51,8 @@ pub struct FrozenProcess {
 enum Request {
     /// Stop the whole tree under this PID.
     Freeze { root: i32 },
+    /// Put the (stopped) tree under SIGSTOP, so that it stays stopped when it is let go.
+    Settle,
     /// Make a userfaultfd in this (stopped) process and hand it over.
     Userfaultfd { pid: i32 },
     /// Let everything go.
@@ -63,6 +65,8 @@ enum Reply {
     Process(FrozenProcess),
     /// That was all; the tree is stopped.
     Frozen,
+    /// The tree is under SIGSTOP.
+    Settled,
     /// The descriptor is attached.
     Userfaultfd,
     /// There is none to be had, and why.
@@ -186,6 +190,20 @@ impl Frozen<'_> {
     #[must_use]
     pub fn processes(&self) -> &[FrozenProcess] {
         &self.processes
+    }
+
+    /// Puts the tree under SIGSTOP, for [`Then::Stop`]. To be called before its memory is read: the
+    /// signals that are pending in it are delivered on the way, which writes to its stacks.
+    ///
+    /// # Errors
+    /// [`FreezeError`]; the tree runs then.
+    pub fn settle(&mut self) -> Result<(), FreezeError> {
+        self.freezer.say(&Request::Settle)?;
+        match self.freezer.hear()?.0 {
+            Reply::Settled => Ok(()),
+            Reply::Failed(why) => Err(why.into()),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// A userfaultfd over the memory of `pid`, made by the process itself, which keeps nothing.

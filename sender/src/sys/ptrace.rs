@@ -11,8 +11,10 @@ pub type Tid = i32;
 /// What a wait found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// `PTRACE_EVENT_STOP`: stopped for us (or in a group stop), between two instructions.
+    /// Stopped for us, between two instructions.
     Event,
+    /// The same, but by a stop signal: it stays stopped when we let it go.
+    Group,
     /// Entering or leaving a system call.
     Syscall,
     /// About to receive this signal.
@@ -159,6 +161,15 @@ pub fn set_signal_mask(tid: Tid, mask: u64) -> io::Result<()> {
     .map(drop)
 }
 
+/// Sends a signal to one thread.
+///
+/// # Errors
+/// `ESRCH` if it is gone.
+pub fn signal_thread(pid: i32, tid: Tid, signal: i32) -> io::Result<()> {
+    // SAFETY: tgkill takes no pointers.
+    check(unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) }).map(drop)
+}
+
 /// Where a stopped thread registered its restartable sequences (`struct rseq`), if it did.
 ///
 /// # Errors
@@ -232,7 +243,10 @@ fn decode(status: i32) -> Stop {
     }
     let signal = libc::WSTOPSIG(status);
     if status >> 16 == libc::PTRACE_EVENT_STOP {
-        Stop::Event
+        match signal {
+            libc::SIGTRAP => Stop::Event,
+            _ => Stop::Group,
+        }
     } else if signal == libc::SIGTRAP | 0x80 {
         Stop::Syscall
     } else {
