@@ -338,7 +338,10 @@ fn send_task(
         }
         // It exited, or called exec: its image stays as far as it got, and nothing of it will be
         // an in-parent entry.
-        Err(StreamError::Source(error)) if is_gone(&error) => Ok(0),
+        Err(StreamError::Source(error)) if is_gone(&error) => {
+            tracing::debug!(task.pid, %error, "gone in the middle of its image");
+            Ok(0)
+        }
         Err(error) => Err(error),
     }
 }

@@ -17,10 +17,51 @@ use std::io;
 #[derive(Debug)]
 pub struct UffdWp {
     scanner: Scanner,
-    /// One for each process; closing it unregisters its mappings.
-    uffds: HashMap<i32, Uffd>,
+    armed: HashMap<i32, Armed>,
     /// Processes that cannot have one: all their pages count as written, always.
     without: HashMap<i32, String>,
+}
+
+/// One process's tracking.
+#[derive(Debug)]
+struct Armed {
+    /// Closing it unregisters the mappings.
+    uffd: Uffd,
+    /// Mappings that cannot be tracked (another userfaultfd has them, or the kernel would not):
+    /// all their pages count as written. Ascending.
+    untracked: Vec<PageRange>,
+}
+
+impl Armed {
+    /// Registers every mapping that can be tracked; what was registered before costs next to
+    /// nothing. `None` if the userfaultfd belongs to a memory that is gone.
+    fn new(uffd: Uffd, task: &Task) -> Option<Self> {
+        let mut untracked = Vec::new();
+        let (mut tried, mut gone) = (0, 0);
+        for vma in task.vmas.iter().filter(|vma| is_private(vma)) {
+            if vma.file_code {
+                untracked.push(vma.range);
+                continue;
+            }
+            tried += 1;
+            if let Err(error) = uffd.register(vma.range) {
+                tracing::debug!(task.pid, %vma.range, %error, "not tracked");
+                untracked.push(vma.range);
+                gone += u32::from(matches!(
+                    error.raw_os_error(),
+                    // What the kernel says depends on its version.
+                    Some(libc::ESRCH | libc::ENOMEM)
+                ));
+            }
+        }
+        (tried == 0 || gone < tried).then_some(Self { uffd, untracked })
+    }
+
+    fn tracks(&self, part: PageRange) -> bool {
+        let before = self.untracked.partition_point(|r| r.end() <= part.start());
+        let next = self.untracked.get(before);
+        next.is_none_or(|next| next.intersect(part).is_none())
+    }
 }
 
 impl UffdWp {
@@ -34,34 +75,22 @@ impl UffdWp {
         match scanner.has_scan() {
             true => Ok(Self {
                 scanner,
-                uffds: HashMap::new(),
+                armed: HashMap::new(),
                 without: HashMap::new(),
             }),
             false => Err(io::Error::from_raw_os_error(libc::ENOTTY)),
         }
     }
 
-    /// Registers every mapping that can be tracked. What was registered before costs next to
-    /// nothing; what cannot be (and what was moved since) shows in the scan as not allowed.
-    ///
-    /// # Errors
-    /// `ESRCH` if the userfaultfd belongs to a memory that is gone.
-    fn register(uffd: &Uffd, task: &Task) -> io::Result<()> {
-        for vma in task.vmas.iter().filter(|vma| is_tracked(vma)) {
-            match uffd.register(vma.range) {
-                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Err(error),
-                Err(error) => tracing::debug!(task.pid, %vma.range, %error, "not tracked"),
-                Ok(()) => {}
-            }
-        }
-        Ok(())
+    fn tracks(&self, pid: i32, part: PageRange) -> bool {
+        self.armed.get(&pid).is_some_and(|armed| armed.tracks(part))
     }
 }
 
-/// A file's code is left alone: registered, it would lose the kernel's fault-around, and its pages
-/// are not the process's own anyway.
-fn is_tracked(vma: &Vma) -> bool {
-    matches!(vma.class, Class::Private { .. }) && !vma.file_code
+/// A file's code is not registered (it would lose the kernel's fault-around, and its pages are
+/// hardly ever the process's own), but what is the process's own of it is sent.
+fn is_private(vma: &Vma) -> bool {
+    matches!(vma.class, Class::Private { .. })
 }
 
 impl DirtyTracker for UffdWp {
@@ -70,25 +99,22 @@ impl DirtyTracker for UffdWp {
     }
 
     fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Task) -> Result<(), TrackError> {
-        if let Some(uffd) = self.uffds.get(&task.pid) {
-            match Self::register(uffd, task) {
-                Ok(()) => return Ok(()),
-                // It called exec: another memory, so another userfaultfd.
-                Err(_) => drop(self.uffds.remove(&task.pid)),
-            }
+        if let Some(before) = self.armed.remove(&task.pid)
+            && let Some(armed) = Armed::new(before.uffd, task)
+        {
+            self.armed.insert(task.pid, armed);
+            return Ok(());
         }
+        // A new process, or a new memory: it called exec.
         if self.without.contains_key(&task.pid) {
             return Ok(());
         }
         let made = frozen.userfaultfd(task.pid)?.and_then(|fd| {
-            let armed = Uffd::agree(fd).and_then(|uffd| {
-                Self::register(&uffd, task)?;
-                Ok(uffd)
-            });
-            armed.map_err(|error| error.to_string())
+            let uffd = Uffd::agree(fd).map_err(|error| error.to_string())?;
+            Armed::new(uffd, task).ok_or_else(|| "no mapping can be registered".to_owned())
         });
         match made {
-            Ok(uffd) => drop(self.uffds.insert(task.pid, uffd)),
+            Ok(armed) => drop(self.armed.insert(task.pid, armed)),
             Err(why) => {
                 tracing::warn!(
                     task.pid,
@@ -102,20 +128,23 @@ impl DirtyTracker for UffdWp {
     }
 
     fn scan(&mut self, task: &Task, part: PageRange, runs: &mut Vec<Run>) -> io::Result<()> {
+        // Asked to protect, the kernel leaves out mappings that it cannot protect.
+        let protect = self.tracks(task.pid, part);
         let report = WRITTEN | WPALLOWED;
         self.scanner
-            .own_pages(&task.pagemap, part, report, true, |range, categories| {
-                let written = categories & report != WPALLOWED;
+            .own_pages(&task.pagemap, part, report, protect, |range, categories| {
+                let written = !protect || categories & report != WPALLOWED;
                 runs.push(Run { range, written });
             })
     }
 
     fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>> {
+        let tracked = self.tracks(task.pid, vma.range);
         let report = WRITTEN | WPALLOWED;
         let mut pages = 0;
         self.scanner
             .own_pages(&task.pagemap, vma.range, report, false, |range, bits| {
-                if bits & report != WPALLOWED {
+                if !tracked || bits & report != WPALLOWED {
                     pages += range.pages();
                 }
             })?;
@@ -127,7 +156,7 @@ impl DirtyTracker for UffdWp {
     }
 
     fn forget(&mut self, pid: i32) {
-        self.uffds.remove(&pid);
+        self.armed.remove(&pid);
         self.without.remove(&pid);
     }
 }

@@ -1,0 +1,251 @@
+//! Whatever happens to us, the target runs on, unharmed, and the receiver has rounds whole or not
+//! at all.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pageferry_tests::scenario::{assert_arrived, assert_verified, go_on};
+use pageferry_tests::{Pair, Victim};
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How many sends are killed.
+fn kills() -> u32 {
+    std::env::var("PAGEFERRY_KILLS")
+        .map_or(200, |n| n.parse().expect("PAGEFERRY_KILLS is a number"))
+}
+
+/// Directories of migrations below a receiver's `--dir`.
+fn migrations(dir: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    entries.filter(|path| path.is_dir()).collect()
+}
+
+/// A number between 0 and 1 that differs from call to call, the same in every run.
+fn spread(step: u32) -> f64 {
+    f64::from(step) * 0.618_033_988_749_895 % 1.0
+}
+
+#[test]
+fn sends_killed_at_any_instant_leave_no_trace() {
+    let mut victim = Victim::start(
+        "heap=24 threads=12 spin=2 signals children=2 shared=2 seccomp=filter dirty=50",
+    );
+    let pair = Pair::start(&["--max-senders", "64"]);
+    // How long one takes when left alone bounds the instants at which the others die.
+    let begun = std::time::Instant::now();
+    let alone = pair.send(
+        victim.pid(),
+        &["--max-downtime", "0ms", "--max-rounds", "4"],
+    );
+    let _ = alone.expect_report();
+    let whole = begun.elapsed();
+    for step in 0..kills() {
+        let options = ["--max-downtime", "0ms", "--max-rounds", "4"];
+        let mut send = pair.start_send(victim.pid(), &options);
+        std::thread::sleep(whole.mul_f64(spread(step)));
+        send.program().kill();
+        drop(send);
+        if step % 20 == 0 {
+            victim.assert_unharmed();
+        }
+    }
+    victim.assert_unharmed();
+    for migration in migrations(pair.dir()) {
+        let rounds = fs::read_dir(&migration).unwrap().flatten();
+        let complete = rounds.filter(|e| e.file_name().to_string_lossy().parse::<u32>().is_ok());
+        if complete.count() > 0 {
+            assert_verified(&migration);
+        }
+    }
+    // And it can be sent as if nothing had happened.
+    let report = pair.send(victim.pid(), &["--then", "stop"]).expect_report();
+    assert_arrived(victim.pid(), &pair, &report);
+    go_on(victim.pid());
+    victim.assert_unharmed();
+}
+
+#[test]
+fn an_interrupted_send_ends_by_name_and_leaves_the_target_running() {
+    let mut victim = Victim::start("heap=64 threads=4 dirty=100");
+    let pair = Pair::start(&[]);
+    let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
+    send.program()
+        .await_stderr(|line| line.contains("round=2").then_some(()));
+    kill(Pid::from_raw(send.program().pid()), Signal::SIGINT).unwrap();
+    let sent = send.finish();
+    assert_eq!(sent.status.code(), Some(130), "{}", sent.stderr);
+    assert!(sent.stderr.contains("interrupted"), "{}", sent.stderr);
+    victim.assert_unharmed();
+}
+
+#[test]
+fn a_receiver_that_dies_fails_the_send_and_not_the_target() {
+    let mut victim = Victim::start("heap=64 dirty=100");
+    let mut pair = Pair::start(&[]);
+    let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
+    send.program()
+        .await_stderr(|line| line.contains("round=2").then_some(()));
+    pair.receiver().program().kill();
+    let sent = send.finish();
+    assert_eq!(sent.status.code(), Some(1), "{}", sent.stderr);
+    assert!(sent.stderr.contains("the target runs"), "{}", sent.stderr);
+    victim.assert_unharmed();
+    let migration = &migrations(pair.dir())[0];
+    assert_verified(migration);
+}
+
+#[test]
+fn a_receiver_that_was_killed_discards_the_torn_round_and_keeps_the_others() {
+    let victim = Victim::start("heap=64 dirty=100");
+    let mut pair = Pair::start(&[]);
+    let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
+    send.program()
+        .await_stderr(|line| line.contains("round=3").then_some(()));
+    pair.receiver().program().kill();
+    let _ = send.finish();
+    let migration = migrations(pair.dir()).remove(0);
+    let torn = |path: &Path| {
+        let names = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name());
+        names
+            .filter(|n| n.to_string_lossy().ends_with(".tmp"))
+            .count()
+    };
+    let next = pageferry_tests::Receiver::start(pair.dir(), &[]);
+    drop(next);
+    assert_eq!(torn(&migration), 0);
+    assert!(migration.join("3").is_dir());
+    assert_verified(&migration);
+}
+
+#[test]
+fn garbage_on_the_port_hurts_nobody() {
+    let mut victim = Victim::start("heap=16 dirty=50");
+    let mut pair = Pair::start(&["--timeout", "2"]);
+    let address = pair.receiver().address();
+    let mut idle = Vec::new();
+    let mut send = pair.start_send(victim.pid(), &["--rounds", "20"]);
+    for garbage in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        b"PFRY",
+        b"PFRYxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+        &[0xff; 4096],
+        &[4, 0, 0, 0, 0, 0, 0, 0],
+        b"",
+    ] {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.write_all(garbage).unwrap();
+        if garbage == b"PFRY" || garbage.is_empty() {
+            // Stays and says nothing more.
+            idle.push(stream);
+        } else {
+            stream
+                .set_read_timeout(Some(Duration::from_secs(20)))
+                .unwrap();
+            // Refused: the connection ends, perhaps with a reason in a frame of our own.
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+            assert!(
+                answer.is_empty() || answer.starts_with(b"PFRY"),
+                "{answer:?}"
+            );
+        }
+    }
+    send.program()
+        .await_stderr(|line| line.contains("round=10").then_some(()));
+    let report = send.finish().expect_report();
+    assert_eq!(report.rounds.len(), 20);
+    let directory = report.totals["directory"].as_str().unwrap();
+    assert_verified(Path::new(directory));
+    victim.assert_unharmed();
+    pair.receiver()
+        .program()
+        .await_stderr(|line| line.contains("refused: neither").then_some(()));
+}
+
+#[test]
+fn several_senders_at_once_do_not_mix() {
+    let pair = Pair::start(&[]);
+    let victims: Vec<_> = (1..5)
+        .map(|seed| {
+            Victim::start(&format!(
+                "--seed {seed} heap=16 shared=2 children=1 dirty=30"
+            ))
+        })
+        .collect();
+    let sends: Vec<_> = victims
+        .iter()
+        .map(|victim| pair.start_send(victim.pid(), &["--then", "stop"]))
+        .collect();
+    for (mut victim, send) in victims.into_iter().zip(sends) {
+        let report = send.finish().expect_report();
+        assert_arrived(victim.pid(), &pair, &report);
+        go_on(victim.pid());
+        victim.assert_unharmed();
+    }
+}
+
+#[test]
+fn chaos_for_twenty_rounds() {
+    for tracker in ["uffd", "hash"] {
+        let mut victim =
+            Victim::start("heap=8 shared=1 children=2 chaos threads=4 execloop=20 dirty=50");
+        let pair = Pair::start(&[]);
+        let options = ["--tracker", tracker, "--rounds", "20"];
+        let report = pair.send(victim.pid(), &options).expect_report();
+        assert_eq!(report.rounds.len(), 20);
+        assert_verified(Path::new(report.totals["directory"].as_str().unwrap()));
+        victim.assert_unharmed();
+        // The last, frozen one is right whatever came before.
+        assert_eq!(victim.ask("stop-writing"), "ok");
+        let report = pair
+            .send(victim.pid(), &["--tracker", tracker, "--then", "stop"])
+            .expect_report();
+        assert_arrived(victim.pid(), &pair, &report);
+        go_on(victim.pid());
+        victim.assert_unharmed();
+    }
+}
+
+#[test]
+fn changes_of_the_tree_between_rounds_are_followed() {
+    let mut victim = Victim::start("heap=8 shared=1 children=1 dirty=20");
+    let pair = Pair::start(&[]);
+    let mut send = pair.start_send(victim.pid(), &["--max-downtime", "0ms", "--then", "stop"]);
+    // As far as it gets until the send ends: each is right at any time.
+    for command in [
+        "remap",
+        "move",
+        "grow",
+        "fork",
+        "shrink",
+        "reap",
+        "discard 100",
+    ] {
+        if let Ok(answer) = victim.try_ask(command) {
+            assert!(answer.starts_with("ok"), "{command}: {answer}");
+        }
+        if !pageferry_tests::memory::lives(send.program().pid()) {
+            break;
+        }
+    }
+    let report = send.finish().expect_report();
+    assert_arrived(victim.pid(), &pair, &report);
+    go_on(victim.pid());
+    victim.assert_unharmed();
+}
+
+#[test]
+fn a_killed_tree_is_gone_when_send_ends() {
+    let mut victim = Victim::start("heap=4 children=3 threads=4");
+    let pair = Pair::start(&[]);
+    let tree = victim.tree();
+    let sent = pair.send(victim.pid(), &["--then", "kill"]);
+    let _ = sent.expect_report();
+    assert!(tree.iter().all(|&pid| !pageferry_tests::memory::lives(pid)));
+    victim.await_end();
+}
