@@ -129,6 +129,17 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     ) -> Result<(), NativeError> {
         migration.directory = self.greet(store).await?;
         let mut disk = Disk::start(migration.directory.clone(), limits.buffers)?;
+        let result = self.rounds(&mut disk, migration).await;
+        // A torn round is gone when the sender hears of it.
+        disk.end().await;
+        result
+    }
+
+    async fn rounds(
+        &mut self,
+        disk: &mut Disk,
+        migration: &mut Migration,
+    ) -> Result<(), NativeError> {
         loop {
             match self.message().await? {
                 Message::RoundBegin {
@@ -148,7 +159,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         uptime_us,
                     };
                     disk.give(begin).await?;
-                    let totals = self.round(&mut disk).await?;
+                    let totals = self.round(disk).await?;
                     self.writer
                         .send(&Message::RoundAck { round, totals })
                         .await?;
@@ -225,7 +236,12 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let mut totals = Totals::default();
         let mut digest = RoundDigest::default();
         loop {
-            match self.reader.next().await? {
+            let incoming = tokio::select! {
+                incoming = self.reader.next() => incoming?,
+                // What was read of a frame is lost then, but so is the round.
+                Some(failure) = disk.failed.recv() => return Err(failure),
+            };
+            match incoming {
                 Incoming::Message(Message::Working) => {}
                 Incoming::Message(Message::ImageOpen(image)) => {
                     totals.images += 1;
@@ -262,7 +278,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         let wait = tokio::time::timeout(WORKING_INTERVAL, &mut committed);
                         match wait.await {
                             Ok(Ok(())) => return Ok(totals),
-                            Ok(Err(_)) => return Err(disk.why_it_ended()),
+                            Ok(Err(_)) => return Err(disk.why_it_ended().await),
                             Err(_) => self.writer.send(&Message::Working).await?,
                         }
                     }
@@ -328,7 +344,9 @@ enum Job {
 
 /// The thread that writes: everything of one migration in the order it came.
 struct Disk {
-    jobs: mpsc::Sender<Job>,
+    /// `None` once it is to end.
+    jobs: Option<mpsc::Sender<Job>>,
+    /// Closed when the thread ends.
     failed: mpsc::UnboundedReceiver<NativeError>,
 }
 
@@ -339,10 +357,12 @@ impl Disk {
         std::thread::Builder::new()
             .name("disk".into())
             .spawn(move || {
+                // Dropping `fail` says that the thread is over, so it is kept to the end.
                 if let Err(error) = work(&home, todo) {
                     // The task is gone only if the migration is over anyway.
                     let _ = fail.send(error);
                 }
+                drop(fail);
             })
             .map_err(|error| {
                 NativeError::refuse(
@@ -350,18 +370,32 @@ impl Disk {
                     format!("no thread to write with: {error}"),
                 )
             })?;
-        Ok(Self { jobs, failed })
+        Ok(Self {
+            jobs: Some(jobs),
+            failed,
+        })
     }
 
     async fn give(&mut self, job: Job) -> Result<(), NativeError> {
-        match self.jobs.send(job).await {
-            Ok(()) => Ok(()),
-            Err(_) => Err(self.why_it_ended()),
+        let sent = match &self.jobs {
+            Some(jobs) => jobs.send(job).await.is_ok(),
+            None => false,
+        };
+        if sent {
+            Ok(())
+        } else {
+            Err(self.why_it_ended().await)
         }
     }
 
-    fn why_it_ended(&mut self) -> NativeError {
-        self.failed.try_recv().unwrap_or_else(|_| {
+    /// Ends the thread, and waits until it has.
+    async fn end(&mut self) {
+        self.jobs = None;
+        while self.failed.recv().await.is_some() {}
+    }
+
+    async fn why_it_ended(&mut self) -> NativeError {
+        self.failed.recv().await.unwrap_or_else(|| {
             NativeError::refuse(RefuseCode::Storage, "the writing thread panicked")
         })
     }

@@ -1,0 +1,280 @@
+//! The native dialect against a scripted sender: what is good arrives, what is bad is refused with
+//! a reason, and nothing torn stays.
+
+use bytes::Bytes;
+use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::wire::{
+    self, Chunk, Entry, EntryKind, FrameReader, FrameWriter, Incoming, Message, RefuseCode,
+    RoundKind, SharedPhase, Totals, WireError,
+};
+use pageferry_common::{ImageId, MigrationId, PAGE_SIZE, PageRange};
+use pageferry_receiver::dialect::native::{Limits, Migration, NativeError, receive};
+use pageferry_receiver::image::verify::verify;
+use pageferry_receiver::store::Store;
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{DuplexStream, ReadHalf, WriteHalf, duplex, split};
+
+const STALL: Duration = Duration::from_secs(5);
+
+struct Sender {
+    reader: FrameReader<ReadHalf<DuplexStream>>,
+    writer: FrameWriter<WriteHalf<DuplexStream>>,
+    totals: Totals,
+    digest: RoundDigest,
+}
+
+impl Sender {
+    async fn say(&mut self, message: Message) {
+        self.writer.send(&message).await.unwrap();
+    }
+
+    async fn hear(&mut self) -> Result<Message, WireError> {
+        match self.reader.next().await? {
+            Incoming::Message(message) => Ok(message),
+            Incoming::Chunk { .. } => panic!("a receiver sends no chunks"),
+        }
+    }
+
+    async fn greet(&mut self, version: u16) -> Result<Message, WireError> {
+        let hello = Message::Hello {
+            version,
+            page_size: PAGE_SIZE as u32,
+            features: wire::FEATURES,
+            id: MigrationId([1; 16]),
+            root_pid: 7,
+        };
+        self.say(hello).await;
+        self.hear().await
+    }
+
+    async fn begin(&mut self, round: u32) {
+        self.totals = Totals::default();
+        self.digest = RoundDigest::default();
+        let kind = RoundKind::PreDump;
+        let uptime_us = 1;
+        self.say(Message::RoundBegin {
+            round,
+            kind,
+            uptime_us,
+        })
+        .await;
+        self.totals.images += 1;
+        self.digest.open(ImageId::Task(7));
+        self.say(Message::ImageOpen(ImageId::Task(7))).await;
+    }
+
+    /// Two pages of data, as they should be or with a false digest, and perhaps compressed.
+    async fn chunk(&mut self, at: u64, false_digest: u64, compressed: Option<Vec<u8>>) {
+        let pages = Bytes::from(vec![5; 2 * PAGE_SIZE as usize]);
+        let range = PageRange::new(at, 2).unwrap();
+        let kind = EntryKind::Data;
+        let chunk = Chunk {
+            entries: vec![Entry { range, kind }],
+            digest: digest(&pages) ^ false_digest,
+        };
+        self.totals.count(&chunk.entries);
+        let meta = Message::Chunk(chunk).encode();
+        self.digest.chunk(&meta);
+        let (is_compressed, data) = match compressed {
+            Some(bytes) => (true, Bytes::from(bytes)),
+            None => (false, pages),
+        };
+        self.writer
+            .send_chunk(&meta, is_compressed, data)
+            .await
+            .unwrap();
+    }
+
+    async fn end(&mut self) -> Result<Message, WireError> {
+        self.totals.digest = self.digest.value();
+        self.say(Message::RoundEnd(self.totals)).await;
+        self.hear().await
+    }
+}
+
+/// Runs a script against the receiver; what the receiver made of it.
+async fn session<F: AsyncFnOnce(&mut Sender)>(
+    dir: &Path,
+    script: F,
+) -> (Migration, Result<(), NativeError>) {
+    let store = Store::open(dir).unwrap();
+    let (ours, theirs) = duplex(1 << 16);
+    let (read, write) = split(ours);
+    let phase = SharedPhase::default();
+    let mut sender = Sender {
+        reader: FrameReader::new(read, phase.clone(), STALL),
+        writer: FrameWriter::new(write, phase, STALL),
+        totals: Totals::default(),
+        digest: RoundDigest::default(),
+    };
+    let mut migration = Migration::default();
+    let (read, write) = split(theirs);
+    let limits = Limits {
+        stall: STALL,
+        buffers: 1,
+    };
+    let (result, ()) = tokio::join!(
+        receive(read, write, &store, limits, &mut migration),
+        async {
+            script(&mut sender).await;
+            drop(sender);
+        }
+    );
+    (migration, result)
+}
+
+fn refusal(heard: Result<Message, WireError>) -> RefuseCode {
+    match heard {
+        Err(WireError::Refused { code, reason }) => {
+            assert!(!reason.is_empty());
+            code
+        }
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+fn rounds(migration: &Migration) -> Vec<String> {
+    let entries = fs::read_dir(&migration.directory).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[tokio::test]
+async fn a_good_session_leaves_its_rounds() {
+    let dir = tempfile::tempdir().unwrap();
+    let (migration, result) = session(dir.path(), async |sender| {
+        assert!(matches!(sender.greet(1).await, Ok(Message::Welcome { .. })));
+        for round in 1..=2 {
+            sender.begin(round).await;
+            sender.chunk(0x1000, 0, None).await;
+            let compressed = zstd::bulk::compress(&[5; 8192], 1).unwrap();
+            sender.chunk(0x8000, 0, Some(compressed)).await;
+            let totals = sender.totals;
+            assert!(matches!(
+                sender.end().await,
+                Ok(Message::RoundAck { round: acked, totals: theirs })
+                    if acked == round && theirs.data_pages == totals.data_pages
+            ));
+        }
+        sender.say(Message::Finish).await;
+        assert_eq!(sender.hear().await.unwrap(), Message::FinishAck);
+    })
+    .await;
+    result.unwrap();
+    assert_eq!((migration.rounds, migration.data_pages), (2, 8));
+    assert_eq!(rounds(&migration), ["1", "2"]);
+    assert!(verify(&migration.directory).unwrap().problems.is_empty());
+}
+
+/// After one good round, does something wrong in the second.
+async fn second_round_refused<F: AsyncFnOnce(&mut Sender)>(wrong: F) -> RefuseCode {
+    let dir = tempfile::tempdir().unwrap();
+    let mut code = None;
+    let (migration, result) = session(dir.path(), async |sender| {
+        sender.greet(1).await.unwrap();
+        sender.begin(1).await;
+        sender.chunk(0x1000, 0, None).await;
+        sender.end().await.unwrap();
+        wrong(sender).await;
+        code = Some(refusal(sender.hear().await));
+    })
+    .await;
+    assert!(result.is_err());
+    // The first is intact, and nothing of the second is there.
+    assert_eq!(rounds(&migration), ["1"]);
+    assert!(verify(&migration.directory).unwrap().problems.is_empty());
+    code.unwrap()
+}
+
+#[tokio::test]
+async fn damaged_pages_are_refused() {
+    let code = second_round_refused(async |sender| {
+        sender.begin(2).await;
+        sender.chunk(0x1000, 1, None).await;
+        sender.totals.digest = sender.digest.value();
+        sender.say(Message::RoundEnd(sender.totals)).await;
+    })
+    .await;
+    assert_eq!(code, RefuseCode::Protocol);
+}
+
+#[tokio::test]
+async fn totals_that_do_not_agree_are_refused() {
+    let code = second_round_refused(async |sender| {
+        sender.begin(2).await;
+        sender.chunk(0x1000, 0, None).await;
+        sender.totals.data_pages += 1;
+        sender.say(Message::RoundEnd(sender.totals)).await;
+    })
+    .await;
+    assert_eq!(code, RefuseCode::Protocol);
+}
+
+#[tokio::test]
+async fn a_bomb_is_cut_off_at_what_was_announced() {
+    let code = second_round_refused(async |sender| {
+        sender.begin(2).await;
+        let bomb = zstd::bulk::compress(&vec![0; 256 << 20], 19).unwrap();
+        sender.chunk(0x1000, 0, Some(bomb)).await;
+        sender.say(Message::RoundEnd(sender.totals)).await;
+    })
+    .await;
+    assert_eq!(code, RefuseCode::Protocol);
+}
+
+#[tokio::test]
+async fn rounds_out_of_order_are_refused() {
+    let code = second_round_refused(async |sender| sender.begin(3).await).await;
+    assert_eq!(code, RefuseCode::Protocol);
+}
+
+#[tokio::test]
+async fn another_version_and_a_known_id_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, result) = session(dir.path(), async |sender| {
+        assert_eq!(refusal(sender.greet(2).await), RefuseCode::Unsupported);
+    })
+    .await;
+    assert!(result.is_err());
+    for expected in [None, Some(RefuseCode::Busy)] {
+        let (_, result) = session(dir.path(), async |sender| {
+            let answer = sender.greet(1).await;
+            match expected {
+                None => assert!(answer.is_ok()),
+                Some(code) => assert_eq!(refusal(answer), code),
+            }
+        })
+        .await;
+        // Gone without a word, or refused.
+        assert!(result.is_err());
+    }
+}
+
+#[tokio::test]
+async fn an_image_that_is_opened_twice_is_refused() {
+    let code = second_round_refused(async |sender| {
+        sender.begin(2).await;
+        sender.chunk(0x1000, 0, None).await;
+        sender.say(Message::ImageOpen(ImageId::Task(7))).await;
+    })
+    .await;
+    assert_eq!(code, RefuseCode::Protocol);
+}
+
+#[tokio::test]
+async fn a_sender_that_vanishes_leaves_no_torn_round() {
+    let dir = tempfile::tempdir().unwrap();
+    let (migration, result) = session(dir.path(), async |sender| {
+        sender.greet(1).await.unwrap();
+        sender.begin(1).await;
+        sender.chunk(0x1000, 0, None).await;
+    })
+    .await;
+    assert!(matches!(result, Err(NativeError::Wire(_))));
+    assert_eq!(rounds(&migration), [""; 0]);
+}
