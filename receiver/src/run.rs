@@ -6,7 +6,7 @@ use crate::image::flatten::flatten;
 use crate::image::verify::verify;
 use crate::server::{self, Ended, Options};
 use crate::store::{Store, StoreError};
-use std::io;
+use std::io::{self, IsTerminal};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::ExitCode;
@@ -169,6 +169,7 @@ fn start_log(verbose: u8) {
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .init();
 }

@@ -1,0 +1,236 @@
+//! What cannot be is said in a line, with what to do about it, and has its exit code.
+
+use pageferry_tests::pair::Sent;
+use pageferry_tests::scenario::receive;
+use pageferry_tests::{Pair, Receiver, Send, Victim};
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Output};
+
+fn assert_said(sent: &Sent, code: i32, words: &[&str]) {
+    assert_eq!(sent.status.code(), Some(code), "{}", sent.stderr);
+    for word in words {
+        assert!(sent.stderr.contains(word), "{word}: {}", sent.stderr);
+    }
+}
+
+fn program(name: &str) -> std::path::PathBuf {
+    let exe = std::env::current_exe().unwrap();
+    let profile = exe.ancestors().nth(2).unwrap();
+    let variable = format!("PAGEFERRY_{}", name.to_uppercase());
+    std::env::var_os(variable).map_or_else(|| profile.join(name), Into::into)
+}
+
+fn run(command: &mut Command) -> Output {
+    command.output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn a_target_that_is_not_there() {
+    let pair = Pair::start(&[]);
+    assert_said(&pair.send(i32::MAX, &[]), 3, &["process 2147483647", "PID"]);
+}
+
+#[test]
+fn a_receiver_that_is_not_there() {
+    let victim = Victim::start("heap=1");
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let sent = Send::start(address, victim.pid(), &[]).finish();
+    assert_said(&sent, 1, &["cannot connect to", "receive --listen"]);
+}
+
+#[test]
+fn a_target_that_a_debugger_has() {
+    let mut victim = Victim::start("heap=1");
+    // strace is a debugger as far as the kernel is concerned; so is another send.
+    let mut strace = Command::new("strace");
+    strace.args(["-q", "-o", "/dev/null", "-p", &victim.pid().to_string()]);
+    let mut strace = strace.spawn().expect("strace is there: run scripts/setup");
+    let tracer = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", victim.pid())).unwrap();
+        status.contains(&format!("TracerPid:\t{}\n", strace.id()))
+    };
+    while !tracer() {
+        std::thread::yield_now();
+    }
+    let pair = Pair::start(&[]);
+    let sent = pair.send(victim.pid(), &[]);
+    assert_said(&sent, 1, &["traced already", "(strace)", "detach"]);
+    strace.kill().unwrap();
+    strace.wait().unwrap();
+    let _ = pair.send(victim.pid(), &[]).expect_report();
+    victim.check().unwrap();
+}
+
+#[test]
+fn somebody_elses_target() {
+    let victim = Victim::start("heap=1");
+    let mut pair = Pair::start(&[]);
+    let to = pair.receiver().address().to_string();
+    let scratch = tempfile::tempdir().unwrap();
+    fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let send = scratch.path().join("send");
+    fs::copy(program("send"), &send).unwrap();
+    let nobody = 65534;
+    let mut command = Command::new(&send);
+    command.args(["--to", &to, &victim.pid().to_string()]);
+    let output = run(command.uid(nobody).gid(nobody));
+    assert_eq!(output.status.code(), Some(5), "{}", stderr(&output));
+    assert!(
+        stderr(&output).contains("CAP_SYS_PTRACE"),
+        "{}",
+        stderr(&output)
+    );
+}
+
+#[test]
+fn its_own_tree() {
+    let pair = Pair::start(&[]);
+    let own = std::process::id().cast_signed();
+    assert_said(
+        &pair.send(own, &[]),
+        2,
+        &["contains this program", "outside"],
+    );
+}
+
+#[test]
+fn memory_in_the_clear_beyond_this_host() {
+    let victim = Victim::start("heap=1");
+    let elsewhere: SocketAddr = "192.0.2.1:7700".parse().unwrap();
+    let sent = Send::start(elsewhere, victim.pid(), &[]).finish();
+    assert_said(&sent, 2, &["in the clear", "--insecure"]);
+    let dir = tempfile::tempdir().unwrap();
+    let refused = receive(&[&"--listen", &"0.0.0.0:0", &"--dir", &dir.path()]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(refused.stderr.contains("--insecure"), "{}", refused.stderr);
+}
+
+#[test]
+fn a_tracker_that_the_kernel_lacks() {
+    let victim = Victim::start("heap=1");
+    let pair = Pair::start(&[]);
+    let sent = pair.send(victim.pid(), &["--tracker", "soft-dirty"]);
+    if sent.status.success() {
+        eprintln!("SKIPPED: this kernel has soft-dirty");
+        return;
+    }
+    assert_said(&sent, 1, &["CONFIG_MEM_SOFT_DIRTY", "--tracker auto"]);
+}
+
+#[test]
+fn a_receiver_that_refuses() {
+    let victim = Victim::start("heap=1");
+    let mut pair = Pair::start(&[]);
+    // Its directory goes away under it.
+    let dir = pair.dir().to_owned();
+    pair.receiver();
+    fs::remove_dir_all(&dir).unwrap();
+    let sent = pair.send(victim.pid(), &[]);
+    assert_said(
+        &sent,
+        4,
+        &["the receiver refused", "cannot create", "the target runs"],
+    );
+}
+
+#[test]
+fn a_disk_that_is_full() {
+    let mut victim = Victim::start("heap=48 dirty=10");
+    let root = tempfile::tempdir().unwrap();
+    let mount = |arguments: &[&str]| {
+        let status = Command::new(arguments[0])
+            .args(&arguments[1..])
+            .arg(root.path())
+            .status();
+        assert!(status.unwrap().success(), "{arguments:?}");
+    };
+    mount(&["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs"]);
+    let receiver = Receiver::start(&root.path().join("images"), &[]);
+    let sent = Send::start(receiver.address(), victim.pid(), &["--rounds", "2"]).finish();
+    let torn = Command::new("find")
+        .arg(root.path())
+        .args(["-name", "*.tmp"])
+        .output()
+        .unwrap();
+    drop(receiver);
+    mount(&["umount"]);
+    assert_said(&sent, 4, &["No space left on device", "the target runs"]);
+    assert!(torn.stdout.is_empty());
+    victim.assert_unharmed();
+}
+
+#[test]
+fn ports_and_directories_that_cannot_be_used() {
+    let mut pair = Pair::start(&[]);
+    let port = pair.receiver().address().port().to_string();
+    let dir = tempfile::tempdir().unwrap();
+    let taken = receive(&[&"--listen", &port, &"--dir", &dir.path()]);
+    assert_eq!(taken.status.code(), Some(4), "{}", taken.stderr);
+    assert!(taken.stderr.contains("another port"), "{}", taken.stderr);
+
+    let second = receive(&[&"--listen", &"0", &"--dir", &pair.dir()]);
+    assert_eq!(second.status.code(), Some(4), "{}", second.stderr);
+    assert!(
+        second.stderr.contains("in use by another receiver"),
+        "{}",
+        second.stderr
+    );
+
+    let file = dir.path().join("file");
+    fs::write(&file, "").unwrap();
+    let no_directory = receive(&[&"--listen", &"0", &"--dir", &file]);
+    assert_eq!(
+        no_directory.status.code(),
+        Some(4),
+        "{}",
+        no_directory.stderr
+    );
+    assert!(
+        no_directory.stderr.contains("--dir takes"),
+        "{}",
+        no_directory.stderr
+    );
+}
+
+#[test]
+fn images_that_are_none() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("x"), "").unwrap();
+    let out = dir.path().join("out");
+    for finished in [
+        receive(&[&"verify", &dir.path()]),
+        receive(&[&"flatten", &dir.path(), &out]),
+    ] {
+        assert_eq!(finished.status.code(), Some(1), "{}", finished.stderr);
+        assert!(
+            finished.stderr.contains("cannot find a round in"),
+            "{}",
+            finished.stderr
+        );
+    }
+}
+
+#[test]
+fn one_migration_and_its_result() {
+    let victim = Victim::start("heap=1");
+    let dir = tempfile::tempdir().unwrap();
+    let receiver = Receiver::start(dir.path(), &["--once", "--json"]);
+    let address = receiver.address();
+    let _ = Send::start(address, victim.pid(), &["--rounds", "2"])
+        .finish()
+        .expect_report();
+    let finished = receiver.finish();
+    assert_eq!(finished.status.code(), Some(0), "{}", finished.stderr);
+    let report: serde_json::Value = serde_json::from_str(&finished.stdout).unwrap();
+    assert_eq!(report["rounds"], 2);
+    assert_eq!(report["finished_frozen"], false);
+}
