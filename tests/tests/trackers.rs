@@ -1,10 +1,10 @@
 //! Each dirty tracker on each kind of memory: what arrives is, byte by byte, what the frozen victim
 //! holds. These tests run in the VM too, whose kernel has what the host's may lack.
 
+use pageferry_tests::images::{Entry, Pagemap};
 use pageferry_tests::scenario::assert_sent;
 use pageferry_tests::{Pair, Victim};
-use std::fs;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::fs::{self, File};
 
 const TRACKERS: [&str; 3] = ["uffd", "soft-dirty", "hash"];
 
@@ -63,19 +63,23 @@ fn huge_pages_that_the_kernel_makes() {
 /// Huge pages that are set aside are the whole machine's: one test at a time, and given back.
 struct HugePages {
     before: String,
-    _alone: MutexGuard<'static, ()>,
+    _alone: File,
 }
 
 const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
 
 impl HugePages {
     fn reserve(pages: usize) -> Self {
-        static ALONE: Mutex<()> = Mutex::new(());
-        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+        // A file, for each test may be a process of its own.
+        let lock = std::env::temp_dir().join("pageferry-tests-hugepages.lock");
+        let alone = File::create(lock).unwrap();
+        alone.lock().unwrap();
         let before = fs::read_to_string(NR_HUGEPAGES).unwrap();
         fs::write(NR_HUGEPAGES, pages.to_string()).expect("root may reserve huge pages");
-        let _alone = alone;
-        Self { before, _alone }
+        Self {
+            before,
+            _alone: alone,
+        }
     }
 }
 
@@ -89,6 +93,32 @@ impl Drop for HugePages {
 fn huge_pages_that_are_set_aside() {
     let _pages = HugePages::reserve(16);
     with_each_tracker("hugetlb=4 hugeshared=2 heap=2 dirty=20", &[]);
+}
+
+/// Restore reads huge pages that are set aside from the newest directory only.
+#[test]
+fn huge_pages_that_are_set_aside_are_whole_in_the_last_round() {
+    let _pages = HugePages::reserve(16);
+    let mut victim = Victim::start("hugetlb=4 heap=2 dirty=20");
+    if !victim.skipped().is_empty() {
+        eprintln!("SKIPPED: {:?}", victim.skipped());
+        return;
+    }
+    let pair = Pair::start(&[]);
+    let report = pair.send(victim.pid(), &MANY_ROUNDS).expect_report();
+    let regions = victim.regions();
+    let huge = regions.iter().find(|region| region.kind == "hugetlb");
+    let huge = huge.expect("the victim has such a region");
+    let last = pair.last_round(&report);
+    let pagemap = fs::read(last.join(format!("pagemap-{}.img", victim.pid()))).unwrap();
+    let pagemap = Pagemap::parse(&pagemap).unwrap();
+    let inside =
+        |entry: &&Entry| entry.address >= huge.start && entry.address < huge.start + huge.length;
+    let entries: Vec<_> = pagemap.entries.iter().filter(inside).collect();
+    assert!(!entries.is_empty());
+    assert!(entries.iter().all(|entry| entry.flags == 4), "{entries:?}");
+    // The rest of its memory does come from the rounds before.
+    assert!(pagemap.entries.iter().any(|entry| entry.flags == 1));
 }
 
 #[test]
