@@ -109,6 +109,7 @@ pub fn migrate(
             RoundKind::PreDump => {
                 let stopped = frozen.thaw(Then::Run)?;
                 drop(urgent);
+                progress.update(|status| status.frozen_ms = stopped.as_secs_f64() * 1e3);
                 sink.begin(round, kind, uptime)?;
                 tree.survey_descriptors();
                 let scanned = tree.send(kind, tracker, sink, pool)?;
@@ -137,7 +138,6 @@ pub fn migrate(
             seconds = done.seconds,
             "round done"
         );
-        progress.update(|status| status.frozen_ms = done.frozen_ms);
         let sent = done.bytes_raw;
         report.add(done);
         if kind == RoundKind::Final {

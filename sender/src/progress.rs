@@ -7,10 +7,22 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+/// Back to the start of the line, and everything in it gone.
+const CLEAR: &str = "\r\x1b[K";
+
 /// How often the line is redrawn.
 const INTERVAL: Duration = Duration::from_millis(200);
 
-/// What the line shows beside the bytes sent.
+/// What the sink counts as it goes.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Bytes on the wire, framing and all.
+    pub bytes: AtomicU64,
+    /// Pages announced, with or without content.
+    pub pages: AtomicU64,
+}
+
+/// What the line shows beside what the sink counts.
 #[derive(Debug, Clone, Default)]
 pub struct Status {
     /// The round in progress.
@@ -33,16 +45,16 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Starts the display if standard error is a terminal. `bytes_sent` counts bytes on the wire.
+    /// Starts the display if standard error is a terminal.
     #[must_use]
-    pub fn start(bytes_sent: Arc<AtomicU64>) -> Self {
+    pub fn start(counters: Arc<Counters>) -> Self {
         let status = Arc::new(Mutex::new(Status::default()));
         let (end, ended) = mpsc::channel();
         let thread = stderr().is_terminal().then(|| {
             let status = Arc::clone(&status);
             std::thread::Builder::new()
                 .name("progress".into())
-                .spawn(move || draw(&status, &bytes_sent, &ended))
+                .spawn(move || draw(&status, &counters, &ended))
         });
         Self {
             status,
@@ -68,10 +80,11 @@ impl Drop for Progress {
     }
 }
 
-fn draw(status: &Mutex<Status>, bytes_sent: &AtomicU64, ended: &mpsc::Receiver<()>) {
-    let (mut before, mut at) = (bytes_sent.load(Ordering::Relaxed), Instant::now());
+fn draw(status: &Mutex<Status>, counters: &Counters, ended: &mpsc::Receiver<()>) {
+    const MIB: f64 = (1 << 20) as f64;
+    let (mut before, mut at) = (counters.bytes.load(Ordering::Relaxed), Instant::now());
     while ended.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
-        let (now, then) = (bytes_sent.load(Ordering::Relaxed), at);
+        let (now, then) = (counters.bytes.load(Ordering::Relaxed), at);
         at = Instant::now();
         let rate = (now - before) as f64 / (at - then).as_secs_f64();
         before = now;
@@ -81,14 +94,34 @@ fn draw(status: &Mutex<Status>, bytes_sent: &AtomicU64, ended: &mpsc::Receiver<(
             .clone();
         let _ = write!(
             stderr(),
-            "\r\x1b[Kround {} ({}): {} MiB sent, {:.0} MiB/s; dirtied {:.1} MiB/s; stopped {:.2} ms",
+            "{CLEAR}round {} ({}): {} pages, {:.0} MiB sent, {:.0} MiB/s; dirtied {:.1} MiB/s; stopped {:.2} ms",
             status.round,
             status.kind,
-            now >> 20,
-            rate / f64::from(1 << 20),
-            status.dirty_rate / f64::from(1 << 20),
+            counters.pages.load(Ordering::Relaxed),
+            now as f64 / MIB,
+            rate / MIB,
+            status.dirty_rate / MIB,
             status.frozen_ms,
         );
     }
-    let _ = write!(stderr(), "\r\x1b[K");
+    let _ = write!(stderr(), "{CLEAR}");
+}
+
+/// Standard error for log lines: on a terminal each takes the place of the progress line.
+#[derive(Debug, Default)]
+pub struct LogWriter;
+
+impl Write for LogWriter {
+    fn write(&mut self, line: &[u8]) -> std::io::Result<usize> {
+        let mut stderr = stderr().lock();
+        if stderr.is_terminal() {
+            stderr.write_all(CLEAR.as_bytes())?;
+        }
+        stderr.write_all(line)?;
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        stderr().flush()
+    }
 }

@@ -5,7 +5,7 @@ use crate::cli::Cli;
 use crate::dirty::{self, NoTracker};
 use crate::freeze::{FreezeError, Freezer, TreeError};
 use crate::migrate::{MigrateError, Parts, Plan, migrate};
-use crate::progress::Progress;
+use crate::progress::{LogWriter, Progress};
 use crate::report::Report;
 use crate::sink::{Connect, NativeSink, SinkError};
 use crate::stream::StreamError;
@@ -98,7 +98,7 @@ fn send(cli: &Cli) -> Result<Report, Failure> {
         compression: cli.compress,
     };
     let mut sink = NativeSink::connect(connect, &pool).map_err(MigrateError::from)?;
-    let progress = Progress::start(sink.bytes_sent());
+    let progress = Progress::start(sink.counters());
     let mut report = Report::new(cli.pid, tracker.name());
     report.migration = id.to_string();
     sink.directory().clone_into(&mut report.directory);
@@ -148,7 +148,7 @@ fn start_log(verbose: u8) {
     };
     tracing_subscriber::fmt()
         .with_max_level(level)
-        .with_writer(io::stderr)
+        .with_writer(LogWriter::default)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .init();

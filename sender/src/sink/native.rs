@@ -1,6 +1,7 @@
 //! The native protocol over TCP: a thread of its own with the socket, fed by a bounded channel.
 
 use super::{PageSink, Receipt, SinkError};
+use crate::progress::Counters;
 use bytes::Bytes;
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{
@@ -66,8 +67,8 @@ pub struct NativeSink {
     network: Option<JoinHandle<Result<(), SinkError>>>,
     pool: BufferPool,
     compressor: Option<zstd::bulk::Compressor<'static>>,
-    bytes_sent: Arc<AtomicU64>,
-    /// `bytes_sent` when the round began.
+    counters: Arc<Counters>,
+    /// Bytes sent when the round began.
     round_start: u64,
     round: u32,
     totals: Totals,
@@ -81,7 +82,7 @@ impl NativeSink {
     /// # Errors
     /// [`SinkError`].
     pub fn connect(connect: Connect, pool: &BufferPool) -> Result<Self, SinkError> {
-        let bytes_sent = Arc::new(AtomicU64::new(0));
+        let counters = Arc::new(Counters::default());
         // Two: one frame on its way, one ready. The pool's size is the limit that counts.
         let (outgoing, commands) = mpsc::channel(2);
         let (reply, replies) = mpsc::unbounded_channel();
@@ -103,10 +104,10 @@ impl NativeSink {
             root_pid: connect.root_pid,
         };
         let network = {
-            let bytes_sent = Arc::clone(&bytes_sent);
+            let counters = Arc::clone(&counters);
             std::thread::Builder::new()
                 .name("network".into())
-                .spawn(move || network(connect, commands, reply, &bytes_sent))
+                .spawn(move || network(connect, commands, reply, &counters.bytes))
                 .map_err(SinkError::Io)?
         };
         let mut sink = Self {
@@ -115,7 +116,7 @@ impl NativeSink {
             network: Some(network),
             pool: pool.clone(),
             compressor,
-            bytes_sent,
+            counters,
             round_start: 0,
             round: 0,
             totals: Totals::default(),
@@ -145,10 +146,10 @@ impl NativeSink {
         &self.directory
     }
 
-    /// Counts the bytes sent; for a progress display.
+    /// What it counts; for a progress display.
     #[must_use]
-    pub fn bytes_sent(&self) -> Arc<AtomicU64> {
-        Arc::clone(&self.bytes_sent)
+    pub fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
     }
 
     fn say(&mut self, message: Message) -> Result<(), SinkError> {
@@ -207,7 +208,7 @@ impl PageSink for NativeSink {
         self.round = round;
         self.totals = Totals::default();
         self.digest = RoundDigest::default();
-        self.round_start = self.bytes_sent.load(Ordering::Relaxed);
+        self.round_start = self.counters.bytes.load(Ordering::Relaxed);
         self.say(Message::RoundBegin {
             round,
             kind,
@@ -223,6 +224,9 @@ impl PageSink for NativeSink {
 
     fn put(&mut self, entries: Vec<Entry>, pages: Bytes) -> Result<(), SinkError> {
         self.totals.count(&entries);
+        self.counters
+            .pages
+            .store(self.totals.pages(), Ordering::Relaxed);
         let chunk = Chunk {
             entries,
             digest: digest(&pages),
@@ -249,7 +253,7 @@ impl PageSink for NativeSink {
         }
         Ok(Receipt {
             totals: self.totals,
-            bytes_wire: self.bytes_sent.load(Ordering::Relaxed) - self.round_start,
+            bytes_wire: self.counters.bytes.load(Ordering::Relaxed) - self.round_start,
         })
     }
 
