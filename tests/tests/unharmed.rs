@@ -240,6 +240,26 @@ fn changes_of_the_tree_between_rounds_are_followed() {
 }
 
 #[test]
+fn a_round_may_last_longer_than_the_timeout() {
+    let mut victim = Victim::start("heap=24");
+    let pair = Pair::start(&[]);
+    // The hardest compression takes seconds for memory that does not compress.
+    let slow = [
+        "--timeout",
+        "400ms",
+        "--compress",
+        "zstd:19",
+        "--then",
+        "stop",
+    ];
+    let report = pair.send(victim.pid(), &slow).expect_report();
+    assert!(report.rounds[0].seconds > 3.0, "{:?}", report.rounds);
+    assert_arrived(victim.pid(), &pair, &report);
+    go_on(victim.pid());
+    victim.assert_unharmed();
+}
+
+#[test]
 fn a_killed_tree_is_gone_when_send_ends() {
     let mut victim = Victim::start("heap=4 children=3 threads=4");
     let pair = Pair::start(&[]);

@@ -165,6 +165,8 @@ pub struct FrameReader<R> {
     io: R,
     phase: SharedPhase,
     stall: Duration,
+    /// Phases in which the peer owes us nothing, however long they last.
+    patient_in: &'static [Phase],
     seq: u64,
     bytes: u64,
 }
@@ -176,8 +178,18 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
             io,
             phase,
             stall,
+            patient_in: &[],
             seq: 0,
             bytes: 0,
+        }
+    }
+
+    /// In these phases the peer may be silent between frames for as long as it likes.
+    #[must_use]
+    pub fn patient_in(self, phases: &'static [Phase]) -> Self {
+        Self {
+            patient_in: phases,
+            ..self
         }
     }
 
@@ -198,7 +210,7 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// [`WireError`]; afterwards the connection is of no use.
     pub async fn next(&mut self) -> Result<Incoming, WireError> {
         let mut header = [0; HEADER_LEN];
-        let first = self.read_some(&mut header).await?;
+        let first = self.first_bytes(&mut header).await?;
         if first == 0 {
             return Err(WireError::Closed);
         }
@@ -239,12 +251,19 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         self.read(buffer).await
     }
 
-    async fn read_some(&mut self, buffer: &mut [u8]) -> Result<usize, WireError> {
-        let read = timeout(self.stall, self.io.read(buffer)).await;
-        let got = read.map_err(|_| WireError::Stalled(self.stall))?;
-        let got = got.map_err(WireError::Io)?;
-        self.bytes += got as u64;
-        Ok(got)
+    async fn first_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, WireError> {
+        loop {
+            // A read that is given up has read nothing.
+            match timeout(self.stall, self.io.read(buffer)).await {
+                Ok(got) => {
+                    let got = got.map_err(WireError::Io)?;
+                    self.bytes += got as u64;
+                    return Ok(got);
+                }
+                Err(_) if self.patient_in.contains(&self.phase.get()) => {}
+                Err(_) => return Err(WireError::Stalled(self.stall)),
+            }
+        }
     }
 
     /// Fills `buffer`. The deadline is a whole message's: a peer that trickles does not renew it.
@@ -344,6 +363,25 @@ mod tests {
 
             let (_a, b) = tokio::io::duplex(64);
             let mut reader = FrameReader::new(b, SharedPhase::default(), Duration::from_millis(10));
+            assert!(matches!(reader.next().await, Err(WireError::Stalled(_))));
+        });
+    }
+
+    #[test]
+    fn a_peer_that_owes_nothing_may_be_silent() {
+        run(async {
+            let (a, b) = tokio::io::duplex(256);
+            let stall = Duration::from_millis(10);
+            let mut reader =
+                FrameReader::new(b, SharedPhase::default(), stall).patient_in(&[Phase::Fresh]);
+            let mut writer = FrameWriter::new(a, SharedPhase::default(), STALL);
+            let late = async {
+                tokio::time::sleep(5 * stall).await;
+                writer.send(&hello()).await.unwrap();
+            };
+            let (heard, ()) = tokio::join!(reader.next(), late);
+            assert_eq!(heard.unwrap(), Incoming::Message(hello()));
+            // Now an answer is due.
             assert!(matches!(reader.next().await, Err(WireError::Stalled(_))));
         });
     }

@@ -18,7 +18,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
 /// How often a sender that waits for a long fsync is told that we live.
-const WORKING_INTERVAL: Duration = Duration::from_secs(5);
+const WORKING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a sender may take to stop sending after it was refused: closing earlier would reset
 /// the connection and destroy our reason on its way.

@@ -3,6 +3,7 @@
 use super::{PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
+use nix::sys::socket::{setsockopt, sockopt};
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{
     self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Phase, RoundKind, SharedPhase,
@@ -21,7 +22,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 /// How often a side that has nothing to say says so.
-const WORKING_INTERVAL: Duration = Duration::from_secs(5);
+const WORKING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long, after a write failed, the receiver's reason is waited for.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -311,7 +312,12 @@ async fn converse(
     };
     let (read, write) = stream.into_split();
     let phase = SharedPhase::default();
-    let mut reader = FrameReader::new(read, phase.clone(), connect.stall);
+    // A receiver speaks when a round is over; that it takes what we send is seen by writing.
+    let mut reader = FrameReader::new(read, phase.clone(), connect.stall).patient_in(&[
+        Phase::Ready,
+        Phase::Round,
+        Phase::Image,
+    ]);
     let mut writer = FrameWriter::new(write, phase.clone(), connect.stall);
     let listening = listen(&mut reader, replies);
     tokio::pin!(listening);
@@ -343,6 +349,9 @@ async fn dial(connect: &Connect) -> Result<TcpStream, SinkError> {
         .flatten()
         .and_then(|stream| {
             stream.set_nodelay(true)?;
+            // What is not acknowledged for so long never will be: a link that is cut silently.
+            let unacknowledged = u32::try_from(connect.stall.as_millis()).unwrap_or(u32::MAX);
+            setsockopt(&stream, sockopt::TcpUserTimeout, &unacknowledged)?;
             Ok(stream)
         })
         .map_err(|source| SinkError::Connect {
