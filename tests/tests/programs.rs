@@ -267,3 +267,45 @@ for line in sys.stdin:
     stdout.read_to_string(&mut rest).unwrap();
     assert_eq!(rest, "");
 }
+
+#[test]
+fn a_tree_in_its_own_pid_namespace() {
+    let script = "sleep 1000 & wait";
+    let unshare = Daemon::start(Command::new("unshare").args([
+        "--pid",
+        "--fork",
+        "--kill-child",
+        "sh",
+        "-c",
+        script,
+    ]));
+    let root = until("it forks", || match memory::tree(unshare.pid())[..] {
+        [_, root, _] => Ok(root),
+        ref tree => Err(format!("{tree:?}")),
+    });
+    let pair = Pair::start(&[]);
+    let report = pair.send(root, &["--rounds", "2"]).expect_report();
+    let round = pair.last_round(&report);
+    let mut images: Vec<_> = std::fs::read_dir(&round)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.starts_with("pagemap-"))
+        .collect();
+    images.sort();
+    assert_eq!(images, ["pagemap-1.img", "pagemap-2.img"]);
+    let directory = report.totals["directory"].as_str().unwrap();
+    let name = Path::new(directory).file_name().unwrap().to_string_lossy();
+    assert!(name.starts_with("1-"), "{name}");
+}
+
+#[test]
+fn a_target_that_ends_in_the_middle() {
+    let pair = Pair::start(&[]);
+    let sleep = Daemon::start(Command::new("sleep").arg("1000"));
+    let mut send = pair.start_send(sleep.pid(), &["--rounds", "100000"]);
+    send.program()
+        .await_stderr(|line| line.contains("round=3 ").then_some(()));
+    drop(sleep);
+    let sent = send.finish();
+    assert_eq!(sent.status.code(), Some(3), "{}", sent.stderr);
+}

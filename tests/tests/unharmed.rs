@@ -244,14 +244,7 @@ fn a_round_may_last_longer_than_the_timeout() {
     let mut victim = Victim::start("heap=48");
     let pair = Pair::start(&[]);
     // The hardest compression takes seconds for memory that does not compress.
-    let slow = [
-        "--timeout",
-        "3s",
-        "--compress",
-        "zstd:19",
-        "--then",
-        "stop",
-    ];
+    let slow = ["--timeout", "3s", "--compress", "zstd:19", "--then", "stop"];
     let report = pair.send(victim.pid(), &slow).expect_report();
     assert!(report.rounds[0].seconds > 3.0, "{:?}", report.rounds);
     assert_arrived(victim.pid(), &pair, &report);
