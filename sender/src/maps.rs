@@ -2,6 +2,7 @@
 //!
 //! The rules are CRIU's: what it would dump, we send (see ARCHITECTURE.md, "Which pages").
 
+use crate::dirty::Part;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
 use pageferry_common::PageRange;
@@ -47,6 +48,17 @@ pub struct Vma {
     pub device: Device,
     /// Inode number of the mapped object; of a segment, CRIU's `shmid`.
     pub inode: u64,
+}
+
+impl Vma {
+    /// All of it, to be scanned.
+    #[must_use]
+    pub fn part(&self) -> Part {
+        Part {
+            range: self.range,
+            file: self.inode != 0,
+        }
+    }
 }
 
 /// Where the kernel keeps shared memory that is no ordinary file: its private tmpfs and hugetlbfs

@@ -135,6 +135,7 @@ pub fn migrate(
             unchanged_pages = done.unchanged_pages,
             zero_pages = done.zero_pages,
             bytes_wire = done.bytes_wire,
+            scan_ms = collected.scan_time.as_secs_f64() * 1e3,
             seconds = done.seconds,
             "round done"
         );

@@ -1,6 +1,6 @@
 //! The tree's memory as remembered from round to round: processes and shared segments.
 
-use crate::dirty::{DirtyTracker, Run, TrackError};
+use crate::dirty::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::maps::{Class, KernelMounts, Vma, list};
 use crate::sink::PageSink;
@@ -312,7 +312,10 @@ fn send_task(
                 rest = later;
                 runs.clear();
                 let asked = Instant::now();
-                let part = part.expect("a range is not empty");
+                let part = Part {
+                    range: part.expect("a range is not empty"),
+                    file: vma.part().file,
+                };
                 tracker
                     .scan(task, part, runs)
                     .map_err(StreamError::Source)?;

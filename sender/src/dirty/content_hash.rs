@@ -2,11 +2,11 @@
 //! compared by a cryptographic hash with what the receiver holds.
 
 use super::pages::Scanner;
-use super::{DirtyTracker, Run, TrackError};
+use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::maps::Vma;
 use crate::task::Task;
-use pageferry_common::{PAGE_SIZE, PageRange};
+use pageferry_common::PAGE_SIZE;
 use std::collections::BTreeMap;
 use std::io;
 
@@ -66,7 +66,7 @@ impl DirtyTracker for ContentHash {
         Ok(())
     }
 
-    fn scan(&mut self, task: &Task, part: PageRange, runs: &mut Vec<Run>) -> io::Result<()> {
+    fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         self.0.own_pages(&task.pagemap, part, 0, false, |range, _| {
             runs.push(Run {
                 range,

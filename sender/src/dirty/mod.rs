@@ -11,6 +11,7 @@ mod soft_dirty;
 mod uffd_wp;
 
 pub use content_hash::ContentHashes;
+pub use pages::Part;
 
 use crate::freeze::{FreezeError, Frozen};
 use crate::maps::Vma;
@@ -75,7 +76,7 @@ pub trait DirtyTracker {
     ///
     /// # Errors
     /// `ESRCH` if that memory is gone.
-    fn scan(&mut self, task: &Task, part: PageRange, runs: &mut Vec<Run>) -> io::Result<()>;
+    fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()>;
 
     /// How many pages of a mapping were written so far in the current epoch, if that can be told
     /// without ending it.

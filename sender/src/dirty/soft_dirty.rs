@@ -2,7 +2,7 @@
 //! kernel at the next write. Collecting and clearing both happen while the process is stopped.
 
 use super::pages::Scanner;
-use super::{DirtyTracker, Run, TrackError};
+use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::maps::{Class, Vma};
 use crate::sys::pagemap::SOFT_DIRTY;
@@ -29,7 +29,11 @@ impl SoftDirty {
         let page = PageRange::new(page, 1).expect("an address of ours");
         let pagemap = fs::File::open("/proc/self/pagemap")?;
         let mut dirty = false;
-        scanner.own_pages(&pagemap, page, SOFT_DIRTY, false, |_, bits| {
+        let part = Part {
+            range: page,
+            file: false,
+        };
+        scanner.own_pages(&pagemap, part, SOFT_DIRTY, false, |_, bits| {
             dirty |= bits & SOFT_DIRTY != 0;
         })?;
         drop(memory);
@@ -48,7 +52,7 @@ impl SoftDirty {
         for vma in task.vmas.iter().filter(private) {
             self.scanner.own_pages(
                 &task.pagemap,
-                vma.range,
+                vma.part(),
                 SOFT_DIRTY,
                 false,
                 |range, bits| {
@@ -84,7 +88,7 @@ impl DirtyTracker for SoftDirty {
         }
     }
 
-    fn scan(&mut self, task: &Task, part: PageRange, runs: &mut Vec<Run>) -> io::Result<()> {
+    fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         let nothing = PageSet::new();
         let dirty = self.written.get(&task.pid).unwrap_or(&nothing);
         self.scanner
@@ -97,7 +101,7 @@ impl DirtyTracker for SoftDirty {
         let mut pages = 0;
         self.scanner.own_pages(
             &task.pagemap,
-            vma.range,
+            vma.part(),
             SOFT_DIRTY,
             false,
             |range, bits| {

@@ -3,7 +3,7 @@
 //! while the target runs.
 
 use super::pages::Scanner;
-use super::{DirtyTracker, Run, TrackError};
+use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::maps::{Class, Vma};
 use crate::sys::pagemap::{WPALLOWED, WRITTEN};
@@ -127,9 +127,9 @@ impl DirtyTracker for UffdWp {
         Ok(())
     }
 
-    fn scan(&mut self, task: &Task, part: PageRange, runs: &mut Vec<Run>) -> io::Result<()> {
+    fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         // Asked to protect, the kernel leaves out mappings that it cannot protect.
-        let protect = self.tracks(task.pid, part);
+        let protect = self.tracks(task.pid, part.range);
         let report = WRITTEN | WPALLOWED;
         self.scanner
             .own_pages(&task.pagemap, part, report, protect, |range, categories| {
@@ -143,7 +143,7 @@ impl DirtyTracker for UffdWp {
         let report = WRITTEN | WPALLOWED;
         let mut pages = 0;
         self.scanner
-            .own_pages(&task.pagemap, vma.range, report, false, |range, bits| {
+            .own_pages(&task.pagemap, vma.part(), report, false, |range, bits| {
                 if !tracked || bits & report != WPALLOWED {
                     pages += range.pages();
                 }
