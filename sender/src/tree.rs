@@ -69,6 +69,8 @@ pub struct Tree {
     depth: Option<usize>,
     tasks: BTreeMap<i32, Task>,
     segments: BTreeMap<SegmentKey, Segment>,
+    /// Segments that some process mapped at the last freeze.
+    mapped: BTreeSet<SegmentKey>,
     /// Pages sent in the last round of images whose writes are not tracked: the best guess at what
     /// they will have dirty next time.
     untracked_sent: u64,
@@ -89,6 +91,7 @@ impl Tree {
             depth: None,
             tasks: BTreeMap::new(),
             segments: BTreeMap::new(),
+            mapped: BTreeSet::new(),
             untracked_sent: 0,
             maps_text: Vec::with_capacity(1 << 20),
             runs: Vec::with_capacity(1 << 16),
@@ -142,8 +145,7 @@ impl Tree {
                 }
             }
         }
-        // What only a descriptor holds is found again by the survey.
-        self.segments.retain(|key, _| mapped.contains(key));
+        self.mapped = mapped;
         Ok(())
     }
 
@@ -181,11 +183,14 @@ impl Tree {
     }
 
     /// Looks through the descriptors of every process for segments that nobody maps, and for ways
-    /// in which devices write memory. In a pre-dump round the tree runs meanwhile.
+    /// in which devices write memory. Segments that nobody has any more are forgotten. In a pre-dump
+    /// round the tree runs meanwhile.
     pub fn survey_descriptors(&mut self) {
+        let mut held = std::mem::take(&mut self.mapped);
         for task in self.tasks.values_mut() {
             let found = descriptors(task.pid, &self.mounts);
             for (key, file) in found.segments {
+                held.insert(key);
                 self.segments
                     .entry(key)
                     .or_insert_with(|| Segment::meet(file));
@@ -199,6 +204,7 @@ impl Tree {
                 task.hashes.get_or_insert_default();
             }
         }
+        self.segments.retain(|key, _| held.contains(key));
     }
 
     /// Sends every image of the round.

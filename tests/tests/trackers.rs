@@ -130,6 +130,15 @@ fn shared_memory_of_a_tree() {
 }
 
 #[test]
+fn segments_that_did_not_change_are_not_sent_again() {
+    let victim = Victim::start("heap=1 shared=8 memfd_unmapped=8");
+    let pair = Pair::start(&[]);
+    let report = pair.send(victim.pid(), &["--rounds", "3"]).expect_report();
+    let sent: Vec<u64> = report.rounds.iter().map(|round| round.sent_pages).collect();
+    assert!(sent[0] > 2000 && sent[1] < 200 && sent[2] < 200, "{sent:?}");
+}
+
+#[test]
 fn threads_in_every_system_call() {
     with_each_tracker("heap=4 threads=16 spin=2 signals dirty=20", &[]);
 }
