@@ -32,6 +32,7 @@ pub fn userfaultfd(pid: i32, tid: Tid) -> io::Result<OwnedFd> {
 
 /// A thread whose registers and signal mask are kept to be given back.
 struct Borrowed {
+    pid: i32,
     tid: Tid,
     registers: libc::user_regs_struct,
     mask: u64,
@@ -64,6 +65,7 @@ impl Borrowed {
         // A handler must not run on borrowed registers.
         ptrace::set_signal_mask(tid, u64::MAX)?;
         Ok(Self {
+            pid,
             tid,
             registers,
             mask,
@@ -122,7 +124,7 @@ impl Borrowed {
         ptrace::set_registers(self.tid, &self.registers)?;
         ptrace::set_signal_mask(self.tid, self.mask)?;
         for signal in self.postponed.drain(..) {
-            pidfd::signal(pidfd::open(self.tid)?.as_fd(), signal)?;
+            ptrace::signal_thread(self.pid, self.tid, signal)?;
         }
         Ok(())
     }
