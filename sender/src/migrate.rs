@@ -121,6 +121,10 @@ pub fn migrate(
                 sink.begin(round, kind, uptime)?;
                 tree.survey_descriptors();
                 let scanned = tree.send(kind, tracker, sink, pool)?;
+                // Killed while frozen (by the OOM killer, say): no image of it is whole.
+                if let Some(pid) = tree.one_that_ended() {
+                    return Err(MigrateError::TargetGone(pid));
+                }
                 let receipt = sink.commit()?;
                 (receipt, frozen.thaw(plan.then)?, scanned)
             }

@@ -11,6 +11,7 @@ use crate::sink::{Connect, NativeSink, SinkError};
 use crate::stream::StreamError;
 use crate::task::namespace_depth;
 use crate::tree::{SendError, Tree, TreeFault};
+use nix::sys::signal::Signal;
 use pageferry_common::wire::WireError;
 use pageferry_common::{BufferPool, MigrationId};
 use std::io::{self, IsTerminal, Read};
@@ -81,6 +82,10 @@ enum Failure {
 }
 
 fn send(cli: &Cli) -> Result<Report, Failure> {
+    // Suspended from a terminal, it would leave a frozen target frozen.
+    for signal in [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU] {
+        crate::sys::signals::ignore(signal).map_err(Failure::Prepare)?;
+    }
     refuse_plaintext(cli)?;
     let gone = |_| MigrateError::TargetGone(cli.pid);
     let depth = namespace_depth(cli.pid).map_err(gone)?;

@@ -51,7 +51,7 @@ impl<'a> TaskSource<'a> {
             base: range.start() as usize,
             len: range.bytes() as usize,
         }));
-        let pid = Pid::from_raw(self.task.pid);
+        let pid = Pid::from_raw(self.task.tid);
         match process_vm_readv(pid, &mut [IoSliceMut::new(buffer)], &self.remote) {
             Ok(bytes) => Ok(bytes),
             Err(nix::Error::EFAULT) => Ok(0),

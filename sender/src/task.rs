@@ -14,6 +14,9 @@ use std::os::unix::fs::MetadataExt;
 pub struct Task {
     /// Its PID, as this program's PID namespace counts.
     pub pid: i32,
+    /// A thread of it that lives: its leader may have ended before the rest, and then the PID names
+    /// no memory and no descriptors any more.
+    pub tid: i32,
     /// Its PID, as the tree's own PID namespace counts: the one in image names.
     pub vpid: u32,
     /// Its mappings at the last freeze, ascending.
@@ -39,6 +42,7 @@ impl Task {
     pub fn meet(pid: i32, tid: i32, namespace_depth: usize) -> io::Result<Self> {
         Ok(Self {
             pid,
+            tid,
             vpid: pid_in_namespace(tid, namespace_depth)?,
             vmas: Vec::new(),
             announced: PageSet::new(),
@@ -55,6 +59,7 @@ impl Task {
     /// # Errors
     /// As [`Task::meet`].
     pub fn reopen(&mut self, tid: i32) -> io::Result<()> {
+        self.tid = tid;
         self.pagemap = open_pagemap(tid)?;
         self.memory = open_memory(tid)?;
         Ok(())
@@ -183,12 +188,12 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> Descriptors {
         };
         let target = target.as_os_str().as_encoded_bytes();
         if target.starts_with(b"/memfd:") {
-            let opened = File::open(&path).and_then(|file| Ok((file.metadata()?, file)));
-            let Ok((metadata, file)) = opened else {
+            // Looked at before it is opened: a FIFO may have any name, and would block.
+            let Ok(metadata) = fs::metadata(&path) else {
                 continue;
             };
             let device = Device::from_raw(metadata.dev());
-            if mounts.holds(device) {
+            if let (true, Ok(file)) = (mounts.holds(device), File::open(&path)) {
                 let inode = metadata.ino();
                 found.segments.push((SegmentKey { device, inode }, file));
             }

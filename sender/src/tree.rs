@@ -134,7 +134,7 @@ impl Tree {
                 };
                 mapped.insert(key);
                 if let Entry::Vacant(unknown) = self.segments.entry(key) {
-                    match Segment::open_mapped(pid, vma) {
+                    match Segment::open_mapped(process.tid, vma) {
                         Ok(file) => drop(unknown.insert(Segment::meet(file))),
                         Err(error) if is_gone(&error) => {}
                         Err(source) => {
@@ -188,7 +188,7 @@ impl Tree {
     pub fn survey_descriptors(&mut self) {
         let mut held = std::mem::take(&mut self.mapped);
         for task in self.tasks.values_mut() {
-            let found = descriptors(task.pid, &self.mounts);
+            let found = descriptors(task.tid, &self.mounts);
             for (key, file) in found.segments {
                 held.insert(key);
                 self.segments
@@ -257,6 +257,13 @@ impl Tree {
             }
         }
         pages
+    }
+
+    /// A process that ended since it was listed, if one did.
+    #[must_use]
+    pub fn one_that_ended(&self) -> Option<i32> {
+        let ended = self.tasks.values().find(|task| !task.alive());
+        ended.map(|task| task.pid)
     }
 
     /// Whether the root still is there.
@@ -347,7 +354,7 @@ fn send_task(
         }
         // It exited, or called exec: its image stays as far as it got, and nothing of it will be
         // an in-parent entry.
-        Err(StreamError::Source(error)) if is_gone(&error) => {
+        Err(StreamError::Source(error)) if is_gone(&error) && kind == RoundKind::PreDump => {
             tracing::debug!(task.pid, %error, "gone in the middle of its image");
             Ok(0)
         }

@@ -62,7 +62,7 @@ impl SoftDirty {
                 },
             )?;
         }
-        fs::write(format!("/proc/{}/clear_refs", task.pid), "4")?;
+        fs::write(format!("/proc/{}/clear_refs", task.tid), "4")?;
         Ok(written)
     }
 }

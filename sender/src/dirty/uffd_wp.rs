@@ -6,7 +6,7 @@ use super::pages::Scanner;
 use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::maps::{Class, Vma};
-use crate::sys::pagemap::{WPALLOWED, WRITTEN};
+use crate::sys::pagemap::{PRESENT, SWAPPED, WPALLOWED, WRITTEN};
 use crate::sys::uffd::Uffd;
 use crate::task::Task;
 use pageferry_common::PageRange;
@@ -130,10 +130,14 @@ impl DirtyTracker for UffdWp {
     fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         // Asked to protect, the kernel leaves out mappings that it cannot protect.
         let protect = self.tracks(task.pid, part.range);
-        let report = WRITTEN | WPALLOWED;
+        let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
         self.scanner
             .own_pages(&task.pagemap, part, report, protect, |range, categories| {
-                let written = !protect || categories & report != WPALLOWED;
+                // A protected page of a file mapping that was given back leaves a marker, which
+                // looks like a protected page in swap. Reading tells: the file's page or swap's.
+                let marker = part.file && categories & (PRESENT | SWAPPED) == SWAPPED;
+                let clean = categories & (WRITTEN | WPALLOWED) == WPALLOWED;
+                let written = !protect || marker || !clean;
                 runs.push(Run { range, written });
             })
     }

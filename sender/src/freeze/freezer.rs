@@ -34,6 +34,8 @@ pub fn serve() -> io::Result<()> {
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         crate::sys::signals::ignore(signal)?;
     }
+    // Ignored, as some parent may have left it, it would not tell of stops.
+    crate::sys::signals::reset(Signal::SIGCHLD)?;
     let _urgent = Urgent::begin();
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
@@ -153,7 +155,10 @@ impl Freezer<'_> {
             pids.retain(|&other| other != pid);
         }
         let live = pids.iter().filter_map(|&pid| {
-            let tid = self.stopped_thread_of(pid)?;
+            // One thread in a vfork and no other: it has no stop, but its memory stands still.
+            let tid = self
+                .stopped_thread_of(pid)
+                .or_else(|| self.thread_in_vfork_of(pid))?;
             Some(FrozenProcess { pid, tid })
         });
         let live: Vec<FrozenProcess> = live.collect();
@@ -379,6 +384,11 @@ impl Freezer<'_> {
         let of_pid = |tid: &Tid| self.threads[tid].pid == pid;
         let leader = self.stopped().filter(of_pid).find(|&tid| tid == pid);
         leader.or_else(|| self.stopped().find(of_pid))
+    }
+
+    fn thread_in_vfork_of(&self, pid: i32) -> Option<Tid> {
+        let in_vfork = |(_, t): &(&Tid, &Thread)| t.pid == pid && t.state == State::InVfork;
+        self.threads.iter().find(in_vfork).map(|(&tid, _)| tid)
     }
 
     fn userfaultfd(&self, pid: i32) -> io::Result<std::os::fd::OwnedFd> {

@@ -51,7 +51,10 @@ impl Borrowed {
         if registers.cs != USER_CS {
             return Err(io::Error::other("it is a 32-bit program"));
         }
-        let syscall = syscall_instruction(pid, tid)?;
+        let syscall = syscall_instruction(tid)?;
+        if ptrace::dispatches_system_calls(tid)? {
+            return Err(io::Error::other("it dispatches its system calls itself"));
+        }
         if let Some(abort) = interrupted_rseq(tid, registers.rip)? {
             registers.rip = abort;
         }
@@ -153,7 +156,7 @@ impl Drop for Borrowed {
 
 /// Where the process has a `syscall` instruction: in its vDSO, or behind it if the thread just
 /// stands in a call.
-fn syscall_instruction(pid: i32, tid: Tid) -> io::Result<u64> {
+fn syscall_instruction(tid: Tid) -> io::Result<u64> {
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
     const VDSO_MAX: usize = 64 << 10;
     let none = || io::Error::other("it has no vDSO with a system call instruction");
@@ -174,7 +177,7 @@ fn syscall_instruction(pid: i32, tid: Tid) -> io::Result<u64> {
         len: code.len(),
     };
     nix::sys::uio::process_vm_readv(
-        nix::unistd::Pid::from_raw(pid),
+        nix::unistd::Pid::from_raw(tid),
         &mut [io::IoSliceMut::new(&mut code)],
         &[remote],
     )?;

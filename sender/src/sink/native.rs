@@ -137,7 +137,7 @@ impl NativeSink {
                 }
                 Ok(sink)
             }
-            other => unreachable!("the phase table lets no {other:?} answer a hello"),
+            _ => Err(SinkError::Disagreement),
         }
     }
 
@@ -401,15 +401,17 @@ async fn listen(
     loop {
         match reader.next().await? {
             Incoming::Message(Message::Working) => {}
-            Incoming::Message(message) => {
+            Incoming::Message(
+                message @ (Message::Welcome { .. } | Message::RoundAck { .. } | Message::FinishAck),
+            ) => {
                 let last = message == Message::FinishAck;
                 // Nobody waiting for it any more means that the migration is over.
                 if replies.send(message).is_err() || last {
                     return Ok(());
                 }
             }
-            Incoming::Chunk { .. } => {
-                // The phase table has no direction; a receiver that sends pages is no receiver.
+            Incoming::Message(_) | Incoming::Chunk { .. } => {
+                // The phase table has no direction; one that says such things is no receiver.
                 return Err(WireError::Closed);
             }
         }

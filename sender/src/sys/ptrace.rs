@@ -161,6 +161,32 @@ pub fn set_signal_mask(tid: Tid, mask: u64) -> io::Result<()> {
     .map(drop)
 }
 
+/// Whether a stopped thread has system calls turned into signals (syscall user dispatch, as Wine
+/// does): one made on its behalf might be caught, too.
+///
+/// # Errors
+/// `ESRCH` if it is gone or not stopped.
+pub fn dispatches_system_calls(tid: Tid) -> io::Result<bool> {
+    const GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
+    // mode, selector, offset, length
+    let mut configuration = [0u64; 4];
+    // SAFETY: the kernel writes at most the size given to live memory of that size.
+    let got = check(unsafe {
+        libc::ptrace(
+            GET_SYSCALL_USER_DISPATCH_CONFIG,
+            tid,
+            size_of_val(&configuration) as *mut libc::c_void,
+            configuration.as_mut_ptr(),
+        )
+    });
+    match got {
+        Ok(_) => Ok(configuration[0] != 0),
+        // A kernel that cannot tell; before 6.4 none could.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Sends a signal to one thread.
 ///
 /// # Errors

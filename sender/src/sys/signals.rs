@@ -14,6 +14,16 @@ pub fn ignore(number: Signal) -> io::Result<()> {
     Ok(())
 }
 
+/// Lets a signal do by default what it does.
+///
+/// # Errors
+/// `EINVAL` for a signal that has no other way.
+pub fn reset(number: Signal) -> io::Result<()> {
+    // SAFETY: SIG_DFL installs no code of ours, so none can run in a handler's context.
+    unsafe { signal(number, SigHandler::SigDfl) }?;
+    Ok(())
+}
+
 /// Whether two processes share one memory (a vfork child and its parent do).
 #[must_use]
 pub fn same_memory(a: i32, b: i32) -> bool {
