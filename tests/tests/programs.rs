@@ -309,3 +309,32 @@ fn a_target_that_ends_in_the_middle() {
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(3), "{}", sent.stderr);
 }
+
+/// Protected pages of a file mapping that are given back leave markers, which the kernel reports
+/// like pages in swap.
+#[test]
+fn pages_of_a_file_mapping_that_are_given_back() {
+    const PROGRAM: &str = "
+import mmap, random, sys, tempfile
+file = tempfile.TemporaryFile()
+file.write(b'F' * (8 << 20))
+file.flush()
+memory = mmap.mmap(file.fileno(), 8 << 20, flags=mmap.MAP_PRIVATE)
+for at in range(0, len(memory), 4096): memory[at:at + 4096] = b'A' * 4096
+print('ready', flush=True)
+while True:
+    memory.madvise(mmap.MADV_DONTNEED, random.randrange(2048) * 4096, 4096)
+    at = random.randrange(2048) * 4096
+    memory[at:at + 8] = b'changed!'
+";
+    let mut python = Daemon::start(
+        Command::new("python3")
+            .args(["-c", PROGRAM])
+            .stdout(Stdio::piped()),
+    );
+    let mut lines = BufReader::new(python.0.stdout.take().unwrap()).lines();
+    assert_eq!(lines.next().unwrap().unwrap(), "ready");
+    for _ in 0..3 {
+        assert_precopied(python.pid(), &[]);
+    }
+}
