@@ -7,6 +7,7 @@ use crate::source::PageSource;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{BUFFER_PAGES, BufferPool, PAGE_SIZE, PageRange, PageSet};
 use std::io;
+use std::time::{Duration, Instant};
 
 /// Pieces (to read, or kept) in one chunk. What is read may come apart into as many entries as it
 /// has pages, so this and a buffer's pages stay together below a chunk's most entries.
@@ -46,6 +47,7 @@ pub struct ImageStream<'a> {
     announced: PageSet,
     scanned_pages: u64,
     changed_pages: u64,
+    compare_time: Duration,
 }
 
 /// What became of an image.
@@ -57,6 +59,9 @@ pub struct Sent {
     pub scanned_pages: u64,
     /// Pages that the receiver did not have so.
     pub changed_pages: u64,
+    /// Time spent reading and comparing pages only to see whether they changed: a frozen round will
+    /// spend it again, however little has.
+    pub compare_time: Duration,
 }
 
 impl<'a> ImageStream<'a> {
@@ -80,6 +85,7 @@ impl<'a> ImageStream<'a> {
             announced: PageSet::new(),
             scanned_pages: 0,
             changed_pages: 0,
+            compare_time: Duration::ZERO,
         }
     }
 
@@ -154,6 +160,7 @@ impl<'a> ImageStream<'a> {
         }
         let mut entries = std::mem::take(&mut self.kept);
         let mut buffer = self.pool.take_blocking();
+        let begun = Instant::now();
         self.arrived.clear();
         if !self.wanted.is_empty() {
             let room = &mut buffer[..(self.wanted_pages * PAGE_SIZE) as usize];
@@ -164,6 +171,9 @@ impl<'a> ImageStream<'a> {
         self.wanted.clear();
         self.wanted_pages = 0;
         let len = self.judge(&mut buffer, &mut entries);
+        if self.hashes.is_some() {
+            self.compare_time += begun.elapsed();
+        }
         self.kept.reserve(PIECES_MAX);
         if entries.is_empty() {
             return Ok(());
@@ -238,6 +248,7 @@ impl<'a> ImageStream<'a> {
             announced: self.announced,
             scanned_pages: self.scanned_pages,
             changed_pages: self.changed_pages,
+            compare_time: self.compare_time,
         })
     }
 }

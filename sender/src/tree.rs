@@ -54,7 +54,7 @@ pub enum TreeFault {
 pub struct Scanned {
     /// Populated pages.
     pub pages: u64,
-    /// Time spent asking the kernel for them.
+    /// Time spent asking the kernel for them, and comparing contents.
     pub scan_time: Duration,
 }
 
@@ -347,7 +347,9 @@ fn send_task(
             announced,
             scanned_pages,
             changed_pages,
+            compare_time,
         }) => {
+            scanned.scan_time += compare_time;
             task.announced = announced;
             scanned.pages += scanned_pages;
             Ok(changed_pages)
@@ -385,6 +387,7 @@ fn send_segment(
     let sent = stream.finish(&mut source)?;
     segment.announced = sent.announced;
     scanned.pages += sent.scanned_pages;
+    scanned.scan_time += sent.compare_time;
     Ok(sent.changed_pages)
 }
 
