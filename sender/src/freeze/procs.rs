@@ -102,7 +102,12 @@ pub(super) fn waits_for_vfork(pid: i32, tid: i32) -> bool {
     const MAY_VFORK: &[libc::c_long] = &[libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3];
     #[cfg(not(target_arch = "x86_64"))]
     const MAY_VFORK: &[libc::c_long] = &[libc::SYS_clone, libc::SYS_clone3];
-    number.is_some_and(|number| MAY_VFORK.contains(&number))
+    // A plain fork may take long as well (reclaim, swap), and is no such wait.
+    let flags = syscall.split_ascii_whitespace().nth(1);
+    let flags = flags.and_then(|flags| i64::from_str_radix(flags.strip_prefix("0x")?, 16).ok());
+    let plain = number == Some(libc::SYS_clone)
+        && flags.is_some_and(|flags| flags & i64::from(libc::CLONE_VFORK) == 0);
+    !plain && number.is_some_and(|number| MAY_VFORK.contains(&number))
 }
 
 /// Why the kernel refused to let us trace a thread; `None` if there is nothing left to trace.
