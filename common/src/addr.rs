@@ -81,6 +81,15 @@ impl PageRange {
         Self::from_bounds(self.start.max(other.start), self.end.min(other.end))
     }
 
+    /// Both ranges as one, if the other begins where this one ends.
+    #[must_use]
+    pub fn joined(self, next: Self) -> Option<Self> {
+        (self.end == next.start).then_some(Self {
+            start: self.start,
+            end: next.end,
+        })
+    }
+
     /// The first `pages` pages, and the rest if there is any.
     #[must_use]
     pub fn split_at(self, pages: u64) -> (Option<Self>, Option<Self>) {
@@ -121,6 +130,17 @@ mod tests {
             assert_eq!(PageRange::new(start, pages), Err(BadRange { start, pages }));
         }
         assert!(PageRange::from_bounds(0x2000, 0x2000).is_none());
+    }
+
+    #[test]
+    fn only_neighbours_join() {
+        let range = |start, pages| PageRange::new(start, pages).unwrap();
+        assert_eq!(
+            range(0x1000, 2).joined(range(0x3000, 1)),
+            Some(range(0x1000, 3))
+        );
+        assert_eq!(range(0x1000, 2).joined(range(0x4000, 1)), None);
+        assert_eq!(range(0x3000, 1).joined(range(0x1000, 2)), None);
     }
 
     #[test]

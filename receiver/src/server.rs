@@ -3,6 +3,7 @@
 use crate::dialect::detect::{Dialect, FIRST_BYTES, detect};
 use crate::dialect::native::{self, Limits, Migration, NativeError};
 use crate::store::Store;
+use crate::with_causes;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -110,7 +111,7 @@ async fn connection(
     match &result {
         Ok(()) => tracing::info!(%peer, %directory, migration.rounds, "migration complete"),
         Err(error) => {
-            let why = anyhow_chain(error);
+            let why = with_causes(error);
             tracing::warn!(%peer, %directory, migration.rounds, why, "migration ended early");
         }
     }
@@ -135,14 +136,4 @@ async fn first_bytes(stream: &TcpStream) -> io::Result<Option<[u8; FIRST_BYTES]>
         before = got;
         tokio::task::yield_now().await;
     }
-}
-
-fn anyhow_chain(error: &NativeError) -> String {
-    let mut text = error.to_string();
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        text = format!("{text}: {error}");
-        source = error.source();
-    }
-    text
 }

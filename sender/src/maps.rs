@@ -51,6 +51,12 @@ pub struct Vma {
 }
 
 impl Vma {
+    /// Whether the process's own pages in it go into its image.
+    #[must_use]
+    pub fn is_private(&self) -> bool {
+        matches!(self.class, Class::Private { .. })
+    }
+
     /// All of it, to be scanned.
     #[must_use]
     pub fn part(&self) -> Part {

@@ -4,6 +4,7 @@
 use crate::dirty::{ContentHashes, Run};
 use crate::sink::{PageSink, SinkError};
 use crate::source::PageSource;
+use bytes::Bytes;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{BUFFER_PAGES, BufferPool, PAGE_SIZE, PageRange, PageSet};
 use std::io;
@@ -158,23 +159,11 @@ impl<'a> ImageStream<'a> {
         if self.wanted.is_empty() && self.kept.is_empty() {
             return Ok(());
         }
-        let mut entries = std::mem::take(&mut self.kept);
-        let mut buffer = self.pool.take_blocking();
-        let begun = Instant::now();
-        self.arrived.clear();
-        if !self.wanted.is_empty() {
-            let room = &mut buffer[..(self.wanted_pages * PAGE_SIZE) as usize];
-            source
-                .read(&self.wanted, room, &mut self.arrived)
-                .map_err(StreamError::Source)?;
-        }
-        self.wanted.clear();
-        self.wanted_pages = 0;
-        let len = self.judge(&mut buffer, &mut entries);
-        if self.hashes.is_some() {
-            self.compare_time += begun.elapsed();
-        }
-        self.kept.reserve(PIECES_MAX);
+        let mut entries = std::mem::replace(&mut self.kept, Vec::with_capacity(PIECES_MAX));
+        let pages = match self.wanted.is_empty() {
+            true => Bytes::new(),
+            false => self.read_wanted(source, &mut entries)?,
+        };
         if entries.is_empty() {
             return Ok(());
         }
@@ -184,8 +173,30 @@ impl<'a> ImageStream<'a> {
         let changed = |entry: &&Entry| matches!(entry.kind, EntryKind::Data | EntryKind::Zero);
         let changed = entries.iter().filter(changed);
         self.changed_pages += changed.map(|entry| entry.range.pages()).sum::<u64>();
-        self.sink.put(entries, buffer.freeze(len))?;
+        self.sink.put(entries, pages)?;
         Ok(())
+    }
+
+    /// Reads what is wanted, adds what it is to `entries`, and returns the pages that have data.
+    fn read_wanted(
+        &mut self,
+        source: &mut dyn PageSource,
+        entries: &mut Vec<Entry>,
+    ) -> Result<Bytes, StreamError> {
+        let mut buffer = self.pool.take_blocking();
+        let begun = Instant::now();
+        let room = &mut buffer[..(self.wanted_pages * PAGE_SIZE) as usize];
+        self.arrived.clear();
+        source
+            .read(&self.wanted, room, &mut self.arrived)
+            .map_err(StreamError::Source)?;
+        self.wanted.clear();
+        self.wanted_pages = 0;
+        let len = self.judge(&mut buffer, entries);
+        if self.hashes.is_some() {
+            self.compare_time += begun.elapsed();
+        }
+        Ok(buffer.freeze(len))
     }
 
     /// Tells of every page that arrived what it is: changed data (moved up so that the buffer's
@@ -205,18 +216,15 @@ impl<'a> ImageStream<'a> {
                     to += PAGE;
                 }
                 from += PAGE;
-                open = match open {
-                    Some(entry) if entry.kind == kind => {
-                        let range = PageRange::from_bounds(entry.range.start(), at + PAGE_SIZE);
-                        range.map(|range| Entry { range, kind })
-                    }
-                    other => {
-                        entries.extend(other);
-                        PageRange::new(at, 1)
-                            .ok()
-                            .map(|range| Entry { range, kind })
+                let page = PageRange::new(at, 1).expect("a page of a range");
+                let range = match open.filter(|entry| entry.kind == kind) {
+                    Some(entry) => entry.range.joined(page).expect("pages come in order"),
+                    None => {
+                        entries.extend(open);
+                        page
                     }
                 };
+                open = Some(Entry { range, kind });
             }
             entries.extend(open);
         }

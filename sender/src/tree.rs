@@ -2,7 +2,7 @@
 
 use crate::dirty::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::{Frozen, FrozenProcess};
-use crate::maps::{Class, KernelMounts, Vma, list};
+use crate::maps::{Class, KernelMounts, list};
 use crate::sink::PageSink;
 use crate::source::{SegmentSource, TaskSource};
 use crate::stream::{ImageStream, Sent, StreamError};
@@ -117,15 +117,15 @@ impl Tree {
                 Ok(()) => {}
                 Err(error) if is_gone(&error) => {
                     self.tasks.remove(&pid);
+                    tracker.forget(pid);
                     continue;
                 }
                 Err(source) => return Err(TreeFault::Proc { pid, source }),
             }
             let task = self.tasks.get_mut(&pid).expect("just looked at");
             tracker.rearm(frozen, task)?;
-            let compare = self.skip_unchanged || tracker.untracked(pid);
-            if compare && task.hashes.is_none() {
-                task.hashes = Some(Default::default());
+            if self.skip_unchanged || tracker.untracked(pid) {
+                task.hashes.get_or_insert_default();
             }
             for vma in task.vmas.iter().filter(|vma| vma.class == Class::Segment) {
                 let key = SegmentKey {
@@ -250,8 +250,7 @@ impl Tree {
     pub fn pending_pages(&self, tracker: &mut dyn DirtyTracker) -> u64 {
         let mut pages = self.untracked_sent;
         for task in self.tasks.values().filter(|task| task.hashes.is_none()) {
-            let private = |vma: &&Vma| matches!(vma.class, Class::Private { .. });
-            for vma in task.vmas.iter().filter(private) {
+            for vma in task.vmas.iter().filter(|vma| vma.is_private()) {
                 // Memory that is gone has nothing dirty.
                 pages += tracker.pending(task, vma).ok().flatten().unwrap_or(0);
             }
@@ -327,7 +326,7 @@ fn send_task(
                 let asked = Instant::now();
                 let part = Part {
                     range: part.expect("a range is not empty"),
-                    file: vma.part().file,
+                    ..vma.part()
                 };
                 tracker
                     .scan(task, part, runs)

@@ -4,6 +4,7 @@
 
 use crate::image::writer::{RoundWriter, WriteError};
 use crate::store::{Store, is_taken};
+use crate::with_causes;
 use bytes::Bytes;
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{
@@ -68,9 +69,7 @@ impl NativeError {
 impl From<WriteError> for NativeError {
     fn from(error: WriteError) -> Self {
         match error {
-            WriteError::Storage(file) => {
-                Self::refuse(RefuseCode::Storage, format!("{file}: {}", file.source))
-            }
+            WriteError::Storage(file) => Self::refuse(RefuseCode::Storage, with_causes(&file)),
             WriteError::Protocol(what) => Self::refuse(RefuseCode::Protocol, what),
         }
     }
@@ -209,7 +208,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 true => RefuseCode::Busy,
                 false => RefuseCode::Storage,
             };
-            NativeError::refuse(code, format!("{error}: {}", error.source))
+            NativeError::refuse(code, with_causes(&error))
         })?;
         let welcome = Message::Welcome {
             version: wire::VERSION,
@@ -294,7 +293,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             NativeError::Refuse { code, reason } => (*code, reason.clone()),
             NativeError::Wire(
                 error @ (WireError::Frame(_) | WireError::Message(_) | WireError::Phase(_)),
-            ) => (RefuseCode::Protocol, with_source(error)),
+            ) => (RefuseCode::Protocol, with_causes(error)),
             NativeError::Wire(error @ WireError::Stalled(_)) => {
                 (RefuseCode::Limit, error.to_string())
             }
@@ -312,13 +311,6 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             // It need not go away; we do.
             let _ = tokio::time::timeout(LAST_WORDS, drain).await;
         }
-    }
-}
-
-fn with_source(error: &WireError) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
     }
 }
 

@@ -2,15 +2,12 @@
 
 use super::chain::{Cursor, images, levels, names, newest_round};
 use super::writer::ImageWriter;
-use super::{FileError, PARENT, failed};
+use super::{FIRST_PAGES_ID, FileError, PARENT, failed};
 use pageferry_common::ImageId;
 use std::fs::{self, DirBuilder};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-
-/// Pages files are numbered from here.
-const FIRST_PAGES_ID: u32 = 0x20001;
 
 /// What was merged.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

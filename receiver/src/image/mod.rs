@@ -33,6 +33,9 @@ pub fn pages_name(pages_id: u32) -> String {
     format!("pages-{pages_id}.img")
 }
 
+/// Pages files are numbered from here, so that CRIU's own (from 1, or 65537) can lie beside them.
+const FIRST_PAGES_ID: u32 = 0x20001;
+
 /// Name of the symlink to the round before.
 pub const PARENT: &str = "parent";
 

@@ -3,6 +3,7 @@
 use super::chain::{Cursor, Levels, images, levels, names, newest_round};
 use super::format::Place;
 use super::{FileError, pages_name};
+use crate::with_causes;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -39,7 +40,7 @@ pub fn verify(dir: &Path) -> Result<Verified, FileError> {
             match check_image(&from_here, image, &mut numbers, &mut verified.problems) {
                 Ok(pages) if level == 0 => verified.pages += pages,
                 Ok(_) => {}
-                Err(error) => verified.problems.push(chain_of(&error)),
+                Err(error) => verified.problems.push(with_causes(&error)),
             }
         }
         let expected: BTreeSet<String> = numbers.into_iter().map(pages_name).collect();
@@ -98,8 +99,4 @@ fn check_image(
         problem("not every entry has its page count in both fields".to_owned());
     }
     Ok(pages)
-}
-
-fn chain_of(error: &FileError) -> String {
-    format!("{error}: {}", error.source)
 }

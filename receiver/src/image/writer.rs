@@ -5,7 +5,7 @@
 
 use super::chain::{Cursor, Levels, levels};
 use super::format::{self, PagemapEntry, Place};
-use super::{FileError, INVENTORY, PARENT, failed, pages_name};
+use super::{FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages_name};
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange};
 use std::collections::BTreeSet;
@@ -13,9 +13,6 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
-
-/// Pages files are numbered from here, so that CRIU's own (from 1, or 65537) can lie beside them.
-const FIRST_PAGES_ID: u32 = 0x20001;
 
 /// Why a round cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -264,9 +261,9 @@ impl ImageWriter {
 
     fn entry(&mut self, range: PageRange, place: Place) -> Result<(), FileError> {
         if let Some(before) = self.pending {
-            if before.place == place && before.range.end() == range.start() {
-                let longer = PageRange::from_bounds(before.range.start(), range.end());
-                let range = longer.expect("two ranges that touch make one");
+            if before.place == place
+                && let Some(range) = before.range.joined(range)
+            {
                 self.pending = Some(PagemapEntry { range, place });
                 return Ok(());
             }
@@ -288,10 +285,11 @@ impl ImageWriter {
                 let part = &mut buffer[..len as usize];
                 file.read_exact_at(part, offset + done)
                     .map_err(failed("read a pages file for", &self.pages_path))?;
-                for page in part.chunks_exact(PAGE_SIZE as usize) {
-                    match page.iter().all(|&byte| byte == 0) {
-                        true => self.offset += PAGE_SIZE,
-                        false => self.append(page)?,
+                let (pages, _) = part.as_chunks::<{ PAGE_SIZE as usize }>();
+                for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+                    match is_zero(&run[0]) {
+                        true => self.offset += run.as_flattened().len() as u64,
+                        false => self.append(run.as_flattened())?,
                     }
                 }
                 done += len;
@@ -311,4 +309,8 @@ impl ImageWriter {
             .set_len(self.offset)
             .map_err(failed("write", &self.pages_path))
     }
+}
+
+fn is_zero(page: &[u8; PAGE_SIZE as usize]) -> bool {
+    *page == [0; PAGE_SIZE as usize]
 }

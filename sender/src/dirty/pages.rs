@@ -24,7 +24,6 @@ pub struct Part {
 fn own_pages(file: bool) -> Query {
     Query {
         any: pagemap::PRESENT | pagemap::SWAPPED,
-        all: 0,
         none: if file {
             pagemap::PFNZERO | pagemap::FILE
         } else {
@@ -134,18 +133,15 @@ fn read_pagemap(
             } else {
                 0
             };
-            run = match run {
-                Some((before, bits)) if before.end() == start && bits == dirty => {
-                    let longer = PageRange::from_bounds(before.start(), start + PAGE_SIZE);
-                    longer.map(|longer| (longer, bits))
-                }
-                other => {
-                    if let Some((before, bits)) = other {
-                        each(before, bits);
-                    }
-                    PageRange::new(start, 1).ok().map(|page| (page, dirty))
-                }
-            };
+            let page = PageRange::new(start, 1).expect("a page of a range");
+            let longer = run.and_then(|(before, bits)| {
+                let longer = before.joined(page).filter(|_| bits == dirty)?;
+                Some((longer, bits))
+            });
+            if let (None, Some((before, bits))) = (longer, run) {
+                each(before, bits);
+            }
+            run = longer.or(Some((page, dirty)));
         }
         rest = later;
     }

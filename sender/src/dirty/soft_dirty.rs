@@ -4,12 +4,12 @@
 use super::pages::Scanner;
 use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
-use crate::maps::{Class, Vma};
+use crate::maps::Vma;
 use crate::sys::pagemap::SOFT_DIRTY;
 use crate::task::Task;
 use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 
 /// See the module.
@@ -27,15 +27,13 @@ impl SoftDirty {
         let memory = vec![1u8; 2 * PAGE_SIZE as usize];
         let page = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
         let page = PageRange::new(page, 1).expect("an address of ours");
-        let pagemap = fs::File::open("/proc/self/pagemap")?;
+        let pagemap = File::open("/proc/self/pagemap")?;
         let mut dirty = false;
         let part = Part {
             range: page,
             file: false,
         };
-        scanner.own_pages(&pagemap, part, SOFT_DIRTY, false, |_, bits| {
-            dirty |= bits & SOFT_DIRTY != 0;
-        })?;
+        dirty_pages(&mut scanner, &pagemap, part, |_| dirty = true)?;
         drop(memory);
         match dirty {
             true => Ok(Self {
@@ -48,23 +46,28 @@ impl SoftDirty {
 
     fn collect_and_clear(&mut self, task: &Task) -> io::Result<PageSet> {
         let mut written = PageSet::new();
-        let private = |vma: &&Vma| matches!(vma.class, Class::Private { .. });
-        for vma in task.vmas.iter().filter(private) {
-            self.scanner.own_pages(
-                &task.pagemap,
-                vma.part(),
-                SOFT_DIRTY,
-                false,
-                |range, bits| {
-                    if bits & SOFT_DIRTY != 0 {
-                        written.insert(range);
-                    }
-                },
-            )?;
+        for vma in task.vmas.iter().filter(|vma| vma.is_private()) {
+            dirty_pages(&mut self.scanner, &task.pagemap, vma.part(), |range| {
+                written.insert(range);
+            })?;
         }
         fs::write(format!("/proc/{}/clear_refs", task.tid), "4")?;
         Ok(written)
     }
+}
+
+/// The process's own pages in `part` whose soft-dirty bit is set.
+fn dirty_pages(
+    scanner: &mut Scanner,
+    pagemap: &File,
+    part: Part,
+    mut each: impl FnMut(PageRange),
+) -> io::Result<()> {
+    scanner.own_pages(pagemap, part, SOFT_DIRTY, false, |range, bits| {
+        if bits & SOFT_DIRTY != 0 {
+            each(range);
+        }
+    })
 }
 
 impl DirtyTracker for SoftDirty {
@@ -99,17 +102,9 @@ impl DirtyTracker for SoftDirty {
 
     fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>> {
         let mut pages = 0;
-        self.scanner.own_pages(
-            &task.pagemap,
-            vma.part(),
-            SOFT_DIRTY,
-            false,
-            |range, bits| {
-                if bits & SOFT_DIRTY != 0 {
-                    pages += range.pages();
-                }
-            },
-        )?;
+        dirty_pages(&mut self.scanner, &task.pagemap, vma.part(), |range| {
+            pages += range.pages();
+        })?;
         Ok(Some(pages))
     }
 

@@ -5,7 +5,7 @@
 use super::pages::Scanner;
 use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
-use crate::maps::{Class, Vma};
+use crate::maps::Vma;
 use crate::sys::pagemap::{PRESENT, SWAPPED, WPALLOWED, WRITTEN};
 use crate::sys::uffd::Uffd;
 use crate::task::Task;
@@ -38,7 +38,9 @@ impl Armed {
     fn new(uffd: Uffd, task: &Task) -> Option<Self> {
         let mut untracked = Vec::new();
         let (mut tried, mut gone) = (0, 0);
-        for vma in task.vmas.iter().filter(|vma| is_private(vma)) {
+        for vma in task.vmas.iter().filter(|vma| vma.is_private()) {
+            // Registered, a file's code would lose the kernel's fault-around, and its pages are
+            // hardly ever the process's own. What is, is sent.
             if vma.file_code {
                 untracked.push(vma.range);
                 continue;
@@ -85,12 +87,6 @@ impl UffdWp {
     fn tracks(&self, pid: i32, part: PageRange) -> bool {
         self.armed.get(&pid).is_some_and(|armed| armed.tracks(part))
     }
-}
-
-/// A file's code is not registered (it would lose the kernel's fault-around, and its pages are
-/// hardly ever the process's own), but what is the process's own of it is sent.
-fn is_private(vma: &Vma) -> bool {
-    matches!(vma.class, Class::Private { .. })
 }
 
 impl DirtyTracker for UffdWp {

@@ -104,17 +104,11 @@ impl Freezer<'_> {
                         }
                         self.reply(&Reply::Frozen, None)?;
                     }
-                    Err(why) => {
-                        self.let_go(Then::Run);
-                        self.reply(&Reply::Failed(why), None)?;
-                    }
+                    Err(why) => self.give_up(why)?,
                 },
                 Request::Settle => match self.settle() {
                     Ok(()) => self.reply(&Reply::Settled, None)?,
-                    Err(why) => {
-                        self.let_go(Then::Run);
-                        self.reply(&Reply::Failed(why), None)?;
-                    }
+                    Err(why) => self.give_up(why)?,
                 },
                 Request::Userfaultfd { pid } => match self.userfaultfd(pid) {
                     Ok(fd) => self.reply(&Reply::Userfaultfd, Some(fd.as_fd()))?,
@@ -127,6 +121,11 @@ impl Freezer<'_> {
                 }
             }
         }
+    }
+
+    fn give_up(&mut self, why: TreeError) -> io::Result<()> {
+        self.let_go(Then::Run);
+        self.reply(&Reply::Failed(why), None)
     }
 
     fn reply(&self, reply: &Reply, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
@@ -194,7 +193,7 @@ impl Freezer<'_> {
 
     /// Whether there was a thread to seize.
     fn seize(&mut self, pid: i32, tid: Tid) -> Result<bool, TreeError> {
-        match ptrace::seize(tid, false).and_then(|()| ptrace::interrupt(tid)) {
+        match ptrace::seize(tid).and_then(|()| ptrace::interrupt(tid)) {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(false),
             Err(error) if error.raw_os_error() == Some(libc::EPERM) => {

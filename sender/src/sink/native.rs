@@ -192,6 +192,9 @@ impl NativeSink {
         let Some(compressor) = &mut self.compressor else {
             return Ok((false, pages));
         };
+        if pages.is_empty() {
+            return Ok((false, pages));
+        }
         let goal = pages.len() - pages.len() / 8;
         let mut smaller = self.pool.take_blocking();
         // A result that does not fit in the room given is an error, and no gain.

@@ -60,8 +60,6 @@ struct ScanArg {
 pub struct Query {
     /// Categories of which a page must have at least one (0: no such demand).
     pub any: u64,
-    /// Categories of which a page must have all.
-    pub all: u64,
     /// Categories of which a page must have none.
     pub none: u64,
     /// Categories to report.
@@ -97,7 +95,7 @@ pub fn scan(
             vec: room.as_mut_ptr() as u64,
             vec_len: vec_len as u64,
             category_inverted: query.none,
-            category_mask: query.none | query.all,
+            category_mask: query.none,
             category_anyof_mask: query.any,
             return_mask: query.report,
             ..ScanArg::default()

@@ -30,11 +30,8 @@ const NULL: *mut libc::c_void = std::ptr::null_mut();
 ///
 /// # Errors
 /// `ESRCH` if the thread is gone, `EPERM` if it is traced already, exiting, or not ours to trace.
-pub fn seize(tid: Tid, suspend_seccomp: bool) -> io::Result<()> {
-    let mut options = libc::PTRACE_O_TRACESYSGOOD;
-    if suspend_seccomp {
-        options |= libc::PTRACE_O_SUSPEND_SECCOMP;
-    }
+pub fn seize(tid: Tid) -> io::Result<()> {
+    let options = libc::PTRACE_O_TRACESYSGOOD;
     // SAFETY: PTRACE_SEIZE takes no pointers; options go by value.
     check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid, NULL, options as *mut libc::c_void) })
         .map(drop)
