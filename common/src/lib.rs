@@ -11,6 +11,7 @@ pub mod buffer;
 pub mod digest;
 pub mod ids;
 pub mod page_set;
+pub mod psi;
 pub mod wire;
 
 pub use addr::{PAGE_SIZE, PageRange};

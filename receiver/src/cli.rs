@@ -9,6 +9,9 @@ use std::time::Duration;
 ///
 /// Each migration gets a directory of its own under DIR, with one directory for each round, linked
 /// by CRIU's `parent` symlinks. A round appears when it is complete and on disk, or not at all.
+///
+/// It is a `criu page-server` too, on the same port: a dump or pre-dump by CRIU, runc or podman with
+/// --page-server gets the directory DIR/criu-N.
 #[derive(Debug, Parser)]
 #[command(name = "receive", version, after_help = EXAMPLES,
           args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -28,6 +31,8 @@ Examples:
       take any number of migrations from this host (or through a tunnel)
   receive --listen 7700 --dir images --once --json
       take one, report, and exit with its result
+  criu dump -t 4711 -D state --page-server --address 127.0.0.1 --port 7700
+      CRIU's memory images go to DIR/criu-1; copy them to the images in `state`, and restore
   receive verify /var/lib/pageferry/4711-0123456789abcdef0123456789abcdef
       check the rounds of a migration
   receive flatten /var/lib/pageferry/4711-0123456789abcdef0123456789abcdef flat
@@ -64,7 +69,12 @@ pub struct Serve {
     #[arg(long, required = true)]
     pub dir: Option<PathBuf>,
 
-    /// Take one migration, and exit with its result
+    /// Each dump by CRIU has the one before of the same process as its parent: for CRIU run with
+    /// --track-mem and, from the second on, --prev-images-dir
+    #[arg(long)]
+    pub chain_dumps: bool,
+
+    /// Take one migration (or dump by CRIU), and exit with its result
     #[arg(long)]
     pub once: bool,
 

@@ -5,6 +5,7 @@
 
 pub mod cli;
 pub mod dialect;
+pub mod disk;
 pub mod image;
 pub mod run;
 pub mod server;

@@ -1,7 +1,7 @@
 //! From the command line to an exit code, and of every failure what to do about it.
 
 use crate::cli::{Cli, Command, Serve};
-use crate::dialect::native::{Limits, Migration};
+use crate::dialect::{Limits, Migration};
 use crate::image::flatten::flatten;
 use crate::image::verify::verify;
 use crate::server::{self, Ended, Options};
@@ -139,6 +139,7 @@ fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ende
                 stall: serve.timeout,
                 buffers: usize::from(serve.buffers),
             },
+            chain_dumps: serve.chain_dumps,
         };
         server::serve(listener, store, options)
             .await

@@ -1,7 +1,7 @@
 //! Accepting senders: any number, one after another and at once, none in another's way.
 
 use crate::dialect::detect::{Dialect, FIRST_BYTES, detect};
-use crate::dialect::native::{self, Limits, Migration, NativeError};
+use crate::dialect::{Failure, Limits, Migration, criu, native};
 use crate::store::Store;
 use crate::with_causes;
 use std::io;
@@ -22,13 +22,15 @@ pub struct Options {
     pub max_senders: usize,
     /// Of each.
     pub limits: Limits,
+    /// Each dump by CRIU has the one before of the same process as its parent.
+    pub chain_dumps: bool,
 }
 
 /// Why the server ended.
 #[derive(Debug)]
 pub enum Ended {
     /// With `once`: how the migration went.
-    Once(Migration, Result<(), NativeError>),
+    Once(Migration, Result<(), Failure>),
     /// A signal, by number.
     Signal(i32),
 }
@@ -69,7 +71,7 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
         };
         let (store, over) = (Arc::clone(&store), over.clone());
         tokio::spawn(async move {
-            if let Some(outcome) = connection(stream, peer, &store, options.limits).await {
+            if let Some(outcome) = connection(stream, peer, &store, options).await {
                 // The server is gone only if everything is over.
                 let _ = over.send(outcome);
             }
@@ -82,31 +84,30 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
 async fn connection(
     mut stream: TcpStream,
     peer: SocketAddr,
-    store: &Store,
-    limits: Limits,
-) -> Option<(Migration, Result<(), NativeError>)> {
-    match timeout(limits.stall, first_bytes(&stream)).await {
-        Ok(Ok(Some(first))) => match detect(first) {
-            Dialect::Native => {}
-            Dialect::Criu => {
-                tracing::warn!(%peer, "refused: a CRIU page-server client; only `send` is understood");
-                return None;
-            }
-            Dialect::Unknown => {
-                tracing::warn!(%peer, ?first, "refused: neither `send` nor CRIU");
-                return None;
-            }
-        },
+    store: &Arc<Store>,
+    options: Options,
+) -> Option<(Migration, Result<(), Failure>)> {
+    let limits = options.limits;
+    let Ok(Ok(Some(first))) = timeout(limits.stall, first_bytes(&stream)).await else {
         // Connected and gone, or not a word: a port scan, a health check.
-        Ok(Ok(None)) | Ok(Err(_)) | Err(_) => {
-            tracing::debug!(%peer, "said nothing");
-            return None;
-        }
-    }
+        tracing::debug!(%peer, "said nothing");
+        return None;
+    };
     let _ = stream.set_nodelay(true);
     let mut migration = Migration::default();
     let (read, write) = stream.split();
-    let result = native::receive(read, write, store, limits, &mut migration).await;
+    let result = match detect(first) {
+        Dialect::Native => native::receive(read, write, store, limits, &mut migration).await,
+        Dialect::Criu => {
+            tracing::info!(%peer, "CRIU begins a dump");
+            let chain = options.chain_dumps;
+            criu::receive(read, write, store, limits, chain, &mut migration).await
+        }
+        Dialect::Unknown => {
+            tracing::warn!(%peer, ?first, "refused: neither `send` nor CRIU");
+            return None;
+        }
+    };
     let directory = migration.directory.display();
     match &result {
         Ok(()) => tracing::info!(%peer, %directory, migration.rounds, "migration complete"),

@@ -1,13 +1,15 @@
-//! `--dir`: one directory for each migration, one in it for each round.
+//! `--dir`: one directory for each migration, one in it for each round; and one for each dump that
+//! CRIU itself sends.
 
-use crate::image::writer::temporary_name;
-use crate::image::{FileError, failed};
+use crate::image::chain::names;
+use crate::image::{DirName, FileError, failed};
 use nix::fcntl::{Flock, FlockArg};
-use pageferry_common::MigrationId;
+use pageferry_common::{ImageId, MigrationId};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The file that says which receiver works here.
 const LOCK: &str = ".lock";
@@ -16,6 +18,8 @@ const LOCK: &str = ".lock";
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    /// The number of the last dump that CRIU began.
+    last_dump: AtomicU32,
     _lock: Flock<File>,
 }
 
@@ -70,8 +74,14 @@ impl Store {
             .and_then(|()| lock.rewind())
             .and_then(|()| writeln!(lock, "{}", std::process::id()))
             .map_err(failed("write to", &path))?;
-        let store = Self { dir, _lock: lock };
-        store.remove_torn_rounds()?;
+        let store = Self {
+            dir,
+            last_dump: AtomicU32::new(0),
+            _lock: lock,
+        };
+        store.remove_torn()?;
+        let last = store.dumps()?.into_iter().max();
+        store.last_dump.store(last.unwrap_or(0), Ordering::Relaxed);
         Ok(store)
     }
 
@@ -88,27 +98,64 @@ impl Store {
         Ok(path)
     }
 
-    fn remove_torn_rounds(&self) -> Result<(), FileError> {
-        let list = |dir: &Path| fs::read_dir(dir).map_err(failed("list", dir));
-        for migration in list(&self.dir)?.flatten() {
-            let home = migration.path();
-            if !is_migration(&migration.file_name().to_string_lossy()) || !home.is_dir() {
-                continue;
-            }
-            for entry in list(&home)?.flatten() {
-                let name = entry.file_name();
-                let name = name.to_string_lossy();
-                let round = name.trim_matches(|c: char| !c.is_ascii_digit()).parse();
-                // Only what has exactly the name that we give: the directory is the user's.
-                if round.is_ok_and(|round| *name == temporary_name(round)) {
-                    let path = entry.path();
-                    tracing::info!(path = %path.display(), "removing a torn round");
-                    fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
-                }
+    /// Where all of it is.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The name of a new dump by CRIU, in [`Store::dir`].
+    #[must_use]
+    pub fn new_dump(&self) -> DirName {
+        // More than four thousand million dumps would take a while.
+        DirName::Dump(self.last_dump.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+
+    /// The newest complete dump by CRIU that has this image, if there is one.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn newest_dump_of(&self, image: ImageId) -> Result<Option<DirName>, FileError> {
+        let has = |&number: &u32| {
+            let dump = self.dir.join(DirName::Dump(number).to_string());
+            dump.join(image.pagemap_name()).exists()
+        };
+        let newest = self.dumps()?.into_iter().filter(has).max();
+        Ok(newest.map(DirName::Dump))
+    }
+
+    /// The numbers of all complete dumps by CRIU.
+    fn dumps(&self) -> Result<Vec<u32>, FileError> {
+        let number = |name: String| match DirName::of(&name) {
+            Some(dump @ DirName::Dump(number)) if dump.to_string() == name => Some(number),
+            _ => None,
+        };
+        Ok(names(&self.dir)?.into_iter().filter_map(number).collect())
+    }
+
+    fn remove_torn(&self) -> Result<(), FileError> {
+        remove_torn_in(&self.dir, |name| matches!(name, DirName::Dump(_)))?;
+        for name in names(&self.dir)? {
+            let home = self.dir.join(&name);
+            if is_migration(&name) && home.is_dir() {
+                remove_torn_in(&home, |name| matches!(name, DirName::Round(_)))?;
             }
         }
         Ok(())
     }
+}
+
+/// Removes what a writer did not complete. Only what has exactly the name that we give: the
+/// directory is the user's.
+fn remove_torn_in(dir: &Path, ours: impl Fn(DirName) -> bool) -> Result<(), FileError> {
+    for name in names(dir)? {
+        if DirName::of(&name).is_some_and(|it| ours(it) && it.temporary() == name) {
+            let path = dir.join(name);
+            tracing::info!(path = %path.display(), "removing what is torn");
+            fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether a name is one that [`Store::create`] gives.
@@ -131,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn torn_rounds_go_and_everything_else_stays() {
+    fn what_is_torn_goes_and_everything_else_stays() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let home = store.create(7, MigrationId([0xab; 16])).unwrap();
@@ -139,6 +186,9 @@ mod tests {
             fs::create_dir(home.join(name)).unwrap();
         }
         fs::create_dir_all(dir.path().join("foreign/.2.tmp")).unwrap();
+        for name in ["criu-3", ".criu-4.tmp", ".criu-x.tmp", "criu-05"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
         assert!(is_taken(
             &store.create(7, MigrationId([0xab; 16])).unwrap_err()
         ));
@@ -147,11 +197,19 @@ mod tests {
             Err(StoreError::InUse { by, .. }) if by == std::process::id().to_string()
         ));
         drop(store);
-        Store::open(dir.path()).unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        assert_eq!(store.new_dump(), DirName::Dump(4));
+        assert_eq!(store.newest_dump_of(ImageId::Task(7)).unwrap(), None);
+        fs::write(dir.path().join("criu-3/pagemap-7.img"), "").unwrap();
+        let newest = store.newest_dump_of(ImageId::Task(7)).unwrap();
+        assert_eq!(newest, Some(DirName::Dump(3)));
         assert!(!home.join(".2.tmp").exists());
         for kept in ["1", ".x.tmp", ".2.tmp.bak"] {
             assert!(home.join(kept).exists());
         }
-        assert!(dir.path().join("foreign/.2.tmp").exists());
+        for kept in ["foreign/.2.tmp", "criu-3", ".criu-x.tmp", "criu-05"] {
+            assert!(dir.path().join(kept).exists(), "{kept}");
+        }
+        assert!(!dir.path().join(".criu-4.tmp").exists());
     }
 }

@@ -3,10 +3,11 @@
 
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange};
+use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::chain::{Cursor, images, levels, newest_round};
 use pageferry_receiver::image::flatten::flatten;
 use pageferry_receiver::image::verify::verify;
-use pageferry_receiver::image::writer::{RoundWriter, WriteError};
+use pageferry_receiver::image::writer::{DirWriter, WriteError};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
@@ -27,10 +28,18 @@ fn entry(page: u64, kind: EntryKind) -> Entry {
     Entry { range, kind }
 }
 
+fn begin(home: &Path, round: u32) -> DirWriter {
+    let mut writer = DirWriter::begin(home, DirName::Round(round)).unwrap();
+    if round > 1 {
+        writer.follow(DirName::Round(round - 1)).unwrap();
+    }
+    writer.write_inventory(1000).unwrap();
+    writer
+}
+
 /// Puts a round that does `steps` to the pages from 1, in chunks of `chunk` pages.
 fn put_round(home: &Path, round: u32, before: &Model, steps: &Steps, chunk: usize) -> Model {
-    let parent = (round > 1).then(|| round - 1);
-    let mut writer = RoundWriter::begin(home, round, parent, 1000).unwrap();
+    let mut writer = begin(home, round);
     writer.open(ImageId::Shmem(3)).unwrap();
     writer.open(IMAGE).unwrap();
     let mut after = Model::new();
@@ -66,13 +75,13 @@ fn read(dir: &Path) -> Model {
     let mut model = Model::new();
     while let Some(entry) = list.next_entry().unwrap() {
         cursor
-            .read(entry.range, &mut |file, piece, offset| {
+            .read(entry.range, &mut |found| {
                 let mut page = [0; PAGE];
-                for index in 0..piece.pages() {
-                    file.read_exact_at(&mut page, offset + index * PAGE_SIZE)
-                        .unwrap();
+                for index in 0..found.range.pages() {
+                    let at = found.offset + index * PAGE_SIZE;
+                    found.file.read_exact_at(&mut page, at).unwrap();
                     assert!(page.iter().all(|&byte| byte == page[0]));
-                    model.insert(piece.start() / PAGE_SIZE + index, page[0]);
+                    model.insert(found.range.start() / PAGE_SIZE + index, page[0]);
                 }
                 Ok(())
             })
@@ -138,7 +147,7 @@ fn a_round_is_private_linked_and_sparse() {
 #[test]
 fn a_round_that_is_not_committed_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let mut writer = RoundWriter::begin(dir.path(), 1, None, 0).unwrap();
+    let mut writer = begin(dir.path(), 1);
     writer.open(IMAGE).unwrap();
     drop(writer);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
@@ -148,8 +157,8 @@ fn a_round_that_is_not_committed_leaves_nothing() {
 fn what_makes_no_round_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     put_round(dir.path(), 1, &Model::new(), &vec![(1, 9); 4], 4);
-    let begin = || {
-        let mut writer = RoundWriter::begin(dir.path(), 2, Some(1), 0).unwrap();
+    let begin_and_open = || {
+        let mut writer = begin(dir.path(), 2);
         writer.open(IMAGE).unwrap();
         writer
     };
@@ -172,9 +181,9 @@ fn what_makes_no_round_is_refused() {
             vec![entry(3, EntryKind::Zero), entry(3, EntryKind::Zero)],
         ),
     ] {
-        assert!(begin().put(&entries, &[]).is_err(), "{wrong}");
+        assert!(begin_and_open().put(&entries, &[]).is_err(), "{wrong}");
     }
-    let again = begin().open(IMAGE);
+    let again = begin_and_open().open(IMAGE);
     assert!(matches!(again, Err(WriteError::Protocol(_))));
 }
 

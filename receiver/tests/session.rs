@@ -8,7 +8,8 @@ use pageferry_common::wire::{
     RoundKind, SharedPhase, Totals, WireError,
 };
 use pageferry_common::{ImageId, MigrationId, PAGE_SIZE, PageRange};
-use pageferry_receiver::dialect::native::{Limits, Migration, NativeError, receive};
+use pageferry_receiver::dialect::native::receive;
+use pageferry_receiver::dialect::{Failure, Limits, Migration};
 use pageferry_receiver::image::verify::verify;
 use pageferry_receiver::store::Store;
 use std::fs;
@@ -98,7 +99,7 @@ impl Sender {
 async fn session<F: AsyncFnOnce(&mut Sender)>(
     dir: &Path,
     script: F,
-) -> (Migration, Result<(), NativeError>) {
+) -> (Migration, Result<(), Failure>) {
     let store = Store::open(dir).unwrap();
     let (ours, theirs) = duplex(1 << 16);
     let (read, write) = split(ours);
@@ -275,6 +276,6 @@ async fn a_sender_that_vanishes_leaves_no_torn_round() {
         sender.chunk(0x1000, 0, None).await;
     })
     .await;
-    assert!(matches!(result, Err(NativeError::Wire(_))));
+    assert!(matches!(result, Err(Failure::Wire(_))));
     assert_eq!(rounds(&migration), [""; 0]);
 }

@@ -1,4 +1,81 @@
 //! The protocols spoken on the port, told apart by their first bytes.
 
+pub mod criu;
 pub mod detect;
 pub mod native;
+
+use crate::image::FileError;
+use crate::image::writer::WriteError;
+use crate::with_causes;
+use pageferry_common::wire::{RefuseCode, WireError};
+use serde::Serialize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Limits of one connection.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Longest silence.
+    pub stall: Duration,
+    /// Buffers of 4 MiB.
+    pub buffers: usize,
+}
+
+/// How a migration went.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Migration {
+    /// Its directory.
+    pub directory: PathBuf,
+    /// Complete rounds.
+    pub rounds: u32,
+    /// Whether the last of them was a final one.
+    pub finished_frozen: bool,
+    /// Pages received with content.
+    pub data_pages: u64,
+    /// Bytes received on the wire.
+    pub bytes_wire: u64,
+}
+
+/// A reason to end a connection that is not the peer's protocol.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}")]
+pub struct Refusal {
+    /// Its class.
+    pub code: RefuseCode,
+    /// In words, for the peer if its protocol has any.
+    pub reason: String,
+}
+
+impl Refusal {
+    /// A refusal.
+    pub fn new(code: RefuseCode, reason: impl Into<String>) -> Self {
+        let reason = reason.into();
+        Self { code, reason }
+    }
+}
+
+impl From<FileError> for Refusal {
+    fn from(error: FileError) -> Self {
+        Self::new(RefuseCode::Storage, with_causes(&error))
+    }
+}
+
+impl From<WriteError> for Refusal {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Storage(file) => file.into(),
+            WriteError::Protocol(what) => Self::new(RefuseCode::Protocol, what),
+        }
+    }
+}
+
+/// Why a connection ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The connection, or the peer on it.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// Something else.
+    #[error(transparent)]
+    Refusal(#[from] Refusal),
+}

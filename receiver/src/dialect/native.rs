@@ -2,7 +2,10 @@
 //!
 //! Memory for one sender: `--buffers` of 4 MiB, one more for decompression, and a chunk's metadata.
 
-use crate::image::writer::{RoundWriter, WriteError};
+use super::{Failure, Limits, Migration, Refusal};
+use crate::disk::Disk;
+use crate::image::DirName;
+use crate::image::writer::DirWriter;
 use crate::store::{Store, is_taken};
 use crate::with_causes;
 use bytes::Bytes;
@@ -12,7 +15,6 @@ use pageferry_common::wire::{
     Totals, WireError,
 };
 use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, PAGE_SIZE};
-use serde::Serialize;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
@@ -28,73 +30,17 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Highest round number taken: bounds chains that a reader must follow.
 const ROUNDS_MAX: u32 = 1000;
 
-/// How a migration went.
-#[derive(Debug, Clone, Default, Serialize)]
-pub struct Migration {
-    /// Its directory.
-    pub directory: PathBuf,
-    /// Complete rounds.
-    pub rounds: u32,
-    /// Whether the last of them was a final one.
-    pub finished_frozen: bool,
-    /// Pages received with content.
-    pub data_pages: u64,
-    /// Bytes received on the wire.
-    pub bytes_wire: u64,
-}
-
-/// Why a migration ended early.
-#[derive(Debug, thiserror::Error)]
-pub enum NativeError {
-    /// The connection, or the peer on it.
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    /// Something else than the peer's protocol.
-    #[error("{reason}")]
-    Refuse {
-        /// Its class.
-        code: RefuseCode,
-        /// The reason the peer is given.
-        reason: String,
-    },
-}
-
-impl NativeError {
-    fn refuse(code: RefuseCode, reason: impl Into<String>) -> Self {
-        let reason = reason.into();
-        Self::Refuse { code, reason }
-    }
-}
-
-impl From<WriteError> for NativeError {
-    fn from(error: WriteError) -> Self {
-        match error {
-            WriteError::Storage(file) => Self::refuse(RefuseCode::Storage, with_causes(&file)),
-            WriteError::Protocol(what) => Self::refuse(RefuseCode::Protocol, what),
-        }
-    }
-}
-
-/// Limits of one connection.
-#[derive(Debug, Clone, Copy)]
-pub struct Limits {
-    /// Longest silence.
-    pub stall: Duration,
-    /// Buffers of 4 MiB.
-    pub buffers: usize,
-}
-
 /// Takes one migration, whose progress is in `migration` however it ends.
 ///
 /// # Errors
-/// [`NativeError`]; the sender was told why, if it could be.
+/// [`Failure`]; the sender was told why, if it could be.
 pub async fn receive<R, W>(
     read: R,
     write: W,
     store: &Store,
     limits: Limits,
     migration: &mut Migration,
-) -> Result<(), NativeError>
+) -> Result<(), Failure>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -125,9 +71,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         store: &Store,
         limits: Limits,
         migration: &mut Migration,
-    ) -> Result<(), NativeError> {
+    ) -> Result<(), Failure> {
         migration.directory = self.greet(store).await?;
-        let mut disk = Disk::start(migration.directory.clone(), limits.buffers)?;
+        let home = migration.directory.clone();
+        let mut disk = Disk::start(limits.buffers, move |jobs| work(&home, jobs))?;
         let result = self.rounds(&mut disk, migration).await;
         // A torn round is gone when the sender hears of it.
         disk.end().await;
@@ -136,9 +83,9 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
 
     async fn rounds(
         &mut self,
-        disk: &mut Disk,
+        disk: &mut Disk<Job>,
         migration: &mut Migration,
-    ) -> Result<(), NativeError> {
+    ) -> Result<(), Failure> {
         loop {
             match self.message().await? {
                 Message::RoundBegin {
@@ -150,7 +97,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     let parent = (migration.rounds > 0).then_some(migration.rounds);
                     if round != migration.rounds + 1 || round > ROUNDS_MAX {
                         let what = format!("round {round} after {}", migration.rounds);
-                        return Err(NativeError::refuse(RefuseCode::Protocol, what));
+                        return Err(Refusal::new(RefuseCode::Protocol, what).into());
                     }
                     let begin = Job::Begin {
                         round,
@@ -183,7 +130,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         }
     }
 
-    async fn greet(&mut self, store: &Store) -> Result<PathBuf, NativeError> {
+    async fn greet(&mut self, store: &Store) -> Result<PathBuf, Failure> {
         let Message::Hello {
             version,
             page_size,
@@ -194,21 +141,21 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         else {
             unreachable!("the phase table lets nothing else begin");
         };
-        let unsupported = |what: String| NativeError::refuse(RefuseCode::Unsupported, what);
+        let unsupported = |what: String| Refusal::new(RefuseCode::Unsupported, what);
         if version != wire::VERSION {
             let ours = wire::VERSION;
             let what = format!("the sender speaks version {version}, this receiver {ours}");
-            return Err(unsupported(what));
+            return Err(unsupported(what).into());
         }
         if u64::from(page_size) != PAGE_SIZE {
-            return Err(unsupported(format!("pages of {page_size} bytes")));
+            return Err(unsupported(format!("pages of {page_size} bytes")).into());
         }
         let directory = store.create(root_pid, id).map_err(|error| {
             let code = match is_taken(&error) {
                 true => RefuseCode::Busy,
                 false => RefuseCode::Storage,
             };
-            NativeError::refuse(code, with_causes(&error))
+            Refusal::new(code, with_causes(&error))
         })?;
         let welcome = Message::Welcome {
             version: wire::VERSION,
@@ -220,7 +167,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     }
 
     /// The next message other than "still working".
-    async fn message(&mut self) -> Result<Message, NativeError> {
+    async fn message(&mut self) -> Result<Message, Failure> {
         loop {
             match self.reader.next().await? {
                 Incoming::Message(Message::Working) => {}
@@ -231,14 +178,14 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     }
 
     /// Takes a round from its beginning to its end, and makes it durable.
-    async fn round(&mut self, disk: &mut Disk) -> Result<Totals, NativeError> {
+    async fn round(&mut self, disk: &mut Disk<Job>) -> Result<Totals, Failure> {
         let mut totals = Totals::default();
         let mut digest = RoundDigest::default();
         loop {
             let incoming = tokio::select! {
                 incoming = self.reader.next() => incoming?,
                 // What was read of a frame is lost then, but so is the round.
-                Some(failure) = disk.failed.recv() => return Err(failure),
+                failure = disk.failure() => return Err(failure.into()),
             };
             match incoming {
                 Incoming::Message(Message::Working) => {}
@@ -269,7 +216,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     totals.digest = digest.value();
                     if theirs != totals {
                         let what = format!("this is not what was sent: {totals:?}, not {theirs:?}");
-                        return Err(NativeError::refuse(RefuseCode::Protocol, what));
+                        return Err(Refusal::new(RefuseCode::Protocol, what).into());
                     }
                     let (done, mut committed) = oneshot::channel();
                     disk.give(Job::Commit(done)).await?;
@@ -277,7 +224,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         let wait = tokio::time::timeout(WORKING_INTERVAL, &mut committed);
                         match wait.await {
                             Ok(Ok(())) => return Ok(totals),
-                            Ok(Err(_)) => return Err(disk.why_it_ended().await),
+                            Ok(Err(_)) => return Err(disk.why_it_ended().await.into()),
                             Err(_) => self.writer.send(&Message::Working).await?,
                         }
                     }
@@ -288,16 +235,14 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     }
 
     /// Gives the sender the reason, if it is there to hear it.
-    async fn say_why(&mut self, error: &NativeError) {
+    async fn say_why(&mut self, error: &Failure) {
         let (code, reason) = match error {
-            NativeError::Refuse { code, reason } => (*code, reason.clone()),
-            NativeError::Wire(
+            Failure::Refusal(refusal) => (refusal.code, refusal.reason.clone()),
+            Failure::Wire(
                 error @ (WireError::Frame(_) | WireError::Message(_) | WireError::Phase(_)),
             ) => (RefuseCode::Protocol, with_causes(error)),
-            NativeError::Wire(error @ WireError::Stalled(_)) => {
-                (RefuseCode::Limit, error.to_string())
-            }
-            NativeError::Wire(_) => return,
+            Failure::Wire(error @ WireError::Stalled(_)) => (RefuseCode::Limit, error.to_string()),
+            Failure::Wire(_) => return,
         };
         if self
             .writer
@@ -314,9 +259,9 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     }
 }
 
-fn not_mine(message: &Message) -> NativeError {
+fn not_mine(message: &Message) -> Failure {
     let what = format!("a {:?} message is not for a receiver", message.kind());
-    NativeError::refuse(RefuseCode::Protocol, what)
+    Refusal::new(RefuseCode::Protocol, what).into()
 }
 
 enum Job {
@@ -334,69 +279,11 @@ enum Job {
     Commit(oneshot::Sender<()>),
 }
 
-/// The thread that writes: everything of one migration in the order it came.
-struct Disk {
-    /// `None` once it is to end.
-    jobs: Option<mpsc::Sender<Job>>,
-    /// Closed when the thread ends.
-    failed: mpsc::UnboundedReceiver<NativeError>,
-}
-
-impl Disk {
-    fn start(home: PathBuf, depth: usize) -> Result<Self, NativeError> {
-        let (jobs, todo) = mpsc::channel(depth);
-        let (fail, failed) = mpsc::unbounded_channel();
-        std::thread::Builder::new()
-            .name("disk".into())
-            .spawn(move || {
-                // Dropping `fail` says that the thread is over, so it is kept to the end.
-                if let Err(error) = work(&home, todo) {
-                    // The task is gone only if the migration is over anyway.
-                    let _ = fail.send(error);
-                }
-                drop(fail);
-            })
-            .map_err(|error| {
-                NativeError::refuse(
-                    RefuseCode::Limit,
-                    format!("no thread to write with: {error}"),
-                )
-            })?;
-        Ok(Self {
-            jobs: Some(jobs),
-            failed,
-        })
-    }
-
-    async fn give(&mut self, job: Job) -> Result<(), NativeError> {
-        let sent = match &self.jobs {
-            Some(jobs) => jobs.send(job).await.is_ok(),
-            None => false,
-        };
-        if sent {
-            Ok(())
-        } else {
-            Err(self.why_it_ended().await)
-        }
-    }
-
-    /// Ends the thread, and waits until it has.
-    async fn end(&mut self) {
-        self.jobs = None;
-        while self.failed.recv().await.is_some() {}
-    }
-
-    async fn why_it_ended(&mut self) -> NativeError {
-        self.failed.recv().await.unwrap_or_else(|| {
-            NativeError::refuse(RefuseCode::Storage, "the writing thread panicked")
-        })
-    }
-}
-
-fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), NativeError> {
-    let mut round: Option<RoundWriter> = None;
+/// The writing thread.
+fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), Refusal> {
+    let mut round: Option<DirWriter> = None;
     let mut decompressor = zstd::bulk::Decompressor::new()
-        .map_err(|error| NativeError::refuse(RefuseCode::Limit, error.to_string()))?;
+        .map_err(|error| Refusal::new(RefuseCode::Limit, error.to_string()))?;
     let mut scratch = Vec::new();
     while let Some(job) = jobs.blocking_recv() {
         match job {
@@ -404,8 +291,15 @@ fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), NativeError> {
                 round: number,
                 parent,
                 uptime_us,
-            } => round = Some(RoundWriter::begin(home, number, parent, uptime_us)?),
-            Job::Open(image) => in_round(&mut round).open(image)?,
+            } => {
+                let mut writer = DirWriter::begin(home, DirName::Round(number))?;
+                parent.map_or(Ok(()), |parent| writer.follow(DirName::Round(parent)))?;
+                writer.write_inventory(uptime_us)?;
+                round = Some(writer);
+            }
+            Job::Open(image) => {
+                in_round(&mut round).open(image)?;
+            }
             Job::Put {
                 chunk,
                 compressed,
@@ -417,7 +311,7 @@ fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), NativeError> {
                 };
                 if digest(pages) != chunk.digest {
                     let what = "the pages of a chunk were damaged on their way";
-                    return Err(NativeError::refuse(RefuseCode::Protocol, what));
+                    return Err(Refusal::new(RefuseCode::Protocol, what));
                 }
                 in_round(&mut round).put(&chunk.entries, pages)?;
             }
@@ -432,7 +326,7 @@ fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), NativeError> {
     Ok(())
 }
 
-fn in_round(round: &mut Option<RoundWriter>) -> &mut RoundWriter {
+fn in_round(round: &mut Option<DirWriter>) -> &mut DirWriter {
     round.as_mut().expect("the phase table begins rounds")
 }
 
@@ -442,7 +336,7 @@ fn decompress<'a>(
     data: &[u8],
     chunk: &Chunk,
     scratch: &'a mut Vec<u8>,
-) -> Result<&'a [u8], NativeError> {
+) -> Result<&'a [u8], Refusal> {
     scratch.resize(BUFFER_SIZE, 0);
     let room = &mut scratch[..chunk.raw_len()];
     let len = room.len();
@@ -450,7 +344,7 @@ fn decompress<'a>(
         Ok(got) if got == len => Ok(&scratch[..len]),
         Ok(_) | Err(_) => {
             let what = "compressed pages do not have the size announced";
-            Err(NativeError::refuse(RefuseCode::Protocol, what))
+            Err(Refusal::new(RefuseCode::Protocol, what))
         }
     }
 }

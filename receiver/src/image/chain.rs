@@ -1,7 +1,8 @@
 //! Reading chains: a directory, and behind its `parent` link the one before it.
 
-use super::format::{PagemapEntry, PagemapReader, Place};
+use super::format::{PagemapEntry, PagemapReader};
 use super::{FileError, INVENTORY, PARENT, failed, pages_name};
+use pageferry_common::psi::Place;
 use pageferry_common::{ImageId, PageRange};
 use std::fs::{self, File};
 use std::io::{self, BufReader};
@@ -71,7 +72,7 @@ pub fn images(dir: &Path) -> Result<Vec<ImageId>, FileError> {
 }
 
 /// The names in a directory, but for those that are no UTF-8: none of ours.
-pub(super) fn names(dir: &Path) -> Result<Vec<String>, FileError> {
+pub(crate) fn names(dir: &Path) -> Result<Vec<String>, FileError> {
     let entries = fs::read_dir(dir).map_err(failed("list", dir))?;
     entries
         .filter_map(|entry| match entry {
@@ -96,6 +97,19 @@ pub struct Cursor {
     /// Where the pages of `current` begin in the pages file, bytes, if they are there.
     offset: u64,
     parent: Parent,
+}
+
+/// Where some pages are.
+#[derive(Debug, Clone, Copy)]
+pub struct Located<'a> {
+    /// The pages.
+    pub range: PageRange,
+    /// The file that has them.
+    pub file: &'a File,
+    /// Where in the file they begin, bytes.
+    pub offset: u64,
+    /// Whether a restored process may run before it has them.
+    pub lazy: bool,
 }
 
 #[derive(Debug)]
@@ -151,7 +165,7 @@ impl Cursor {
     /// [`FileError`].
     pub fn next_entry(&mut self) -> Result<Option<PagemapEntry>, FileError> {
         if let Some(before) = self.current
-            && before.place == Place::Present
+            && matches!(before.place, Place::Present { .. })
         {
             self.offset += before.range.bytes();
         }
@@ -192,15 +206,14 @@ impl Cursor {
         Ok(true)
     }
 
-    /// Goes through the pages of `range`, wherever in the chain they are: `each` gets the file,
-    /// the pages, and their offset in the file, bytes. Calls must ascend.
+    /// Goes through the pages of `range`, wherever in the chain they are. Calls must ascend.
     ///
     /// # Errors
     /// [`FileError`], also if a page is nowhere; what `each` returns.
     pub fn read(
         &mut self,
         range: PageRange,
-        each: &mut dyn FnMut(&File, PageRange, u64) -> Result<(), FileError>,
+        each: &mut dyn FnMut(Located<'_>) -> Result<(), FileError>,
     ) -> Result<(), FileError> {
         let mut rest = Some(range);
         while let Some(wanted) = rest {
@@ -211,15 +224,17 @@ impl Cursor {
                 return Err(self.missing(wanted));
             };
             match entry.place {
-                Place::Present => {
-                    let offset = self.offset + (piece.start() - entry.range.start());
-                    each(&self.pages, piece, offset)?;
-                }
+                Place::Present { lazy } => each(Located {
+                    range: piece,
+                    file: &self.pages,
+                    offset: self.offset + (piece.start() - entry.range.start()),
+                    lazy,
+                })?,
                 Place::Parent => match self.parent()? {
                     Some(parent) => parent.read(piece, each)?,
                     None => return Err(self.missing(piece)),
                 },
-                Place::Lazy => return Err(self.missing(piece)),
+                Place::Elsewhere => return Err(self.missing(piece)),
             }
             rest = PageRange::from_bounds(piece.end(), range.end());
         }

@@ -4,6 +4,7 @@
 //! protobuf. The few messages there are here are small enough to code by hand, bounded.
 
 use pageferry_common::PageRange;
+use pageferry_common::psi::Place;
 use std::io::{self, Read, Write};
 
 /// First word of an image.
@@ -14,22 +15,6 @@ const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 const INVENTORY_MAGIC: u32 = 0x5831_3116;
 /// Longest record we accept, bytes: those of a pagemap have at most a few dozen.
 const RECORD_MAX: u32 = 4096;
-
-/// Entry flag: the pages are as in the parent directory.
-const FLAG_PARENT: u64 = 1;
-/// Entry flag: the pages are in the pages file.
-const FLAG_PRESENT: u64 = 4;
-
-/// Where the pages of an entry are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// Next in the pages file of this directory.
-    Present,
-    /// In the parent directory.
-    Parent,
-    /// Nowhere: to be asked for lazily. CRIU writes such; we do not.
-    Lazy,
-}
 
 /// One run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,14 +51,11 @@ impl PagemapEntry {
         let mut record = Record::default();
         record.field(1, self.range.start());
         record.field(2, pages);
-        match self.place {
-            Place::Present => record.field(4, FLAG_PRESENT),
-            Place::Parent => {
-                record.field(3, 1);
-                record.field(4, FLAG_PARENT);
-            }
-            Place::Lazy => record.field(4, 2),
+        if self.place == Place::Parent {
+            // As CRIU before 3.0 wants it.
+            record.field(3, 1);
         }
+        record.field(4, self.place.flags().into());
         record.field(5, pages);
         record.write(out)
     }
@@ -81,12 +63,12 @@ impl PagemapEntry {
     /// The entry, and whether both page counts are there and agree.
     fn parse(record: &[u8]) -> io::Result<(Self, bool)> {
         let (mut start, mut compat_pages, mut in_parent, mut flags, mut pages) =
-            (None, None, false, FLAG_PRESENT, None);
+            (None, None, false, None, None);
         parse_fields(record, |field, value| match field {
             1 => start = Some(value),
             2 => compat_pages = Some(value),
             3 => in_parent = value != 0,
-            4 => flags = value,
+            4 => flags = Some(value),
             5 => pages = Some(value),
             _ => {}
         })?;
@@ -96,9 +78,10 @@ impl PagemapEntry {
         };
         let range = PageRange::new(start, pages).map_err(|bad| invalid(bad.to_string()))?;
         let place = match flags {
-            _ if in_parent || flags & FLAG_PARENT != 0 => Place::Parent,
-            _ if flags & FLAG_PRESENT != 0 => Place::Present,
-            _ => Place::Lazy,
+            _ if in_parent => Place::Parent,
+            None => Place::Present { lazy: false },
+            Some(flags) => Place::from_flags(flags)
+                .ok_or_else(|| invalid(format!("a pagemap entry with flags {flags:#x}")))?,
         };
         Ok((Self { range, place }, agree))
     }
@@ -278,6 +261,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const PRESENT: Place = Place::Present { lazy: false };
+
     fn entry(start: u64, pages: u64, place: Place) -> PagemapEntry {
         let range = PageRange::new(start, pages).unwrap();
         PagemapEntry { range, place }
@@ -306,7 +291,7 @@ mod tests {
     fn golden_bytes() {
         let mut bytes = Vec::new();
         write_pagemap_head(&mut bytes, 1).unwrap();
-        entry(0x1000, 1, Place::Present).write(&mut bytes).unwrap();
+        entry(0x1000, 1, PRESENT).write(&mut bytes).unwrap();
         entry(0x2000, 0x80, Place::Parent)
             .write(&mut bytes)
             .unwrap();
@@ -332,8 +317,7 @@ mod tests {
         let ancient = b"\x08\x80\xe0\x89\x8e\xae\xbd\x15\x10\x02\x18\x01";
         let read = entries(&image(&[old, new, ancient])).unwrap();
         let places: Vec<_> = read.iter().map(|e| (e.range.pages(), e.place)).collect();
-        let present = Place::Present;
-        assert_eq!(places, [(1, present), (1, present), (2, Place::Parent)]);
+        assert_eq!(places, [(1, PRESENT), (1, PRESENT), (2, Place::Parent)]);
     }
 
     #[test]
@@ -345,6 +329,7 @@ mod tests {
             image(&[b"\x08\x81\x20\x10\x01"]),
             image(&[b"\x08\x80\x20\x10\x00"]),
             image(&[b"\x10\x01"]),
+            image(&[b"\x08\x80\x20\x10\x01\x20\x05"]),
             image(&[&[0xff; 11]]),
             image(&[&[0; 5000]]),
             image(&[b"\x12\xff\xff\xff\xff\x0f"]),
@@ -364,12 +349,12 @@ mod tests {
         }
 
         #[test]
-        fn what_is_written_is_read(raw in prop::collection::vec((0u64..9, 1u64..1 << 33, 0u8..3), 0..20)) {
+        fn what_is_written_is_read(raw in prop::collection::vec((0u64..9, 1u64..1 << 33, 0u64..4), 0..20)) {
             let mut at = 0x1000;
             let mut bytes = image(&[]);
             let mut all = Vec::new();
             for (gap, pages, place) in raw {
-                let place = [Place::Present, Place::Parent, Place::Lazy][place as usize];
+                let place = Place::from_flags([1, 2, 4, 6][place as usize]).unwrap();
                 let entry = entry(at + gap * 4096, pages, place);
                 at = entry.range.end();
                 entry.write(&mut bytes).unwrap();

@@ -6,6 +6,7 @@ pub mod format;
 pub mod verify;
 pub mod writer;
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -25,6 +26,46 @@ pub struct FileError {
 pub(crate) fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileError {
     let path = path.to_owned();
     move |source| FileError { what, path, source }
+}
+
+/// The name of a directory of images that we write: nothing but a number in it is the peer's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DirName {
+    /// A round of a migration.
+    Round(u32),
+    /// A dump by CRIU itself.
+    Dump(u32),
+}
+
+impl DirName {
+    /// What it is called while it is not complete.
+    #[must_use]
+    pub fn temporary(self) -> String {
+        format!(".{self}.tmp")
+    }
+
+    /// The directory that has exactly this name, or this name while it is not complete.
+    #[must_use]
+    pub fn of(name: &str) -> Option<Self> {
+        let bare = name
+            .strip_prefix('.')
+            .and_then(|name| name.strip_suffix(".tmp"));
+        let bare = bare.unwrap_or(name);
+        let found = match bare.strip_prefix("criu-") {
+            Some(number) => Self::Dump(number.parse().ok()?),
+            None => Self::Round(bare.parse().ok()?),
+        };
+        (found.to_string() == name || found.temporary() == name).then_some(found)
+    }
+}
+
+impl fmt::Display for DirName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Round(number) => write!(f, "{number}"),
+            Self::Dump(number) => write!(f, "criu-{number}"),
+        }
+    }
 }
 
 /// The name of a pages file.

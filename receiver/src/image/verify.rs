@@ -1,9 +1,9 @@
 //! Checks a chain: every entry in bounds, every in-parent entry resolved, sizes right.
 
 use super::chain::{Cursor, Levels, images, levels, names, newest_round};
-use super::format::Place;
 use super::{FileError, pages_name};
 use crate::with_causes;
+use pageferry_common::psi::Place;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -72,7 +72,7 @@ fn check_image(
         let range = entry.range;
         pages += range.pages();
         match entry.place {
-            Place::Present => {}
+            Place::Present { .. } => {}
             Place::Parent => {
                 let covered = match &mut parent {
                     Some(parent) => parent.covers(range)?,
@@ -82,7 +82,7 @@ fn check_image(
                     problem(format!("{range} is not in the parent"));
                 }
             }
-            Place::Lazy => problem(format!("{range} is nowhere")),
+            Place::Elsewhere => problem(format!("{range} is nowhere")),
         }
     }
     let (needed, there) = cursor.extent()?;

@@ -1,11 +1,12 @@
-//! Writes one round: complete, or not at all.
+//! Writes one directory of images, a round or a dump: complete, or not at all.
 //!
-//! Everything goes into `.N.tmp`; the commit syncs every file and the directory, renames it to
-//! `N`, and syncs the directory above. Dropped before that, it takes its directory with it.
+//! Everything goes into `.NAME.tmp`; the commit syncs every file and the directory, renames it to
+//! `NAME`, and syncs the directory above. Dropped before that, it takes its directory with it.
 
 use super::chain::{Cursor, Levels, levels};
-use super::format::{self, PagemapEntry, Place};
-use super::{FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages_name};
+use super::format::{self, PagemapEntry};
+use super::{DirName, FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages_name};
+use pageferry_common::psi::Place;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange};
 use std::collections::BTreeSet;
@@ -14,25 +15,28 @@ use std::io::{BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-/// Why a round cannot be written.
+/// Why a directory cannot be written.
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
     /// The disk, or what is on it.
     #[error(transparent)]
     Storage(#[from] FileError),
-    /// What was sent makes no round.
+    /// What was sent makes no image.
     #[error("{0}")]
     Protocol(String),
 }
 
-/// One round in the making.
+/// What pages are that are simply there.
+const PRESENT: Place = Place::Present { lazy: false };
+
+/// One directory in the making.
 #[derive(Debug)]
-pub struct RoundWriter {
-    /// The migration's directory.
+pub struct DirWriter {
+    /// The directory above.
     home: PathBuf,
-    round: u32,
+    name: DirName,
     tmp: PathBuf,
-    /// The chain behind this round, its parent first.
+    /// The chain behind this one, its parent first.
     parents: Levels,
     written: BTreeSet<ImageId>,
     open: Option<ImageWriter>,
@@ -40,59 +44,60 @@ pub struct RoundWriter {
     committed: bool,
 }
 
-/// Where a round is made in a migration's directory.
-#[must_use]
-pub fn temporary_name(round: u32) -> String {
-    format!(".{round}.tmp")
-}
-
-impl RoundWriter {
-    /// Begins round `round` in the directory of a migration, behind `parent`, the round before.
-    /// `uptime_us` is the source host's uptime when its tree was frozen, µs.
+impl DirWriter {
+    /// Begins the directory `name` in `home`.
     ///
     /// # Errors
     /// [`WriteError`].
-    pub fn begin(
-        home: &Path,
-        round: u32,
-        parent: Option<u32>,
-        uptime_us: u64,
-    ) -> Result<Self, WriteError> {
-        let tmp = home.join(temporary_name(round));
-        let parents = match parent {
-            Some(parent) => levels(&home.join(parent.to_string()))?,
-            None => Levels::default(),
-        };
+    pub fn begin(home: &Path, name: DirName) -> Result<Self, WriteError> {
+        let tmp = home.join(name.temporary());
         DirBuilder::new()
             .mode(0o700)
             .create(&tmp)
             .map_err(failed("create", &tmp))?;
-        let mut writer = Self {
+        Ok(Self {
             home: home.to_owned(),
-            round,
+            name,
             tmp,
-            parents,
+            parents: Levels::default(),
             written: BTreeSet::new(),
             open: None,
             files: Vec::new(),
             committed: false,
-        };
-        if let Some(parent) = parent {
-            let link = writer.tmp.join(PARENT);
-            symlink(format!("../{parent}"), &link).map_err(failed("create", &link))?;
-        }
-        let path = writer.tmp.join(INVENTORY);
-        format::write_inventory(&mut create_image(&path)?, uptime_us)
-            .map_err(failed("write", &path))?;
-        writer.files.push(path);
-        Ok(writer)
+        })
     }
 
-    /// What is put from now on belongs to this image, which must be new in this round.
+    /// Puts `parent`, complete and in the same directory above, behind this one. What was opened
+    /// before has no parent.
     ///
     /// # Errors
     /// [`WriteError`].
-    pub fn open(&mut self, image: ImageId) -> Result<(), WriteError> {
+    pub fn follow(&mut self, parent: DirName) -> Result<(), WriteError> {
+        self.parents = levels(&self.home.join(parent.to_string()))?;
+        let link = self.tmp.join(PARENT);
+        symlink(format!("../{parent}"), &link).map_err(failed("create", &link))?;
+        Ok(())
+    }
+
+    /// Adds the inventory of a pre-dump. `uptime_us` is the source host's uptime when its tree was
+    /// frozen, µs.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn write_inventory(&mut self, uptime_us: u64) -> Result<(), WriteError> {
+        let path = self.tmp.join(INVENTORY);
+        format::write_inventory(&mut create_image(&path)?, uptime_us)
+            .map_err(failed("write", &path))?;
+        self.files.push(path);
+        Ok(())
+    }
+
+    /// What is put from now on belongs to this image, which must be new in this directory. Returns
+    /// whether its parent has it.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn open(&mut self, image: ImageId) -> Result<bool, WriteError> {
         self.close_image()?;
         let pages_id = FIRST_PAGES_ID + self.written.len() as u32;
         if !self.written.insert(image) {
@@ -102,8 +107,9 @@ impl RoundWriter {
         writer.parent = Cursor::open(&self.parents, image)?;
         self.files.push(writer.pagemap_path.clone());
         self.files.push(writer.pages_path.clone());
+        let has_parent = writer.parent.is_some();
         self.open = Some(writer);
-        Ok(())
+        Ok(has_parent)
     }
 
     /// Adds a chunk to the open image: entries behind all before them, and the pages of those that
@@ -112,47 +118,65 @@ impl RoundWriter {
     /// # Errors
     /// [`WriteError`].
     pub fn put(&mut self, entries: &[Entry], pages: &[u8]) -> Result<(), WriteError> {
-        let Some(image) = &mut self.open else {
-            return Err(WriteError::Protocol("pages without an image".to_owned()));
-        };
         let mut rest = pages;
         for entry in entries {
-            if entry.range.start() < image.end {
-                let what = format!("{} of {} comes after its end", entry.range, image.image);
-                return Err(WriteError::Protocol(what));
-            }
-            image.end = entry.range.end();
+            let image = self.image_at(entry.range)?;
             match entry.kind {
                 EntryKind::Data => {
                     let (now, later) = rest.split_at(entry.range.bytes() as usize);
                     rest = later;
-                    image.append(now)?;
-                    image.entry(entry.range, Place::Present)?;
+                    image.present(entry.range, PRESENT, now)?;
                 }
                 EntryKind::Zero => {
                     image.offset += entry.range.bytes();
-                    image.entry(entry.range, Place::Present)?;
+                    image.entry(entry.range, PRESENT)?;
                 }
                 EntryKind::Copy => image.copy_from_parent(entry.range)?,
-                EntryKind::Parent => {
-                    let covered = match &mut image.parent {
-                        Some(parent) => parent.covers(entry.range)?,
-                        None => false,
-                    };
-                    if !covered {
-                        return Err(image.unresolved(entry.range));
-                    }
-                    image.entry(entry.range, Place::Parent)?;
-                }
+                EntryKind::Parent => image.in_parent(entry.range)?,
             }
         }
         Ok(())
     }
 
-    /// Makes the round durable and lets it appear under its number. Returns its directory.
+    /// Adds pagemap entries to the open image as they are, behind all before them, and the pages of
+    /// those that are present.
     ///
     /// # Errors
-    /// [`WriteError`]; the round does not appear then.
+    /// [`WriteError`].
+    pub fn put_as_is(&mut self, entries: &[PagemapEntry], pages: &[u8]) -> Result<(), WriteError> {
+        let mut rest = pages;
+        for &PagemapEntry { range, place } in entries {
+            let image = self.image_at(range)?;
+            match place {
+                Place::Present { .. } => {
+                    let (now, later) = rest.split_at(range.bytes() as usize);
+                    rest = later;
+                    image.present(range, place, now)?;
+                }
+                Place::Parent => image.in_parent(range)?,
+                Place::Elsewhere => image.entry(range, place)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// The open image, with its end moved behind `range`.
+    fn image_at(&mut self, range: PageRange) -> Result<&mut ImageWriter, WriteError> {
+        let Some(image) = &mut self.open else {
+            return Err(WriteError::Protocol("pages without an image".to_owned()));
+        };
+        if range.start() < image.end {
+            let what = format!("{range} of {} comes after its end", image.image);
+            return Err(WriteError::Protocol(what));
+        }
+        image.end = range.end();
+        Ok(image)
+    }
+
+    /// Makes the directory durable and lets it appear under its name. Returns its path.
+    ///
+    /// # Errors
+    /// [`WriteError`]; it does not appear then.
     pub fn commit(mut self) -> Result<PathBuf, WriteError> {
         self.close_image()?;
         for path in &self.files {
@@ -166,7 +190,7 @@ impl RoundWriter {
                 .map_err(failed("sync", path))
         };
         sync_dir(&self.tmp)?;
-        let path = self.home.join(self.round.to_string());
+        let path = self.home.join(self.name.to_string());
         fs::rename(&self.tmp, &path).map_err(failed("rename", &self.tmp))?;
         self.committed = true;
         sync_dir(&self.home)?;
@@ -191,7 +215,7 @@ pub(super) fn create_image(path: &Path) -> Result<File, FileError> {
         .map_err(failed("create", path))
 }
 
-impl Drop for RoundWriter {
+impl Drop for DirWriter {
     fn drop(&mut self) {
         if !self.committed {
             // What cannot be removed now is removed at the next start.
@@ -208,7 +232,7 @@ pub(super) struct ImageWriter {
     pagemap_path: PathBuf,
     pages: File,
     pages_path: PathBuf,
-    /// The same image in the round before.
+    /// The same image in the parent.
     parent: Option<Cursor>,
     /// One past the last page announced.
     end: u64,
@@ -251,6 +275,22 @@ impl ImageWriter {
         Ok(())
     }
 
+    fn in_parent(&mut self, range: PageRange) -> Result<(), WriteError> {
+        let covered = match &mut self.parent {
+            Some(parent) => parent.covers(range)?,
+            None => false,
+        };
+        match covered {
+            true => Ok(self.entry(range, Place::Parent)?),
+            false => Err(self.unresolved(range)),
+        }
+    }
+
+    fn present(&mut self, range: PageRange, place: Place, pages: &[u8]) -> Result<(), FileError> {
+        self.append(pages)?;
+        self.entry(range, place)
+    }
+
     fn append(&mut self, pages: &[u8]) -> Result<(), FileError> {
         self.pages
             .write_all_at(pages, self.offset)
@@ -278,12 +318,14 @@ impl ImageWriter {
     /// Stores pages of the chain again. Zero pages become holes.
     pub(super) fn copy(&mut self, from: &mut Cursor, range: PageRange) -> Result<(), FileError> {
         let mut buffer = vec![0; BUFFER_SIZE.min(range.bytes() as usize)];
-        from.read(range, &mut |file, piece, offset| {
+        from.read(range, &mut |found| {
             let mut done = 0;
-            while done < piece.bytes() {
-                let len = (piece.bytes() - done).min(buffer.len() as u64);
+            while done < found.range.bytes() {
+                let len = (found.range.bytes() - done).min(buffer.len() as u64);
                 let part = &mut buffer[..len as usize];
-                file.read_exact_at(part, offset + done)
+                found
+                    .file
+                    .read_exact_at(part, found.offset + done)
                     .map_err(failed("read a pages file for", &self.pages_path))?;
                 let (pages, _) = part.as_chunks::<{ PAGE_SIZE as usize }>();
                 for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
@@ -294,7 +336,7 @@ impl ImageWriter {
                 }
                 done += len;
             }
-            self.entry(piece, Place::Present)
+            self.entry(found.range, Place::Present { lazy: found.lazy })
         })
     }
 
