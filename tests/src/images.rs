@@ -106,7 +106,40 @@ impl Pagemap {
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn parse(mut bytes: &[u8]) -> Result<Self, String> {
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        Self::parse_with(bytes, entry)
+    }
+
+    /// Parses a pagemap file of any CRIU.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub fn parse_any(bytes: &[u8]) -> Result<Self, String> {
+        Self::parse_with(bytes, entry_of_any_criu)
+    }
+
+    /// The entries with those joined that touch and are alike: cutting runs in pieces says nothing.
+    #[must_use]
+    pub fn runs(&self) -> Vec<Entry> {
+        let mut runs: Vec<Entry> = Vec::new();
+        for &entry in &self.entries {
+            match runs.last_mut() {
+                Some(run)
+                    if run.flags == entry.flags
+                        && run.address + run.pages * PAGE as u64 == entry.address =>
+                {
+                    run.pages += entry.pages;
+                }
+                _ => runs.push(entry),
+            }
+        }
+        runs
+    }
+
+    fn parse_with(
+        mut bytes: &[u8],
+        entry: impl Fn(Record) -> Option<Entry>,
+    ) -> Result<Self, String> {
         for (name, magic) in [("common", COMMON_MAGIC), ("pagemap", PAGEMAP_MAGIC)] {
             if take_u32(&mut bytes) != Some(magic) {
                 return Err(format!("no {name} magic"));
@@ -178,6 +211,19 @@ fn entry(record: Record) -> Option<Entry> {
         address,
         pages,
         flags,
+    })
+}
+
+/// An entry as CRIU itself has written it: until 4.1 without the second count.
+fn entry_of_any_criu(record: Record) -> Option<Entry> {
+    let [address, old_count, in_parent, flags, pages] = record;
+    Some(Entry {
+        address: address?,
+        pages: pages.or(old_count)?,
+        flags: match in_parent {
+            Some(1) => PARENT,
+            _ => u32::try_from(flags.unwrap_or(PRESENT.into())).ok()?,
+        },
     })
 }
 
@@ -433,6 +479,50 @@ fn segment_name(inode: u64) -> String {
 
 fn pages_name(pages_id: u32) -> String {
     format!("pages-{pages_id}.img")
+}
+
+/// Claims that two directories, of whichever CRIU, have the same memory images: the same entries in
+/// them, up to where runs are cut in pieces, and the same pages. Returns how many images there are.
+///
+/// # Errors
+/// The first difference.
+pub fn same(left: &Path, right: &Path) -> Result<usize, String> {
+    let images = |dir: &Path| {
+        let files = memory_files(dir).map_err(|error| error.to_string())?;
+        let images = files
+            .into_iter()
+            .filter(|name| name.starts_with("pagemap-"));
+        Ok::<_, String>(images.collect::<Vec<_>>())
+    };
+    let names = images(left)?;
+    if names != images(right)? {
+        return Err(format!(
+            "not the same images: {names:?}, {:?}",
+            images(right)?
+        ));
+    }
+    for name in &names {
+        let load = |dir: &Path| {
+            let bytes = fs::read(dir.join(name)).map_err(|error| error.to_string())?;
+            let pagemap = Pagemap::parse_any(&bytes).map_err(|what| format!("{name}: {what}"))?;
+            let pages = fs::read(dir.join(pages_name(pagemap.pages_id)));
+            Ok::<_, String>((pagemap.runs(), pages.map_err(|error| error.to_string())?))
+        };
+        let (runs, pages) = load(left)?;
+        let (other_runs, other_pages) = load(right)?;
+        if runs != other_runs {
+            return Err(format!("{name}: {runs:x?} is not {other_runs:x?}"));
+        }
+        if pages != other_pages {
+            let at = pages
+                .iter()
+                .zip(&other_pages)
+                .take_while(|(a, b)| a == b)
+                .count();
+            return Err(format!("{name}: its pages differ at byte {at:#x}"));
+        }
+    }
+    Ok(names.len())
 }
 
 /// Compares the images in a directory with the truth, byte by byte and in both directions.

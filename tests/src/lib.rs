@@ -13,11 +13,13 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod daemon;
 pub mod images;
 pub mod memory;
 pub mod pair;
 pub mod program;
 pub mod scenario;
+pub mod servers;
 pub mod victim;
 
 pub use images::{Mismatch, Stats, compare};

@@ -1,63 +1,14 @@
 //! Real programs under load, from Debian's packages: pre-copied while clients use them, then
 //! compared, frozen, with what arrived; and they go on serving.
 
+use pageferry_tests::daemon::{Daemon, until};
 use pageferry_tests::memory;
 use pageferry_tests::scenario::{assert_arrived, go_on};
+use pageferry_tests::servers::{Postgres, Redis};
 use pageferry_tests::{Pair, Report};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
-
-/// A program of a package, killed with all its children when dropped.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(command: &mut Command) -> Self {
-        Self(
-            command
-                .process_group(0)
-                .spawn()
-                .unwrap_or_else(|e| panic!("cannot start {command:?}: {e}; run scripts/setup")),
-        )
-    }
-
-    fn pid(&self) -> i32 {
-        self.0.id().cast_signed()
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        for pid in memory::tree(self.pid()).into_iter().rev() {
-            let pid = nix::unistd::Pid::from_raw(pid);
-            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-        }
-        let _ = self.0.wait();
-    }
-}
-
-/// Runs a client program to its end; its standard output.
-fn output(command: &mut Command) -> Result<String, String> {
-    let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    match output.status.success() {
-        true => Ok(text(output.stdout)),
-        false => Err(text(output.stderr)),
-    }
-}
-
-fn until<T>(what: &str, mut so: impl FnMut() -> Result<T, String>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    loop {
-        match so() {
-            Ok(done) => return done,
-            Err(why) => assert!(Instant::now() < deadline, "{what}: {why}"),
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-}
+use std::process::{Command, Stdio};
 
 /// Pre-copies a tree under load and compares its last, frozen round.
 fn assert_precopied(root: i32, options: &[&str]) -> Report {
@@ -84,103 +35,28 @@ fn assert_precopied(root: i32, options: &[&str]) -> Report {
 
 #[test]
 fn redis_under_redis_benchmark() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("redis.sock");
-    let redis = Daemon::start(
-        Command::new("redis-server")
-            .args(["--port", "0", "--save", "", "--appendonly", "no", "--dir"])
-            .arg(dir.path())
-            .arg("--unixsocket")
-            .arg(&socket)
-            .stdout(Stdio::null()),
-    );
-    let cli = |args: &[&str]| output(Command::new("redis-cli").arg("-s").arg(&socket).args(args));
-    until("redis comes up", || cli(&["ping"]).filter_ok("PONG"));
-    let benchmark = |args: &[&str]| {
-        let mut command = Command::new("redis-benchmark");
-        command
-            .arg("-s")
-            .arg(&socket)
-            .args(["-q", "-r", "20000"])
-            .args(args);
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        command
-    };
-    let filled = benchmark(&["-t", "set", "-n", "40000", "-d", "2048", "-P", "16"]).status();
-    assert!(filled.unwrap().success());
-    cli(&["set", "known", "value"]).unwrap();
-    let _load = Daemon::start(&mut benchmark(&["-t", "set,get,lpush", "-l", "-d", "100"]));
-    assert_precopied(redis.pid(), &[]);
-    assert_eq!(cli(&["get", "known"]).unwrap().trim(), "value");
-    assert_precopied(redis.pid(), &["--compress", "zstd"]);
-    assert_eq!(cli(&["get", "known"]).unwrap().trim(), "value");
-}
-
-trait FilterOk {
-    fn filter_ok(self, wanted: &str) -> Result<(), String>;
-}
-
-impl FilterOk for Result<String, String> {
-    fn filter_ok(self, wanted: &str) -> Result<(), String> {
-        match self {
-            Ok(text) if text.trim() == wanted => Ok(()),
-            Ok(text) | Err(text) => Err(text),
-        }
+    let redis = Redis::start();
+    redis.fill(40_000);
+    redis.cli(&["set", "known", "value"]).unwrap();
+    let _load = redis.load();
+    for options in [&[][..], &["--compress", "zstd"]] {
+        assert_precopied(redis.pid(), options);
+        let known = redis.cli(&["get", "known"]);
+        assert_eq!(known.unwrap().trim(), "value");
     }
 }
 
 #[test]
 fn postgresql_under_pgbench() {
-    let bin = Path::new("/usr/lib/postgresql/15/bin");
-    let dir = tempfile::tempdir().unwrap();
-    let data = dir.path().join("data");
-    // PostgreSQL does not run as root.
-    let user = nix::unistd::User::from_name("postgres")
-        .unwrap()
-        .expect("the package makes this user; run scripts/setup");
-    nix::unistd::chown(dir.path(), Some(user.uid), Some(user.gid)).unwrap();
-    let postgres = |program: &str| {
-        let mut command = Command::new(bin.join(program));
-        command.uid(user.uid.as_raw()).gid(user.gid.as_raw());
-        command.current_dir("/").env("PGHOST", dir.path());
-        command.stdout(Stdio::null()).stderr(Stdio::null());
-        command
-    };
-    let initdb = postgres("initdb").arg("-D").arg(&data).arg("-N").status();
-    assert!(initdb.unwrap().success());
-    let server = Daemon::start(
-        postgres("postgres")
-            .arg("-D")
-            .arg(&data)
-            .arg("-k")
-            .arg(dir.path())
-            .args(["-h", "", "-c", "shared_buffers=64MB", "-c", "fsync=off"]),
-    );
-    let psql = |query: &str| {
-        output(
-            postgres("psql")
-                .args(["-d", "postgres", "-Atc", query])
-                .stdout(Stdio::piped())
-                .stderr(Stdio::piped()),
-        )
-    };
-    until("PostgreSQL comes up", || psql("select 1").filter_ok("1"));
-    let filled = postgres("pgbench")
-        .args(["-i", "-s", "5", "postgres"])
-        .status();
-    assert!(filled.unwrap().success());
-    let mut load = Daemon::start(postgres("pgbench").args(["-c", "4", "-T", "600", "postgres"]));
-    let busy = "select count(*) > 4 from pg_stat_activity";
-    until("pgbench runs", || psql(busy).filter_ok("t"));
-    let report = assert_precopied(server.pid(), &[]);
+    let postgres = Postgres::start();
+    let mut load = postgres.load();
+    let report = assert_precopied(postgres.pid(), &[]);
     assert!(report.totals["processes"].as_u64().unwrap() >= 8);
     assert!(report.totals["segments"].as_u64().unwrap() >= 1);
-    assert!(load.0.try_wait().unwrap().is_none(), "pgbench saw an error");
+    let ended = load.child().try_wait().unwrap();
+    assert!(ended.is_none(), "pgbench saw an error");
     drop(load);
-    // What pgbench keeps consistent.
-    let sums = "select (select sum(abalance) from pgbench_accounts) = \
-                (select sum(delta) from pgbench_history)";
-    until("the books balance", || psql(sums).filter_ok("t"));
+    postgres.assert_balanced();
 }
 
 #[test]
@@ -215,7 +91,7 @@ public class Churn {
             .arg(&source)
             .stdout(Stdio::piped()),
     );
-    let mut lines = BufReader::new(java.0.stdout.take().unwrap()).lines();
+    let mut lines = BufReader::new(java.child().stdout.take().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "ready");
     assert_precopied(java.pid(), &[]);
     // Whatever it had printed before; the last of these come after.
@@ -249,8 +125,8 @@ for line in sys.stdin:
             .stdin(Stdio::piped())
             .stdout(Stdio::piped()),
     );
-    let mut stdin = python.0.stdin.take().unwrap();
-    let mut stdout = BufReader::new(python.0.stdout.take().unwrap());
+    let mut stdin = python.child().stdin.take().unwrap();
+    let mut stdout = BufReader::new(python.child().stdout.take().unwrap());
     let mut line = || {
         let mut line = String::new();
         stdout.read_line(&mut line).unwrap();
@@ -332,7 +208,7 @@ while True:
             .args(["-c", PROGRAM])
             .stdout(Stdio::piped()),
     );
-    let mut lines = BufReader::new(python.0.stdout.take().unwrap()).lines();
+    let mut lines = BufReader::new(python.child().stdout.take().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "ready");
     for _ in 0..3 {
         assert_precopied(python.pid(), &[]);
