@@ -13,7 +13,9 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod criu;
 pub mod daemon;
+pub mod huge;
 pub mod images;
 pub mod memory;
 pub mod pair;

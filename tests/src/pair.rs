@@ -224,6 +224,21 @@ impl Pair {
             .join(round.to_string())
     }
 
+    /// Where the receiver listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.receiver.address
+    }
+
+    /// Waits until the receiver ends by itself; the images are in `images` of the directory.
+    ///
+    /// # Panics
+    /// If it hangs.
+    #[must_use]
+    pub fn finish(self) -> (TempDir, Finished) {
+        (self._root, self.receiver.finish())
+    }
+
     /// The receiver.
     pub fn receiver(&mut self) -> &mut Receiver {
         &mut self.receiver

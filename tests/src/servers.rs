@@ -160,8 +160,9 @@ impl Postgres {
     #[must_use]
     pub fn load(&self) -> Daemon {
         let mut pgbench = self.client("pgbench");
-        let load = Daemon::start(pgbench.args(["-c", "4", "-T", "600", "postgres"]));
-        let busy = "select count(*) > 4 from pg_stat_activity";
+        let load = Daemon::start(pgbench.args(["-n", "-c", "4", "-T", "600", "postgres"]));
+        let busy = "select (select count(*) > 4 from pg_stat_activity) \
+                    and (select count(*) > 100 from pgbench_history)";
         until("pgbench runs", || answered(self.sql(busy), "t"));
         load
     }

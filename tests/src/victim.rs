@@ -69,7 +69,7 @@ impl Victim {
     /// If it does not get ready.
     #[must_use]
     pub fn start(features: &str) -> Self {
-        let (mut command, dir) = command();
+        let (mut command, dir) = command(&[]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = spawn(command.args(features.split_whitespace()));
         let stdin = child.stdin.take().expect("is a pipe");
@@ -92,7 +92,16 @@ impl Victim {
     /// If it does not get ready.
     #[must_use]
     pub fn detached(features: &str) -> Self {
-        let (mut command, dir) = command();
+        Self::detached_in(&[], features)
+    }
+
+    /// The same, started through a program that becomes it, such as `unshare --ipc`.
+    ///
+    /// # Panics
+    /// If it does not get ready.
+    #[must_use]
+    pub fn detached_in(through: &[&str], features: &str) -> Self {
+        let (mut command, dir) = command(through);
         command.stdin(Stdio::null()).stdout(Stdio::null());
         command.arg("--no-stdin").stderr(Stdio::null());
         let child = spawn(command.args(features.split_whitespace()));
@@ -138,6 +147,28 @@ impl Victim {
     #[must_use]
     pub fn tree(&self) -> Vec<i32> {
         memory::tree(self.pid())
+    }
+
+    /// Stops its whole tree by signal.
+    ///
+    /// # Panics
+    /// If it does not come to stop.
+    pub fn stop(&self) {
+        let tree = self.tree();
+        for &pid in &tree {
+            kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("it is alive");
+        }
+        crate::daemon::until("the victim stops", || {
+            match tree.iter().find(|&&pid| !memory::is_stopped(pid)) {
+                Some(pid) => Err(format!("{pid} runs")),
+                None => Ok(()),
+            }
+        });
+    }
+
+    /// Lets its whole tree go on.
+    pub fn go_on(&self) {
+        crate::scenario::go_on(self.pid());
     }
 
     /// What it cannot do here, such as `hugetlb: Cannot allocate memory`.
@@ -307,9 +338,16 @@ pub enum Silence {
     Dead,
 }
 
-fn command() -> (Command, TempDir) {
+fn command(through: &[&str]) -> (Command, TempDir) {
     let dir = tempfile::tempdir().expect("a temporary directory can be made");
-    let mut command = Command::new(path());
+    let mut command = match through {
+        [] => Command::new(path()),
+        [program, arguments @ ..] => {
+            let mut command = Command::new(program);
+            command.args(arguments).arg(path());
+            command
+        }
+    };
     command.arg("--dir").arg(dir.path());
     command.arg("--report").arg(dir.path().join("report"));
     (command, dir)

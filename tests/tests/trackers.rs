@@ -1,10 +1,11 @@
 //! Each dirty tracker on each kind of memory: what arrives is, byte by byte, what the frozen victim
 //! holds. These tests run in the VM too, whose kernel has what the host's may lack.
 
+use pageferry_tests::huge::HugePages;
 use pageferry_tests::images::{Entry, Pagemap};
 use pageferry_tests::scenario::assert_sent;
 use pageferry_tests::{Pair, Victim};
-use std::fs::{self, File};
+use std::fs;
 
 const TRACKERS: [&str; 3] = ["uffd", "soft-dirty", "hash"];
 
@@ -58,35 +59,6 @@ fn private_memory_of_every_kind() {
 #[test]
 fn huge_pages_that_the_kernel_makes() {
     with_each_tracker("thp=16 dirty=20", &[]);
-}
-
-/// Huge pages that are set aside are the whole machine's: one test at a time, and given back.
-struct HugePages {
-    before: String,
-    _alone: File,
-}
-
-const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
-
-impl HugePages {
-    fn reserve(pages: usize) -> Self {
-        // A file, for each test may be a process of its own.
-        let lock = std::env::temp_dir().join("pageferry-tests-hugepages.lock");
-        let alone = File::create(lock).unwrap();
-        alone.lock().unwrap();
-        let before = fs::read_to_string(NR_HUGEPAGES).unwrap();
-        fs::write(NR_HUGEPAGES, pages.to_string()).expect("root may reserve huge pages");
-        Self {
-            before,
-            _alone: alone,
-        }
-    }
-}
-
-impl Drop for HugePages {
-    fn drop(&mut self) {
-        let _ = fs::write(NR_HUGEPAGES, &self.before);
-    }
 }
 
 #[test]
