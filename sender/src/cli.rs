@@ -3,7 +3,7 @@
 use crate::converge::Limits;
 use crate::dirty::TrackerChoice;
 use crate::freeze::Then;
-use crate::sink::Compression;
+use crate::sink::{Compression, Dialect};
 use clap::Parser;
 use std::time::Duration;
 
@@ -30,6 +30,10 @@ pub struct Cli {
     /// of memory a GiB)
     #[arg(long)]
     pub skip_unchanged: bool,
+
+    /// What the receiver speaks: `receive` the native protocol, `criu page-server` its own
+    #[arg(long, value_enum, default_value = "native")]
+    pub dialect: Dialect,
 
     /// Compress pages: none, or zstd[:LEVEL]
     #[arg(long, value_name = "HOW", default_value = "none", value_parser = parse_compression)]
@@ -82,6 +86,10 @@ Examples:
       three rounds, never frozen for longer than it takes to list mappings
   send --to 127.0.0.1:7700 --compress zstd --then stop --json 4711
       leave the target stopped (kill -CONT lets it go on), and report
+
+  send --to 127.0.0.1:7700 --dialect criu --rounds 1 4711
+      a round into `criu page-server --port 7700 -D DIR`; for each further round start another,
+      with --prev-images-dir of the one before
 
 Exit codes:
   0 done, 1 failed, 2 usage, 3 target gone, 4 receiver refused, 5 not permitted, 130 interrupted";

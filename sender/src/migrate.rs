@@ -97,6 +97,7 @@ pub fn migrate(
         };
         progress.update(|status| (status.round, status.kind) = (round, name));
 
+        sink.prepare()?;
         let start = Instant::now();
         let urgent = Urgent::begin();
         let mut frozen = freezer.freeze(plan.root)?;

@@ -7,7 +7,7 @@ use crate::freeze::{FreezeError, Freezer, TreeError};
 use crate::migrate::{MigrateError, Parts, Plan, migrate};
 use crate::progress::{LogWriter, Progress};
 use crate::report::Report;
-use crate::sink::{Connect, NativeSink, SinkError};
+use crate::sink::{Connect, SinkError};
 use crate::stream::StreamError;
 use crate::task::namespace_depth;
 use crate::tree::{SendError, Tree, TreeFault};
@@ -102,7 +102,8 @@ fn send(cli: &Cli) -> Result<Report, Failure> {
         stall: cli.timeout,
         compression: cli.compress,
     };
-    let mut sink = NativeSink::connect(connect, &pool).map_err(MigrateError::from)?;
+    let sink = cli.dialect.connect(connect, &pool);
+    let mut sink = sink.map_err(MigrateError::from)?;
     let progress = Progress::start(sink.counters());
     let mut report = Report::new(cli.pid, tracker.name());
     report.migration = id.to_string();
@@ -115,7 +116,7 @@ fn send(cli: &Cli) -> Result<Report, Failure> {
     let parts = Parts {
         freezer: &mut freezer,
         tracker: tracker.as_mut(),
-        sink: &mut sink,
+        sink: sink.as_mut(),
         pool: &pool,
         progress: &progress,
     };
@@ -232,6 +233,11 @@ fn judge_sink(error: &SinkError) -> (Exit, &'static str) {
         SinkError::Wire(WireError::Refused { .. }) => (
             Exit::Refused,
             "the target runs; the receiver's log says more",
+        ),
+        SinkError::PageServer(_) => (
+            Exit::Failed,
+            "the target runs; start `criu page-server` once for each round, from the second on with \
+             --prev-images-dir",
         ),
         SinkError::Interrupted => (Exit::Interrupted, "the target runs"),
         SinkError::Wire(_) | SinkError::Disagreement => (

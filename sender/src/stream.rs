@@ -37,8 +37,8 @@ pub struct ImageStream<'a> {
     /// What the receiver holds from the previous round.
     parent: &'a PageSet,
     hashes: Option<&'a mut ContentHashes>,
-    /// How to say "unchanged" of what is batched now.
-    kept_kind: EntryKind,
+    /// How to say "unchanged" of what is batched now; `None` if it is to be sent all the same.
+    kept_kind: Option<EntryKind>,
     /// To be read: ascending, together at most a buffer.
     wanted: Vec<PageRange>,
     wanted_pages: u64,
@@ -78,7 +78,7 @@ impl<'a> ImageStream<'a> {
             pool,
             parent,
             hashes,
-            kept_kind: EntryKind::Parent,
+            kept_kind: Some(EntryKind::Parent),
             wanted: Vec::with_capacity(PIECES_MAX),
             wanted_pages: 0,
             kept: Vec::with_capacity(PIECES_MAX),
@@ -91,7 +91,7 @@ impl<'a> ImageStream<'a> {
     }
 
     /// Adds a run of populated pages, behind all before it. Pages that were not written and that
-    /// the receiver has are kept (as `kept_kind`); the others are read.
+    /// the receiver has are kept (as `kept_kind`, if there is such a kind); the others are read.
     ///
     /// # Errors
     /// [`StreamError`].
@@ -99,22 +99,22 @@ impl<'a> ImageStream<'a> {
         &mut self,
         source: &mut dyn PageSource,
         run: Run,
-        kept_kind: EntryKind,
+        kept_kind: Option<EntryKind>,
     ) -> Result<(), StreamError> {
         self.scanned_pages += run.range.pages();
         if self.kept_kind != kept_kind {
             self.flush(source)?;
             self.kept_kind = kept_kind;
         }
-        if run.written {
+        let Some(kept_kind) = kept_kind.filter(|_| !run.written) else {
             return self.want(source, run.range);
-        }
+        };
         let parent = self.parent;
         let mut result = Ok(());
         parent.split(run.range, |range, known| {
             if result.is_ok() {
                 result = match known {
-                    true => self.keep(source, range),
+                    true => self.keep(source, range, kept_kind),
                     false => self.want(source, range),
                 };
             }
@@ -122,8 +122,12 @@ impl<'a> ImageStream<'a> {
         result
     }
 
-    fn keep(&mut self, source: &mut dyn PageSource, range: PageRange) -> Result<(), StreamError> {
-        let kind = self.kept_kind;
+    fn keep(
+        &mut self,
+        source: &mut dyn PageSource,
+        range: PageRange,
+        kind: EntryKind,
+    ) -> Result<(), StreamError> {
         let mut rest = Some(range);
         while let Some(range) = rest {
             let (range, later) = range.split_at(ENTRY_PAGES_MAX);
@@ -237,12 +241,10 @@ impl<'a> ImageStream<'a> {
             .hashes
             .as_mut()
             .is_some_and(|hashes| hashes.unchanged(address, page));
-        if unchanged && self.parent.contains(address) {
-            self.kept_kind
-        } else if page == ZERO_PAGE {
-            EntryKind::Zero
-        } else {
-            EntryKind::Data
+        match self.kept_kind {
+            Some(kept) if unchanged && self.parent.contains(address) => kept,
+            _ if page == ZERO_PAGE => EntryKind::Zero,
+            _ => EntryKind::Data,
         }
     }
 

@@ -305,18 +305,19 @@ fn send_task(
     let result = (|| {
         let task = &*task;
         let mut source = TaskSource::new(task);
+        let copy = sink.copies().then_some(EntryKind::Copy);
         let mut stream = ImageStream::new(sink, pool, &parent, hashes.as_mut());
         for vma in &task.vmas {
             let kept = match (vma.class, kind) {
                 (Class::Foreign | Class::Segment, _) => continue,
                 (Class::Whole, _) => {
                     let (range, written) = (vma.range, true);
-                    stream.run(&mut source, Run { range, written }, EntryKind::Parent)?;
+                    stream.run(&mut source, Run { range, written }, Some(EntryKind::Parent))?;
                     continue;
                 }
                 // Restore reads hugetlb pages from the newest directory only.
-                (Class::Private { hugetlb: true }, RoundKind::Final) => EntryKind::Copy,
-                (Class::Private { .. }, _) => EntryKind::Parent,
+                (Class::Private { hugetlb: true }, RoundKind::Final) => copy,
+                (Class::Private { .. }, _) => Some(EntryKind::Parent),
             };
             let mut rest = Some(vma.range);
             while let Some(range) = rest {
@@ -380,7 +381,7 @@ fn send_segment(
     let mut at = 0;
     while let Some(range) = next_data(file, at).map_err(StreamError::Source)? {
         let written = true;
-        stream.run(&mut source, Run { range, written }, EntryKind::Parent)?;
+        stream.run(&mut source, Run { range, written }, Some(EntryKind::Parent))?;
         at = range.end();
     }
     let sent = stream.finish(&mut source)?;

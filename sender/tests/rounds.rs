@@ -7,7 +7,7 @@ use pageferry_sender::converge::Limits;
 use pageferry_sender::dirty::{self, TrackerChoice};
 use pageferry_sender::freeze::{Freezer, Then};
 use pageferry_sender::migrate::{Parts, Plan, migrate};
-use pageferry_sender::progress::Progress;
+use pageferry_sender::progress::{Counters, Progress};
 use pageferry_sender::report::Report;
 use pageferry_sender::sink::{PageSink, Receipt, SinkError};
 use pageferry_sender::tree::Tree;
@@ -115,6 +115,14 @@ impl PageSink for MemorySink {
 
     fn finish(&mut self) -> Result<(), SinkError> {
         Ok(())
+    }
+
+    fn directory(&self) -> &str {
+        ""
+    }
+
+    fn counters(&self) -> Arc<Counters> {
+        Arc::<Counters>::default()
     }
 }
 

@@ -51,10 +51,18 @@ pub fn assert_arrived(root: i32, pair: &Pair, report: &Report) -> Stats {
     let truth = Snapshot::take(&frozen).expect("the tree's memory can be read");
     let round = pair.last_round(report);
     assert_verified(&round);
+    compare_chain(&truth, &round)
+}
+
+/// Claims that the chain that ends in `round`, of whichever CRIU, holds the truth.
+///
+/// # Panics
+/// If it does not.
+pub fn compare_chain(truth: &Snapshot, round: &Path) -> Stats {
     let scratch = tempfile::tempdir().expect("a temporary directory can be made");
     let flat = scratch.path().join("flat");
-    flatten(&round, &flat);
-    images::compare(&truth, &flat).unwrap_or_else(|error| panic!("{error}"))
+    flatten(round, &flat);
+    images::compare(truth, &flat).unwrap_or_else(|error| panic!("{error}"))
 }
 
 /// Lets a tree that was left stopped go on.

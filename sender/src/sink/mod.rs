@@ -1,13 +1,44 @@
 //! The network is just another image writer: what a round is written to.
 
+mod criu;
+mod link;
 mod native;
 
+pub use criu::CriuSink;
 pub use native::{Compression, Connect, NativeSink};
 
+use crate::progress::Counters;
 use bytes::Bytes;
-use pageferry_common::ImageId;
 use pageferry_common::wire::{Entry, RoundKind, Totals, WireError};
+use pageferry_common::{BufferPool, ImageId};
 use std::io;
+use std::sync::Arc;
+
+/// What a receiver speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Dialect {
+    /// Our own protocol, of `receive`.
+    Native,
+    /// CRIU's, of `criu page-server`.
+    Criu,
+}
+
+impl Dialect {
+    /// Connects to a receiver. Buffers for compressed pages come out of `pool`.
+    ///
+    /// # Errors
+    /// [`SinkError`].
+    pub fn connect(
+        self,
+        connect: Connect,
+        pool: &BufferPool,
+    ) -> Result<Box<dyn PageSink>, SinkError> {
+        Ok(match self {
+            Self::Native => Box::new(NativeSink::connect(connect, pool)?),
+            Self::Criu => Box::new(CriuSink::connect(connect)?),
+        })
+    }
+}
 
 /// What a committed round cost and held.
 #[derive(Debug, Clone, Copy, Default)]
@@ -35,6 +66,9 @@ pub enum SinkError {
     /// The receiver counted something else than we did.
     #[error("the receiver acknowledged something else than was sent")]
     Disagreement,
+    /// It speaks CRIU's protocol, which has no words for what went wrong.
+    #[error("the page server {0}")]
+    PageServer(String),
     /// The user said stop.
     #[error("interrupted")]
     Interrupted,
@@ -43,13 +77,21 @@ pub enum SinkError {
     Io(#[source] io::Error),
 }
 
-/// Takes the rounds of one migration, in order: `begin`, then for each image `open` and any number
-/// of `put`, then `commit`; at the end `finish`.
+/// Takes the rounds of one migration, in order: `prepare`, `begin`, then for each image `open` and
+/// any number of `put`, then `commit`; at the end `finish`.
 pub trait PageSink {
-    /// A round begins. `uptime_us` is the source host's uptime when its tree was frozen, µs.
+    /// Gets ready for a round while the tree still runs.
     ///
     /// # Errors
     /// [`SinkError`]; the sink is of no use afterwards. So for all that follows.
+    fn prepare(&mut self) -> Result<(), SinkError> {
+        Ok(())
+    }
+
+    /// A round begins. `uptime_us` is the source host's uptime when its tree was frozen, µs.
+    ///
+    /// # Errors
+    /// [`SinkError`].
     fn begin(&mut self, round: u32, kind: RoundKind, uptime_us: u64) -> Result<(), SinkError>;
 
     /// What is put from now on belongs to this image.
@@ -75,4 +117,15 @@ pub trait PageSink {
     /// # Errors
     /// [`SinkError`].
     fn finish(&mut self) -> Result<(), SinkError>;
+
+    /// Whether the receiver can store pages of the round before again (`EntryKind::Copy`).
+    fn copies(&self) -> bool {
+        true
+    }
+
+    /// Where the receiver puts the rounds; empty if it does not say.
+    fn directory(&self) -> &str;
+
+    /// What it counts; for a progress display.
+    fn counters(&self) -> Arc<Counters>;
 }

@@ -1,23 +1,19 @@
 //! The native protocol over TCP: a thread of its own with the socket, fed by a bounded channel.
 
+use super::link::{Link, dial};
 use super::{PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
-use nix::sys::socket::{setsockopt, sockopt};
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{
     self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Phase, RoundKind, SharedPhase,
     Totals, WireError,
 };
 use pageferry_common::{BufferPool, ImageId, MigrationId, PAGE_SIZE};
-use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::thread::JoinHandle;
 use std::time::Duration;
-use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -62,10 +58,7 @@ enum Outgoing {
 
 /// The native sink.
 pub struct NativeSink {
-    /// `None` once closed.
-    outgoing: Option<mpsc::Sender<Outgoing>>,
-    replies: mpsc::UnboundedReceiver<Message>,
-    network: Option<JoinHandle<Result<(), SinkError>>>,
+    link: Link<Outgoing, Message>,
     pool: BufferPool,
     compressor: Option<zstd::bulk::Compressor<'static>>,
     counters: Arc<Counters>,
@@ -84,9 +77,6 @@ impl NativeSink {
     /// [`SinkError`].
     pub fn connect(connect: Connect, pool: &BufferPool) -> Result<Self, SinkError> {
         let counters = Arc::new(Counters::default());
-        // Two: one frame on its way, one ready. The pool's size is the limit that counts.
-        let (outgoing, commands) = mpsc::channel(2);
-        let (reply, replies) = mpsc::unbounded_channel();
         let compressor = match connect.compression {
             Compression::None => None,
             Compression::Zstd(level) => {
@@ -104,17 +94,12 @@ impl NativeSink {
             id: connect.id,
             root_pid: connect.root_pid,
         };
-        let network = {
+        let link = {
             let counters = Arc::clone(&counters);
-            std::thread::Builder::new()
-                .name("network".into())
-                .spawn(move || network(connect, commands, reply, &counters.bytes))
-                .map_err(SinkError::Io)?
+            Link::start(|commands, replies| converse(connect, commands, replies, counters))?
         };
         let mut sink = Self {
-            outgoing: Some(outgoing),
-            replies,
-            network: Some(network),
+            link,
             pool: pool.clone(),
             compressor,
             counters,
@@ -125,7 +110,7 @@ impl NativeSink {
             directory: String::new(),
         };
         sink.say(hello)?;
-        match sink.hear()? {
+        match sink.link.hear()? {
             Message::Welcome {
                 directory,
                 features: theirs,
@@ -141,50 +126,8 @@ impl NativeSink {
         }
     }
 
-    /// Where the receiver puts the rounds.
-    #[must_use]
-    pub fn directory(&self) -> &str {
-        &self.directory
-    }
-
-    /// What it counts; for a progress display.
-    #[must_use]
-    pub fn counters(&self) -> Arc<Counters> {
-        Arc::clone(&self.counters)
-    }
-
     fn say(&mut self, message: Message) -> Result<(), SinkError> {
-        self.queue(Outgoing::Message(message))
-    }
-
-    fn queue(&mut self, outgoing: Outgoing) -> Result<(), SinkError> {
-        let sent = match &self.outgoing {
-            Some(channel) => channel.blocking_send(outgoing).is_ok(),
-            None => false,
-        };
-        if sent {
-            Ok(())
-        } else {
-            Err(self.why_it_ended())
-        }
-    }
-
-    fn hear(&mut self) -> Result<Message, SinkError> {
-        match self.replies.blocking_recv() {
-            Some(message) => Ok(message),
-            None => Err(self.why_it_ended()),
-        }
-    }
-
-    /// The network thread is over; its result says why.
-    fn why_it_ended(&mut self) -> SinkError {
-        self.outgoing = None;
-        let result = self.network.take().map(JoinHandle::join);
-        match result {
-            Some(Ok(Err(why))) => why,
-            Some(Ok(Ok(()))) | None => SinkError::Wire(WireError::Closed),
-            Some(Err(_)) => SinkError::Io(io::Error::other("it panicked")),
-        }
+        self.link.say(Outgoing::Message(message))
     }
 
     /// Compresses a chunk's pages if that makes them at least an eighth smaller.
@@ -238,7 +181,7 @@ impl PageSink for NativeSink {
         let meta = Message::Chunk(chunk).encode();
         self.digest.chunk(&meta);
         let (compressed, data) = self.compress(pages)?;
-        self.queue(Outgoing::Chunk {
+        self.link.say(Outgoing::Chunk {
             meta,
             compressed,
             data,
@@ -252,7 +195,7 @@ impl PageSink for NativeSink {
             round: self.round,
             totals: self.totals,
         };
-        if self.hear()? != expected {
+        if self.link.hear()? != expected {
             return Err(SinkError::Disagreement);
         }
         Ok(Receipt {
@@ -263,56 +206,25 @@ impl PageSink for NativeSink {
 
     fn finish(&mut self) -> Result<(), SinkError> {
         self.say(Message::Finish)?;
-        self.hear().map(drop)
+        self.link.hear().map(drop)
     }
-}
 
-impl Drop for NativeSink {
-    fn drop(&mut self) {
-        self.outgoing = None;
-        if let Some(network) = self.network.take() {
-            // It says goodbye, or why not, and ends; what it returns was of interest before.
-            let _ = network.join();
-        }
+    fn directory(&self) -> &str {
+        &self.directory
     }
-}
 
-/// The network thread.
-fn network(
-    connect: Connect,
-    commands: mpsc::Receiver<Outgoing>,
-    replies: mpsc::UnboundedSender<Message>,
-    bytes_sent: &AtomicU64,
-) -> Result<(), SinkError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(SinkError::Io)?;
-    runtime.block_on(async {
-        let mut interrupt = signal(SignalKind::interrupt()).map_err(SinkError::Io)?;
-        let mut terminate = signal(SignalKind::terminate()).map_err(SinkError::Io)?;
-        let interrupted = async {
-            tokio::select! {
-                _ = interrupt.recv() => (),
-                _ = terminate.recv() => (),
-            }
-        };
-        converse(connect, commands, replies, bytes_sent, interrupted).await
-    })
+    fn counters(&self) -> Arc<Counters> {
+        Arc::clone(&self.counters)
+    }
 }
 
 async fn converse(
     connect: Connect,
     commands: mpsc::Receiver<Outgoing>,
     replies: mpsc::UnboundedSender<Message>,
-    bytes_sent: &AtomicU64,
-    interrupted: impl Future<Output = ()>,
+    counters: Arc<Counters>,
 ) -> Result<(), SinkError> {
-    tokio::pin!(interrupted);
-    let stream = tokio::select! {
-        stream = dial(&connect) => stream?,
-        () = &mut interrupted => return Err(SinkError::Interrupted),
-    };
+    let stream = dial(&connect.to, connect.stall).await?;
     let (read, write) = stream.into_split();
     let phase = SharedPhase::default();
     // A receiver speaks when a round is over; that it takes what we send is seen by writing.
@@ -325,7 +237,7 @@ async fn converse(
     let listening = listen(&mut reader, replies);
     tokio::pin!(listening);
     let ended = tokio::select! {
-        said = talk(&mut writer, commands, &phase, bytes_sent) => match said {
+        said = talk(&mut writer, commands, &phase, &counters.bytes) => match said {
             Ok(()) => return Ok(()),
             // The receiver's own reason, if it gave one, says more than our failed write.
             Err(ours) => match timeout(LAST_WORDS, &mut listening).await {
@@ -337,30 +249,8 @@ async fn converse(
             Ok(()) => return Ok(()),
             Err(error) => error,
         },
-        () = &mut interrupted => {
-            // The writer may stand in the middle of a frame; a closed connection says enough.
-            return Err(SinkError::Interrupted);
-        }
     };
     Err(ended.into())
-}
-
-async fn dial(connect: &Connect) -> Result<TcpStream, SinkError> {
-    let dialled = timeout(connect.stall, TcpStream::connect(&connect.to)).await;
-    dialled
-        .map_err(|_| io::ErrorKind::TimedOut.into())
-        .flatten()
-        .and_then(|stream| {
-            stream.set_nodelay(true)?;
-            // What is not acknowledged for so long never will be: a link that is cut silently.
-            let unacknowledged = u32::try_from(connect.stall.as_millis()).unwrap_or(u32::MAX);
-            setsockopt(&stream, sockopt::TcpUserTimeout, &unacknowledged)?;
-            Ok(stream)
-        })
-        .map_err(|source| SinkError::Connect {
-            to: connect.to.clone(),
-            source,
-        })
 }
 
 /// Sends what the migration says, and that we are alive when it says nothing.
