@@ -74,7 +74,7 @@ pub enum Width {
 impl Width {
     /// A header's length, bytes.
     #[must_use]
-    pub fn header_len(self) -> usize {
+    pub const fn header_len(self) -> usize {
         match self {
             Self::Narrow => 24,
             Self::Wide => HEADER_MAX,

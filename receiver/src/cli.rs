@@ -38,6 +38,11 @@ Examples:
   receive flatten /var/lib/pageferry/4711-0123456789abcdef0123456789abcdef flat
       merge them into one directory that needs no other
 
+  receive serve-pages /var/lib/pageferry/criu-1 --listen 7701
+      let a process be restored elsewhere before its memory is there: with
+      criu lazy-pages --page-server --address 127.0.0.1 --port 7701 -D small
+      and criu restore --lazy-pages -D small, `small` being made by receive flatten --skeleton
+
 Exit codes:
   0 done, 1 failed, 2 usage, 4 cannot use the port or the directory, 130 or 143 stopped by a signal";
 
@@ -50,12 +55,41 @@ pub enum Command {
         dir: PathBuf,
         /// Where to; must be new or empty
         out: PathBuf,
+        /// Leave holes where a restored process can do without pages at first: a small directory for
+        /// `criu restore --lazy-pages`, with `receive serve-pages` for the rest
+        #[arg(long)]
+        skeleton: bool,
     },
+    /// Give the pages of finished images to `criu lazy-pages --page-server`
+    ServePages(ServePages),
     /// Check a chain of rounds; exits with 1 if anything is wrong
     Verify {
         /// A round, or a migration (then its newest round)
         dir: PathBuf,
     },
+}
+
+/// Options of serving pages.
+#[derive(Debug, Args)]
+pub struct ServePages {
+    /// A round, or a migration (then its newest round), or a dump by CRIU
+    pub dir: PathBuf,
+
+    /// Where to listen; a bare PORT is of 127.0.0.1, and port 0 any that is free
+    #[arg(long, value_name = "[ADDR:]PORT", value_parser = parse_listen)]
+    pub listen: SocketAddr,
+
+    /// Exit when a client has fetched everything
+    #[arg(long)]
+    pub once: bool,
+
+    /// Give up on a client that takes nothing for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
+    pub timeout: Duration,
+
+    /// Give memory in the clear to other hosts
+    #[arg(long)]
+    pub insecure: bool,
 }
 
 /// Options of receiving.

@@ -1,15 +1,18 @@
 //! From the command line to an exit code, and of every failure what to do about it.
 
-use crate::cli::{Cli, Command, Serve};
+use crate::cli::{Cli, Command, Serve, ServePages};
+use crate::dialect::serve_pages::Served;
 use crate::dialect::{Limits, Migration};
-use crate::image::flatten::flatten;
+use crate::image::flatten::{Pages, flatten};
 use crate::image::verify::verify;
 use crate::server::{self, Ended, Options};
 use crate::store::{Store, StoreError};
+use crate::with_causes;
 use std::io::{self, IsTerminal};
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// What `receive` exits with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,15 +33,20 @@ pub enum Exit {
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.serve.verbose);
     let exit = match &cli.command {
-        Some(Command::Flatten { dir, out }) => run_flatten(dir, out),
+        Some(Command::Flatten { dir, out, skeleton }) => run_flatten(dir, out, *skeleton),
+        Some(Command::ServePages(options)) => run_serve_pages(options),
         Some(Command::Verify { dir }) => run_verify(dir),
         None => return run_serve(&cli.serve),
     };
     ExitCode::from(exit as u8)
 }
 
-fn run_flatten(dir: &Path, out: &Path) -> Exit {
-    match flatten(dir, out, |image| tracing::info!(%image, "merging")) {
+fn run_flatten(dir: &Path, out: &Path, skeleton: bool) -> Exit {
+    let pages = match skeleton {
+        true => Pages::NotLazy,
+        false => Pages::All,
+    };
+    match flatten(dir, out, pages, |image| tracing::info!(%image, "merging")) {
         Ok(done) => {
             println!(
                 "{}: {} images with {} pages, merged from {} rounds",
@@ -75,16 +83,91 @@ fn run_verify(dir: &Path) -> Exit {
     }
 }
 
+/// Gives the pages of finished images to whoever connects, each client on a thread of its own.
+fn run_serve_pages(options: &ServePages) -> Exit {
+    if let Err(exit) = refuse_plaintext(options.listen, options.insecure) {
+        return exit;
+    }
+    let served = match Served::load(&options.dir) {
+        Ok(served) => served,
+        Err(error) => {
+            complain(error, "it takes a directory that `receive` has completed");
+            return Exit::Unusable;
+        }
+    };
+    let listener = match std::net::TcpListener::bind(options.listen) {
+        Ok(listener) => listener,
+        Err(error) => return cannot_listen(options.listen, error),
+    };
+    match listener.local_addr() {
+        Ok(at) => eprintln!("listening on {at}"),
+        Err(error) => return complain(error, ""),
+    }
+    tracing::info!(processes = served.processes(), "serving pages");
+    std::thread::scope(|scope| {
+        for stream in listener.incoming() {
+            let served = &served;
+            match stream {
+                // One client at a time then: the one that gets everything is the last.
+                Ok(stream) if options.once => {
+                    if serve_client(served, &stream, options.timeout) {
+                        return Exit::Done;
+                    }
+                }
+                Ok(stream) => {
+                    scope.spawn(move || serve_client(served, &stream, options.timeout));
+                }
+                Err(error) => tracing::error!(%error, "cannot accept a connection"),
+            }
+        }
+        Exit::Failed
+    })
+}
+
+/// Serves one client; whether it said that it has everything.
+fn serve_client(served: &Served, stream: &TcpStream, stall: Duration) -> bool {
+    let peer = stream.peer_addr().ok();
+    match served.serve(stream, stall) {
+        Ok((pages, complete)) => {
+            tracing::info!(?peer, pages, complete, "the client is gone");
+            complete
+        }
+        Err(error) => {
+            tracing::warn!(?peer, why = with_causes(&error), "a client is given up");
+            false
+        }
+    }
+}
+
+/// Memory is full of secrets: beyond loopback only if asked for by name.
+fn refuse_plaintext(listen: SocketAddr, insecure: bool) -> Result<(), Exit> {
+    if listen.ip().is_loopback() || insecure {
+        return Ok(());
+    }
+    let advice = "memory is full of secrets and would cross the network in the clear: listen on \
+                  loopback and use a tunnel, or say --insecure";
+    let what = anyhow::anyhow!("{listen} can be reached from other hosts");
+    complain(what, advice);
+    Err(Exit::Usage)
+}
+
+fn cannot_listen(listen: SocketAddr, error: io::Error) -> Exit {
+    let advice = match error.kind() {
+        io::ErrorKind::AddrInUse => "another program listens there: take another port",
+        io::ErrorKind::PermissionDenied => "ports below 1024 are for root",
+        _ => "",
+    };
+    let what = anyhow::Error::new(error).context(format!("cannot listen on {listen}"));
+    complain(what, advice);
+    Exit::Unusable
+}
+
 fn run_serve(serve: &Serve) -> ExitCode {
     let (Some(listen), Some(dir)) = (serve.listen, &serve.dir) else {
         unreachable!("clap requires both without a subcommand");
     };
-    if !listen.ip().is_loopback() && !serve.insecure {
-        let advice = "memory is full of secrets and would come in the clear: listen on loopback \
-                      and use a tunnel, or say --insecure";
-        let what = anyhow::anyhow!("{listen} can be reached from other hosts");
-        complain(what, advice);
-        return ExitCode::from(Exit::Usage as u8);
+    if let Err(exit) = refuse_plaintext(listen, serve.insecure) {
+        return ExitCode::from(exit as u8);
     }
     match serve_until_end(serve, listen, dir) {
         Ok(Ended::Once(migration, result)) => {
@@ -110,18 +193,7 @@ fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ende
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind(listen)
             .await
-            .map_err(|error| {
-                let advice = match error.kind() {
-                    io::ErrorKind::AddrInUse => "another program listens there: take another port",
-                    io::ErrorKind::PermissionDenied => "ports below 1024 are for root",
-                    _ => "",
-                };
-                complain(
-                    anyhow::Error::new(error).context(format!("cannot listen on {listen}")),
-                    advice,
-                );
-                Exit::Unusable
-            })?;
+            .map_err(|error| cannot_listen(listen, error))?;
         let store = Store::open(dir).map_err(|error| {
             let advice = match &error {
                 StoreError::InUse { .. } => "give each receiver a directory of its own",

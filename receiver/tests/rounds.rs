@@ -5,7 +5,7 @@ use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange};
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::chain::{Cursor, images, levels, newest_round};
-use pageferry_receiver::image::flatten::flatten;
+use pageferry_receiver::image::flatten::{Pages, flatten};
 use pageferry_receiver::image::verify::verify;
 use pageferry_receiver::image::writer::{DirWriter, WriteError};
 use proptest::prelude::*;
@@ -109,7 +109,7 @@ proptest! {
         prop_assert_eq!((verified.levels, verified.pages), (rounds.len(), model.len() as u64));
 
         let flat = home.join("flat");
-        flatten(home, &flat, |_| {}).unwrap();
+        flatten(home, &flat, Pages::All, |_| {}).unwrap();
         prop_assert_eq!(read(&flat), model);
         prop_assert_eq!(levels(&flat).unwrap().len(), 1);
         prop_assert!(verify(&flat).unwrap().problems.is_empty());
@@ -244,10 +244,10 @@ fn flatten_copies_what_is_not_memory_and_overwrites_nothing() {
     fs::write(dir.path().join("1/core-7.img"), "state").unwrap();
     let out = dir.path().join("out");
     fs::create_dir(&out).unwrap();
-    flatten(dir.path(), &out, |_| {}).unwrap();
+    flatten(dir.path(), &out, Pages::All, |_| {}).unwrap();
     assert_eq!(fs::read(out.join("core-7.img")).unwrap(), b"state");
     assert!(out.join("inventory.img").exists());
-    let again = flatten(dir.path(), &out, |_| {}).unwrap_err();
+    let again = flatten(dir.path(), &out, Pages::All, |_| {}).unwrap_err();
     assert_eq!(again.source.kind(), std::io::ErrorKind::DirectoryNotEmpty);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
 }

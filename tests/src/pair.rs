@@ -143,7 +143,7 @@ impl Receiver {
     /// As [`Receiver::start`].
     #[must_use]
     pub fn listen(port: &str, dir: &Path, options: &[&str]) -> Self {
-        let mut command = Command::new(binary("PAGEFERRY_RECEIVE", "receive"));
+        let mut command = receive_command();
         command.args([OsStr::new("--listen"), port.as_ref()]);
         command
             .args([OsStr::new("--dir"), dir.as_ref()])
@@ -174,8 +174,18 @@ impl Receiver {
     }
 }
 
+/// The program `receive`: `$PAGEFERRY_RECEIVE` or the workspace's.
+///
+/// # Panics
+/// If it is not built.
+#[must_use]
+pub fn receive_command() -> Command {
+    Command::new(binary("PAGEFERRY_RECEIVE", "receive"))
+}
+
 /// The address in a line `… listening on ADDRESS …`.
-fn listening_on(line: &str) -> Option<SocketAddr> {
+#[must_use]
+pub fn listening_on(line: &str) -> Option<SocketAddr> {
     let rest = line.split_once("listening on ")?.1;
     rest.split_whitespace().next()?.parse().ok()
 }

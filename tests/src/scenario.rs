@@ -2,13 +2,12 @@
 
 use crate::images::{self, Stats};
 use crate::memory::{Frozen, Snapshot};
-use crate::pair::{Pair, Report};
-use crate::program::{Finished, Program, binary};
+use crate::pair::{Pair, Report, receive_command};
+use crate::program::{Finished, Program};
 use crate::victim::Victim;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::path::Path;
-use std::process::Command;
 
 /// Runs `receive` with these arguments to its end.
 ///
@@ -16,7 +15,7 @@ use std::process::Command;
 /// If it is not built, or hangs.
 #[must_use]
 pub fn receive(arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> Finished {
-    let mut command = Command::new(binary("PAGEFERRY_RECEIVE", "receive"));
+    let mut command = receive_command();
     arguments.iter().for_each(|argument| {
         command.arg(argument);
     });

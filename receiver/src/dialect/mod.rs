@@ -3,6 +3,7 @@
 pub mod criu;
 pub mod detect;
 pub mod native;
+pub mod serve_pages;
 
 use crate::image::FileError;
 use crate::image::writer::WriteError;

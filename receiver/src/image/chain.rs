@@ -110,6 +110,8 @@ pub struct Located<'a> {
     pub offset: u64,
     /// Whether a restored process may run before it has them.
     pub lazy: bool,
+    /// Which directory of the chain has them, the newest being 0.
+    pub level: usize,
 }
 
 #[derive(Debug)]
@@ -229,6 +231,7 @@ impl Cursor {
                     file: &self.pages,
                     offset: self.offset + (piece.start() - entry.range.start()),
                     lazy,
+                    level: self.level,
                 })?,
                 Place::Parent => match self.parent()? {
                     Some(parent) => parent.read(piece, each)?,

@@ -20,6 +20,15 @@ pub struct Flattened {
     pub pages: u64,
 }
 
+/// Which pages are merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// All.
+    All,
+    /// Those without which a restored process cannot run: instead of the others there are holes.
+    NotLazy,
+}
+
 /// Merges the chain that ends in `dir` into the new directory `out`; images that are not memory are
 /// copied as they are. `progress` hears of every image begun.
 ///
@@ -28,6 +37,7 @@ pub struct Flattened {
 pub fn flatten(
     dir: &Path,
     out: &Path,
+    pages: Pages,
     mut progress: impl FnMut(ImageId),
 ) -> Result<Flattened, FileError> {
     let top = newest_round(dir)?;
@@ -43,6 +53,10 @@ pub fn flatten(
     let removed_on_failure = Unfinished(&tmp);
 
     let images = images(&top)?;
+    let wanted = match pages {
+        Pages::All => |_| true,
+        Pages::NotLazy => |lazy: bool| !lazy,
+    };
     let mut done = Flattened {
         levels: chain.len(),
         images: images.len(),
@@ -54,7 +68,7 @@ pub fn flatten(
         let mut cursor = Cursor::open(&chain, image)?.expect("it was listed");
         let mut writer = ImageWriter::create(&tmp, image, FIRST_PAGES_ID + number as u32)?;
         while let Some(entry) = list.next_entry()? {
-            writer.copy(&mut cursor, entry.range)?;
+            writer.copy(&mut cursor, entry.range, wanted)?;
             done.pages += entry.range.pages();
         }
         writer.close()?;

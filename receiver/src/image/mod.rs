@@ -3,6 +3,7 @@
 pub mod chain;
 pub mod flatten;
 pub mod format;
+pub mod index;
 pub mod verify;
 pub mod writer;
 

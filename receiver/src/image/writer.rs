@@ -270,7 +270,7 @@ impl ImageWriter {
 
     fn copy_from_parent(&mut self, range: PageRange) -> Result<(), WriteError> {
         let mut parent = self.parent.take().ok_or_else(|| self.unresolved(range))?;
-        self.copy(&mut parent, range)?;
+        self.copy(&mut parent, range, |_| true)?;
         self.parent = Some(parent);
         Ok(())
     }
@@ -315,11 +315,21 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Stores pages of the chain again. Zero pages become holes.
-    pub(super) fn copy(&mut self, from: &mut Cursor, range: PageRange) -> Result<(), FileError> {
+    /// Stores pages of the chain again. Zero pages become holes, and so do those that are not
+    /// `wanted`, which is asked whether they are lazy.
+    pub(super) fn copy(
+        &mut self,
+        from: &mut Cursor,
+        range: PageRange,
+        wanted: fn(bool) -> bool,
+    ) -> Result<(), FileError> {
         let mut buffer = vec![0; BUFFER_SIZE.min(range.bytes() as usize)];
         from.read(range, &mut |found| {
             let mut done = 0;
+            if !wanted(found.lazy) {
+                done = found.range.bytes();
+                self.offset += done;
+            }
             while done < found.range.bytes() {
                 let len = (found.range.bytes() - done).min(buffer.len() as u64);
                 let part = &mut buffer[..len as usize];
