@@ -1,0 +1,340 @@
+//! Scripted clients of CRIU's page-server protocol: both headers, the old commands, chains of
+//! dumps, and clients that lie or break off.
+
+use pageferry_common::psi::{self, Command, Header, Place, Width};
+use pageferry_common::{ImageId, PAGE_SIZE};
+use pageferry_receiver::dialect::criu::receive;
+use pageferry_receiver::dialect::{Failure, Limits, Migration};
+use pageferry_receiver::image::chain::{Cursor, levels};
+use pageferry_receiver::image::format::PagemapEntry;
+use pageferry_receiver::image::verify::verify;
+use pageferry_receiver::store::Store;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, split};
+
+const PAGE: usize = PAGE_SIZE as usize;
+const OPEN: Command = Command::Open { answered: true };
+const PRESENT: Place = Place::Present { lazy: false };
+const LAZY: Place = Place::Present { lazy: true };
+const TASK: ImageId = ImageId::Task(7);
+
+/// What a client says.
+struct Script {
+    width: Width,
+    bytes: Vec<u8>,
+}
+
+impl Script {
+    fn new(width: Width) -> Self {
+        let bytes = Vec::new();
+        Self { width, bytes }
+    }
+
+    fn header(mut self, command: Command, pages: u64, page: u64, image: Option<ImageId>) -> Self {
+        let header = Header {
+            command,
+            pages,
+            address: page * PAGE_SIZE,
+            object: image.map_or(0, |image| psi::object(image).unwrap()),
+        };
+        header.encode(self.width, &mut self.bytes);
+        self
+    }
+
+    fn open(self, image: ImageId) -> Self {
+        self.header(OPEN, 0, 0, Some(image))
+    }
+
+    /// An entry, its pages all of the byte `fill`.
+    fn add(self, place: Place, page: u64, pages: u64, fill: u8) -> Self {
+        let mut script = self.header(Command::Add(place), pages, page, Some(TASK));
+        if let Place::Present { .. } = place {
+            let end = script.bytes.len() + pages as usize * PAGE;
+            script.bytes.resize(end, fill);
+        }
+        script
+    }
+
+    fn close(self) -> Self {
+        self.header(Command::Close, 0, 0, None)
+    }
+}
+
+/// Plays a script to a receiver in `dir`. Returns what the receiver answered, and how it went.
+fn play(dir: &Path, chain: bool, script: &[u8]) -> (Vec<u8>, Migration, Result<(), Failure>) {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let store = Arc::new(Store::open(dir).unwrap());
+        let (ours, theirs) = duplex(1 << 16);
+        let (read, write) = split(ours);
+        let limits = Limits {
+            stall: Duration::from_secs(20),
+            buffers: 2,
+        };
+        let mut migration = Migration::default();
+        let receiving = async {
+            let result = receive(read, write, &store, limits, chain, &mut migration).await;
+            // As the connection of a real one ends with it.
+            (migration, result)
+        };
+        let client = async {
+            let (mut read, mut write) = split(theirs);
+            let mut answers = Vec::new();
+            let talk = async {
+                // The receiver need not listen to the end.
+                let _ = write.write_all(script).await;
+                let _ = write.shutdown().await;
+            };
+            let ((), _) = tokio::join!(talk, read.read_to_end(&mut answers));
+            answers
+        };
+        let (answers, (migration, result)) = tokio::join!(client, receiving);
+        (answers, migration, result)
+    })
+}
+
+/// The entries of the task's image, and the byte each of its pages is filled with.
+fn contents(dump: &Path) -> (Vec<PagemapEntry>, Vec<(u64, u8)>) {
+    let chain = levels(dump).unwrap();
+    let mut list = Cursor::open(&chain, TASK).unwrap().unwrap();
+    let mut cursor = Cursor::open(&chain, TASK).unwrap().unwrap();
+    let (mut entries, mut pages) = (Vec::new(), Vec::new());
+    while let Some(entry) = list.next_entry().unwrap() {
+        entries.push(entry);
+        let each = &mut |found: pageferry_receiver::image::chain::Located<'_>| {
+            use std::os::unix::fs::FileExt;
+            for page in 0..found.range.pages() {
+                let mut bytes = [0; PAGE];
+                let at = found.offset + page * PAGE_SIZE;
+                found.file.read_exact_at(&mut bytes, at).unwrap();
+                assert!(bytes.iter().all(|&byte| byte == bytes[0]));
+                pages.push((found.range.start() / PAGE_SIZE + page, bytes[0]));
+            }
+            Ok(())
+        };
+        cursor.read(entry.range, each).unwrap();
+    }
+    (entries, pages)
+}
+
+fn assert_right(dump: &Path) {
+    assert_eq!(verify(dump).unwrap().problems, [""; 0]);
+}
+
+fn dump(width: Width) -> Script {
+    Script::new(width)
+        .open(ImageId::Shmem(0x77))
+        .open(TASK)
+        .add(PRESENT, 16, 2, 1)
+        .add(LAZY, 18, 1, 2)
+        .add(LAZY, 20, 3000, 3)
+        .close()
+}
+
+#[test]
+fn both_headers_are_understood() {
+    for width in [Width::Narrow, Width::Wide] {
+        let dir = tempfile::tempdir().unwrap();
+        let (answers, migration, result) = play(dir.path(), false, &dump(width).bytes);
+        result.unwrap();
+        // Neither object is in a parent, and everything is safe.
+        assert_eq!(answers, [0, 0, 0, 0, 0, 0]);
+        assert_eq!((migration.rounds, migration.data_pages), (1, 3003));
+        assert!(migration.finished_frozen);
+        let dump = dir.path().join("criu-1");
+        assert_right(&dump);
+        let (entries, pages) = contents(&dump);
+        let places: Vec<_> = entries
+            .iter()
+            .map(|it| (it.place, it.range.pages()))
+            .collect();
+        assert_eq!(places, [(PRESENT, 2), (LAZY, 1), (LAZY, 3000)]);
+        assert_eq!(pages.len(), 3003);
+        assert!(pages[..4] == [(16, 1), (17, 1), (18, 2), (20, 3)]);
+    }
+}
+
+#[test]
+fn the_commands_of_old_are_understood() {
+    const ADD: u8 = 1;
+    const OLD_OPEN: u8 = 3;
+    let dir = tempfile::tempdir().unwrap();
+    let mut script = Script::new(Width::Narrow).open(TASK).add(PRESENT, 16, 1, 9);
+    // The same in the words of CRIU 1.0.
+    script.bytes[0] = OLD_OPEN;
+    script.bytes[24..28].copy_from_slice(&[ADD, 0, 0, 0]);
+    let (answers, _, result) = play(dir.path(), false, &script.close().bytes);
+    result.unwrap();
+    assert_eq!(answers, [0; 4]);
+    assert_eq!(contents(&dir.path().join("criu-1")).1, [(16, 9)]);
+}
+
+#[test]
+fn dumps_are_chained_if_they_are_to_be() {
+    let first = Script::new(Width::Narrow)
+        .header(Command::HasParent, 0, 0, Some(TASK))
+        .open(TASK)
+        .add(PRESENT, 16, 4, 1)
+        .close();
+    let second = Script::new(Width::Narrow)
+        .open(ImageId::Shmem(3))
+        .header(Command::HasParent, 0, 0, Some(TASK))
+        .open(TASK)
+        .add(Place::Parent, 16, 2, 0)
+        .add(PRESENT, 18, 1, 2)
+        .add(Place::Parent, 19, 1, 0)
+        .close();
+    let other = ImageId::Task(8);
+    let stranger = Script::new(Width::Narrow).open(other).close();
+    let dir = tempfile::tempdir().unwrap();
+    for script in [&first, &stranger] {
+        let (answers, migration, result) = play(dir.path(), true, &script.bytes);
+        result.unwrap();
+        assert!(answers.iter().all(|&byte| byte == 0), "{answers:?}");
+        assert_eq!(migration.finished_frozen, answers.len() == 5);
+    }
+    let (answers, _, result) = play(dir.path(), true, &second.bytes);
+    result.unwrap();
+    assert_eq!(answers, [0, 1, 0, 0, 0, 1, 0, 0, 0, 0]);
+    let last = dir.path().join("criu-3");
+    assert_right(&last);
+    let link = fs::read_link(last.join("parent")).unwrap();
+    assert_eq!(link, Path::new("../criu-1"));
+    assert_eq!(contents(&last).1, [(16, 1), (17, 1), (18, 2), (19, 1)]);
+
+    // Unasked for, nothing is offered; and what is not offered cannot be referred to.
+    let (answers, _, result) = play(dir.path(), false, &second.bytes);
+    assert!(matches!(result, Err(Failure::Refusal(_))));
+    assert_eq!(answers[..6], [0; 6]);
+    assert_ne!(answers[6..], [0; 4], "that is no success");
+    // Nor can what the parent has not.
+    let beyond = Script::new(Width::Narrow).open(TASK);
+    let beyond = beyond.add(Place::Parent, 19, 2, 0).close();
+    let (answers, _, result) = play(dir.path(), true, &beyond.bytes);
+    assert!(
+        result
+            .unwrap_err()
+            .to_string()
+            .contains("not in its parent")
+    );
+    assert_eq!(answers[0], 1);
+    assert_ne!(answers[1..], [0; 4], "that is no success");
+    assert!(!dir.path().join("criu-4").exists() && !dir.path().join("criu-5").exists());
+}
+
+#[test]
+fn a_dump_of_nothing_is_a_success_that_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = Script::new(Width::Narrow).close();
+    let (answers, migration, result) = play(dir.path(), false, &script.bytes);
+    result.unwrap();
+    assert_eq!((answers, migration.rounds), (vec![0; 4], 0));
+    assert!(!dir.path().join("criu-1").exists());
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    let script = || Script::new(Width::Narrow);
+    for (why, script) in [
+        (
+            "pages of no object",
+            script().add(PRESENT, 16, 1, 1).close(),
+        ),
+        ("an object twice", script().open(TASK).open(TASK).close()),
+        (
+            "backwards",
+            script()
+                .open(TASK)
+                .add(PRESENT, 16, 2, 1)
+                .add(PRESENT, 17, 1, 1)
+                .close(),
+        ),
+        (
+            "no pages",
+            script()
+                .open(TASK)
+                .header(Command::Add(PRESENT), 0, 16, Some(TASK))
+                .close(),
+        ),
+        (
+            "it asks for pages",
+            script().header(Command::Get, 1, 16, Some(TASK)),
+        ),
+        (
+            "more pages than there are addresses",
+            Script::new(Width::Wide).open(TASK).header(
+                Command::Add(Place::Elsewhere),
+                u64::MAX / 2,
+                16,
+                Some(TASK),
+            ),
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let (answers, _, result) = play(dir.path(), false, &script.bytes);
+        assert!(
+            matches!(result, Err(Failure::Refusal(_))),
+            "{why}: {result:?}"
+        );
+        assert!(!answers.ends_with(&[0; 4]), "{why}: {answers:?}");
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+        assert_eq!(left.len(), 1, "{why}: {left:?}");
+    }
+}
+
+/// However a dump is damaged or cut off, it is either refused and leaves nothing, or taken and whole.
+#[test]
+fn damaged_and_torn_dumps_leave_nothing_or_something_whole() {
+    let script = Script::new(Width::Narrow)
+        .open(TASK)
+        .add(PRESENT, 16, 1, 1)
+        .add(Place::Elsewhere, 18, 2, 0)
+        .close()
+        .bytes;
+    let headers = (0..48).chain(48 + PAGE..script.len());
+    let damaged = headers.flat_map(|at| {
+        let script = &script;
+        (0..8).map(move |bit| {
+            let mut script = script.clone();
+            script[at] ^= 1 << bit;
+            script
+        })
+    });
+    let torn = (0..script.len())
+        .step_by(7)
+        .map(|len| script[..len].to_vec());
+    let dir = tempfile::tempdir().unwrap();
+    let (mut taken, mut refused) = (0, 0);
+    for script in damaged.chain(torn) {
+        let (answers, migration, result) = play(dir.path(), false, &script);
+        match result {
+            Ok(()) => {
+                taken += 1;
+                assert!(answers.ends_with(&[0; 4]));
+            }
+            Err(_) => {
+                refused += 1;
+                assert!(!migration.directory.exists());
+            }
+        }
+        for left in fs::read_dir(dir.path()).unwrap() {
+            let path = left.unwrap().path();
+            if path.is_dir() {
+                let problems = verify(&path).unwrap().problems;
+                // Pages that are said to be elsewhere are nowhere as far as we can see.
+                assert!(
+                    problems.iter().all(|it| it.contains("is nowhere")),
+                    "{problems:?}"
+                );
+                fs::remove_dir_all(path).unwrap();
+            }
+        }
+    }
+    assert!(taken > 50 && refused > 500, "{taken} {refused}");
+}
