@@ -222,6 +222,14 @@ pub fn await_gone(tree: &[i32]) {
 #[derive(Debug)]
 pub struct Restored(i32);
 
+impl Restored {
+    /// The process ID of its root.
+    #[must_use]
+    pub fn root(&self) -> i32 {
+        self.0
+    }
+}
+
 impl Drop for Restored {
     fn drop(&mut self) {
         let tree = memory::tree(self.0);

@@ -312,12 +312,12 @@ struct Located {
 }
 
 impl Image {
-    fn open(dir: &Path, name: &str) -> Result<Self, Mismatch> {
+    fn open(dir: &Path, name: &str, parse: Parse) -> Result<Self, Mismatch> {
         let malformed = |what: String| Mismatch::Malformed {
             file: name.into(),
             what,
         };
-        let pagemap = read_pagemap(dir, name)?;
+        let pagemap = read_pagemap(dir, name, parse)?;
         let pages_name = pages_name(pagemap.pages_id);
         let file = open(&dir.join(&pages_name))?;
         let mut image = Self {
@@ -328,7 +328,7 @@ impl Image {
         let mut parent = None;
         let mut offset = 0;
         for entry in &pagemap.entries {
-            if entry.flags == PRESENT {
+            if entry.flags & PRESENT != 0 {
                 image.runs.push(Located {
                     address: entry.address,
                     pages: entry.pages,
@@ -339,7 +339,7 @@ impl Image {
                 continue;
             }
             if parent.is_none() {
-                let older = Self::open(&dir.join("parent"), name)?;
+                let older = Self::open(&dir.join("parent"), name, parse)?;
                 parent = Some((image.files.len(), older.runs));
                 image.files.extend(older.files);
             }
@@ -459,11 +459,13 @@ fn open(path: &Path) -> Result<File, Mismatch> {
     })
 }
 
-fn read_pagemap(dir: &Path, name: &str) -> Result<Pagemap, Mismatch> {
+type Parse = fn(&[u8]) -> Result<Pagemap, String>;
+
+fn read_pagemap(dir: &Path, name: &str, parse: Parse) -> Result<Pagemap, Mismatch> {
     let path = dir.join(name);
     open(&path)?;
     let bytes = fs::read(&path).map_err(|source| Mismatch::Io { path, source })?;
-    Pagemap::parse(&bytes).map_err(|what| Mismatch::Malformed {
+    parse(&bytes).map_err(|what| Mismatch::Malformed {
         file: name.into(),
         what,
     })
@@ -525,6 +527,35 @@ pub fn same(left: &Path, right: &Path) -> Result<usize, String> {
     Ok(names.len())
 }
 
+/// Counts the pages of a process's image, of whichever CRIU, and those of them that differ from its
+/// memory as it is now.
+///
+/// # Errors
+/// What cannot be read.
+///
+/// # Panics
+/// If the process is gone.
+pub fn count_differing(dir: &Path, pid: i32) -> Result<(u64, u64), Mismatch> {
+    let vpid = pid.unsigned_abs();
+    let image = Image::open(dir, &process_name(vpid), Pagemap::parse_any)?;
+    let memory = File::open(format!("/proc/{pid}/mem")).expect("the process is there");
+    let (mut there, mut differ) = (0, 0);
+    let (mut page, mut truth) = ([0; PAGE], [0; PAGE]);
+    for run in &image.runs {
+        for address in (run.address..)
+            .step_by(PAGE)
+            .zip(0..run.pages)
+            .map(|it| it.0)
+        {
+            image.page(address, &mut page)?;
+            there += 1;
+            let read = memory.read_exact_at(&mut truth, address);
+            differ += u64::from(read.is_err() || page != truth);
+        }
+    }
+    Ok((there, differ))
+}
+
 /// Compares the images in a directory with the truth, byte by byte and in both directions.
 ///
 /// # Errors
@@ -549,12 +580,12 @@ pub fn compare(truth: &Snapshot, dir: &Path) -> Result<Stats, Mismatch> {
             }
             return Err(Mismatch::MissingImage(name));
         }
-        let pages = pages_name(read_pagemap(dir, &name)?.pages_id);
+        let pages = pages_name(read_pagemap(dir, &name, Pagemap::parse)?.pages_id);
         if !left.remove(&pages) {
             // There is none, or another image has taken it: a file has one owner.
             return Err(Mismatch::MissingImage(format!("{pages} of {name}")));
         }
-        Image::open(dir, &name)?.compare(space, &mut stats)?;
+        Image::open(dir, &name, Pagemap::parse)?.compare(space, &mut stats)?;
         match name.starts_with("pagemap-shmem-") {
             true => stats.segments += 1,
             false => stats.processes += 1,
@@ -629,7 +660,7 @@ pub fn pagemaps(dir: &Path) -> Result<BTreeMap<String, Pagemap>, Mismatch> {
     let names = memory_files(dir)?.into_iter();
     names
         .filter(|name| name.starts_with("pagemap-"))
-        .map(|name| Ok((name.clone(), read_pagemap(dir, &name)?)))
+        .map(|name| Ok((name.clone(), read_pagemap(dir, &name, Pagemap::parse)?)))
         .collect()
 }
 

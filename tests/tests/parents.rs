@@ -1,0 +1,187 @@
+//! Rounds before a real `criu dump --track-mem`: ours as its parent, and CRIU's own through our page
+//! server. All of it takes a kernel with soft-dirty bits, so it runs in the VM.
+
+use pageferry_tests::criu::{Criu, Restored, await_gone, merge, skip};
+use pageferry_tests::images::{self, Pagemap};
+use pageferry_tests::{Pair, Victim};
+use std::fs;
+use std::path::Path;
+
+/// CRIU, if it can tell dirty pages here. `scripts/test` runs these tests in the VM too, and says so;
+/// the VM in turn says that it must be able to.
+fn criu_that_tracks(test: &str) -> Option<Criu> {
+    let criu = Criu::stable(test)?;
+    let dir = tempfile::tempdir().unwrap();
+    let can = criu.run("check", dir.path(), &["--feature", "mem_dirty_track"]);
+    if can.is_ok() {
+        return Some(criu);
+    }
+    let required = std::env::var_os("PAGEFERRY_ALL_TRACKERS").is_some();
+    assert!(!required, "{can:?}");
+    match std::env::var_os("PAGEFERRY_VM_FOLLOWS") {
+        Some(_) => eprintln!("{test}: in the VM"),
+        None => skip(test, "this kernel has no soft-dirty bits"),
+    }
+    None
+}
+
+/// Pages in the images of a dump, and those of them that are said to be in its parent.
+fn pages_and_in_parent(dump: &Path) -> (u64, u64) {
+    let (mut pages, mut in_parent) = (0, 0);
+    for file in fs::read_dir(dump).unwrap() {
+        let name = file.unwrap().file_name().into_string().unwrap();
+        if name.starts_with("pagemap-") && !name.contains("shmem") {
+            let image = Pagemap::parse_any(&fs::read(dump.join(name)).unwrap()).unwrap();
+            for entry in image.entries {
+                pages += entry.pages;
+                in_parent += if entry.flags == 1 { entry.pages } else { 0 };
+            }
+        }
+    }
+    (pages, in_parent)
+}
+
+fn assert_right(victim: &mut Victim, restored: &Restored, what: &str) {
+    let pages = victim.report().verdict(restored.root());
+    let pages = pages.unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert!(pages > 1000, "{what}: {pages}");
+}
+
+const KINDS: [&str; 2] = [
+    "heap=16 zero=1 protnone=1 fileprivate=2 threads=3 dirty=5",
+    "heap=8 shared=4 memfd=2 children=2 dirty=5",
+];
+
+#[test]
+fn our_rounds_are_the_parent_of_crius_dump() {
+    let Some(criu) = criu_that_tracks("our rounds as parent of a dump") else {
+        return;
+    };
+    for tracker in ["soft-dirty", "uffd"] {
+        for features in KINDS {
+            let what = format!("{tracker}: {features}");
+            let mut victim = Victim::detached(features);
+            let (pid, tree) = (victim.pid(), victim.tree());
+            let pair = Pair::start(&[]);
+            let options = ["--tracker", tracker, "--rounds", "3"];
+            let report = pair.send(pid, &options).expect_report();
+            let last = pair.last_round(&report).parent().unwrap().join("last");
+            fs::create_dir(&last).unwrap();
+            let pid_text = pid.to_string();
+            let options = ["-t", &pid_text, "--track-mem", "--prev-images-dir", "../3"];
+            let dumped = criu.run("dump", &last, &options);
+            dumped.unwrap_or_else(|error| panic!("{what}: {error}"));
+            let (pages, in_parent) = pages_and_in_parent(&last);
+            // Nobody has reset the bits for uffd: to CRIU nearly everything is dirty then.
+            let reset = tracker == "soft-dirty";
+            assert_eq!(
+                in_parent > pages / 2,
+                reset,
+                "{what}: {in_parent} of {pages}"
+            );
+            victim.await_end();
+            await_gone(&tree);
+            let restored = criu.restore(&last, pid, &[]);
+            let restored = restored.unwrap_or_else(|error| panic!("{what}: {error}"));
+            assert_right(&mut victim, &restored, &what);
+        }
+    }
+}
+
+#[test]
+fn crius_own_rounds_are_chained_by_our_page_server() {
+    let Some(criu) = criu_that_tracks("CRIU's rounds through our page server") else {
+        return;
+    };
+    for features in KINDS {
+        let mut victim = Victim::detached(features);
+        let (pid, tree) = (victim.pid(), victim.tree());
+        let pair = Pair::start(&["--chain-dumps"]);
+        let state = tempfile::tempdir().unwrap();
+        let (port, pid_text) = (pair.address().port().to_string(), pid.to_string());
+        for (round, action) in ["pre-dump", "pre-dump", "dump"].into_iter().enumerate() {
+            let dir = state.path().join(round.to_string());
+            fs::create_dir(&dir).unwrap();
+            let mut options = vec!["-t", &pid_text, "--track-mem", "--page-server"];
+            options.extend(["--address", "127.0.0.1", "--port", &port]);
+            let before = format!("../{}", round.wrapping_sub(1));
+            if round > 0 {
+                options.extend(["--prev-images-dir", &before]);
+            }
+            let done = criu.run(action, &dir, &options);
+            done.unwrap_or_else(|error| panic!("{features}: {action} {round}: {error}"));
+        }
+        victim.await_end();
+        await_gone(&tree);
+        let last = pair.dir().join("criu-3");
+        let (pages, in_parent) = pages_and_in_parent(&last);
+        assert!(in_parent > pages / 2, "{features}: {in_parent} of {pages}");
+        merge(&state.path().join("2"), &last);
+        let restored = criu.restore(&last, pid, &[]);
+        let restored = restored.unwrap_or_else(|error| panic!("{features}: {error}"));
+        assert_right(&mut victim, &restored, features);
+    }
+}
+
+/// A process of 256 MiB that does nothing, pre-copied in every way: how many pages of the images are
+/// not what its memory holds. Nobody else's row can fail this test; ours must be zero.
+#[test]
+fn pre_dumps_compared() {
+    let Some(criu) = criu_that_tracks("a comparison of pre-dumps") else {
+        return;
+    };
+    let mut table = vec![format!("{:52} {:>8} {:>8}", "way", "pages", "differ")];
+    for mode in ["read", "splice"] {
+        for through in [
+            "into local files",
+            "through criu page-server",
+            "through receive",
+        ] {
+            let victim = Victim::detached("heap=256");
+            let (pid, images) = (victim.pid(), tempfile::tempdir().unwrap());
+            let state = tempfile::tempdir().unwrap();
+            let pid_text = pid.to_string();
+            let options = ["-t", &pid_text, "--track-mem", "--pre-dump-mode", mode];
+            let mut dir = images.path().to_owned();
+            match through {
+                "into local files" => criu.run("pre-dump", &dir, &options).unwrap(),
+                "through receive" => {
+                    let pair = Pair::start(&["--once"]);
+                    let port = pair.address().port().to_string();
+                    let server = ["--page-server", "--address", "127.0.0.1", "--port", &port];
+                    let all = [&options[..], &server].concat();
+                    criu.run("pre-dump", state.path(), &all).unwrap();
+                    let (root, ended) = pair.finish();
+                    assert!(ended.status.success(), "{}", ended.stderr);
+                    fs::rename(root.path().join("images/criu-1"), dir.join("0")).unwrap();
+                    dir.push("0");
+                }
+                _ => {
+                    let (server, address) = criu.page_server(&dir, &[]);
+                    let port = address.port().to_string();
+                    let server_options =
+                        ["--page-server", "--address", "127.0.0.1", "--port", &port];
+                    let all = [&options[..], &server_options].concat();
+                    criu.run("pre-dump", state.path(), &all).unwrap();
+                    assert!(server.finish().status.success());
+                }
+            }
+            let (pages, differ) = images::count_differing(&dir, pid).unwrap();
+            let way = format!("criu pre-dump, mode {mode}, {through}");
+            table.push(format!("{way:52} {pages:8} {differ:8}"));
+        }
+    }
+    for tracker in ["soft-dirty", "uffd", "hash"] {
+        let victim = Victim::detached("heap=256");
+        let pair = Pair::start(&[]);
+        let options = ["--tracker", tracker, "--rounds", "2"];
+        let report = pair.send(victim.pid(), &options).expect_report();
+        let (pages, differ) =
+            images::count_differing(&pair.last_round(&report), victim.pid()).unwrap();
+        let way = format!("send --tracker {tracker}, 2 rounds");
+        table.push(format!("{way:52} {pages:8} {differ:8}"));
+        assert!(pages > 65536, "{way}: {pages}");
+        assert_eq!(differ, 0, "{way}");
+    }
+    println!("\n{}", table.join("\n"));
+}
