@@ -26,7 +26,7 @@ use tokio::time::timeout;
 /// Most entries given to the disk at once: bounds the list, for in-parent entries have no pages.
 const ENTRIES_MAX: usize = 4096;
 
-/// Pages that one entry may announce: bounds nothing but sums, for pages are taken as they come.
+/// Most pages in one entry: bounds nothing but sums, for pages are taken as they come.
 const ENTRY_PAGES_MAX: u64 = 1 << 40;
 
 /// Takes one dump, whose outcome is in `migration` however it ends. With `chain` it continues the
@@ -131,10 +131,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     }
                 }
                 Command::Add(place) => {
+                    self.add(header, place).await?;
                     if let Place::Present { .. } = place {
                         migration.data_pages += header.pages;
                     }
-                    self.add(header, place).await?;
                 }
                 Command::Get => {
                     let what = "it wants pages: that is what `receive serve-pages` is for";
