@@ -42,6 +42,35 @@ impl fmt::Display for ImageId {
     }
 }
 
+/// The name of one of CRIU's images that are not memory: a file name and nothing else, and none
+/// that we give.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct StateName(String);
+
+impl StateName {
+    /// Longest name, bytes.
+    pub const MAX: usize = 128;
+
+    /// Takes a name if it is such a one.
+    #[must_use]
+    pub fn new(name: &str) -> Option<Self> {
+        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        let fine = name.len() <= Self::MAX
+            && name.ends_with(".img")
+            && name.starts_with(|first: char| first.is_ascii_lowercase())
+            && name.bytes().all(plain)
+            && !name.starts_with("pages-")
+            && !name.starts_with("pagemap-");
+        fine.then(|| Self(name.to_owned()))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Names one migration among all that a receiver holds: 128 random bits, printed as 32 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
@@ -61,6 +90,32 @@ impl fmt::Debug for MigrationId {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_images_of_state_have_names_of_state() {
+        for good in ["core-1.img", "inventory.img", "tmpfs-dev-41.tar.gz.img"] {
+            assert_eq!(StateName::new(good).unwrap().as_str(), good);
+        }
+        let long = "a".repeat(StateName::MAX) + ".img";
+        for bad in [
+            "",
+            ".img",
+            "..img",
+            "../core-1.img",
+            "a/b.img",
+            "core-1",
+            "pages-1.img",
+            "\0.img",
+            "pagemap-1.img",
+            ".core.img",
+            "-core.img",
+            "core 1.img",
+            "käse.img",
+            &long,
+        ] {
+            assert_eq!(StateName::new(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn only_exact_names_are_pagemap_names() {

@@ -1,13 +1,14 @@
 //! What both ends of Pageferry share: typed addresses, the page-set algebra, image names, the
 //! pool of fixed buffers, and the wire protocol.
 //!
-//! Nothing here touches a process or a file; the two programs do. Dependencies point one way:
+//! Nothing here touches a target or an image; the two programs do. Dependencies point one way:
 //! `sender` → `common` ← `receiver`.
 
 #![forbid(unsafe_code)]
 
 pub mod addr;
 pub mod buffer;
+pub mod criu;
 pub mod digest;
 pub mod ids;
 pub mod page_set;
@@ -16,5 +17,5 @@ pub mod wire;
 
 pub use addr::{PAGE_SIZE, PageRange};
 pub use buffer::{BUFFER_PAGES, BUFFER_SIZE, BufferPool, PageBuf};
-pub use ids::{ImageId, MigrationId};
+pub use ids::{ImageId, MigrationId, StateName};
 pub use page_set::PageSet;

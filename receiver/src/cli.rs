@@ -108,6 +108,14 @@ pub struct Serve {
     #[arg(long)]
     pub chain_dumps: bool,
 
+    /// Let processes follow their memory: restore them with CRIU, and let them run
+    #[arg(long)]
+    pub restore: bool,
+
+    /// The CRIU to restore with, 4.1 or later; by default the one in PATH
+    #[arg(long, value_name = "PATH", requires = "restore")]
+    pub criu: Option<PathBuf>,
+
     /// Take one migration (or dump by CRIU), and exit with its result
     #[arg(long)]
     pub once: bool,

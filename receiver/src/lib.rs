@@ -7,6 +7,7 @@ pub mod cli;
 pub mod dialect;
 pub mod disk;
 pub mod image;
+pub mod restore;
 pub mod run;
 pub mod server;
 pub mod store;

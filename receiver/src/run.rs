@@ -8,6 +8,7 @@ use crate::image::verify::verify;
 use crate::server::{self, Ended, Options};
 use crate::store::{Store, StoreError};
 use crate::with_causes;
+use pageferry_common::criu::Criu;
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -204,7 +205,18 @@ fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ende
         })?;
         let at = listener.local_addr().map_err(|error| complain(error, ""))?;
         eprintln!("listening on {at}");
+        let criu = match serve.restore {
+            true => Some(Criu::find(serve.criu.as_deref()).map_err(|error| {
+                complain(
+                    error,
+                    "--restore takes CRIU 4.1 or later: scripts/install-criu installs one",
+                );
+                Exit::Unusable
+            })?),
+            false => None,
+        };
         let options = Options {
+            criu,
             once: serve.once,
             max_senders: usize::from(serve.max_senders),
             limits: Limits {

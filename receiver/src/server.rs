@@ -1,9 +1,10 @@
 //! Accepting senders: any number, one after another and at once, none in another's way.
 
 use crate::dialect::detect::{Dialect, FIRST_BYTES, detect};
-use crate::dialect::{Failure, Limits, Migration, criu, native};
+use crate::dialect::{Failure, Limits, Migration, criu, moving, native};
 use crate::store::Store;
 use crate::with_causes;
+use pageferry_common::criu::Criu;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,7 +15,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::timeout;
 
 /// How the server works.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Options {
     /// End after one migration.
     pub once: bool,
@@ -24,6 +25,8 @@ pub struct Options {
     pub limits: Limits,
     /// Each dump by CRIU has the one before of the same process as its parent.
     pub chain_dumps: bool,
+    /// With this, processes are restored if their senders want it.
+    pub criu: Option<Criu>,
 }
 
 /// Why the server ended.
@@ -41,6 +44,9 @@ pub enum Ended {
 /// Those of the runtime and of accepting.
 pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io::Result<Ended> {
     let store = Arc::new(store);
+    if let Some(criu) = &options.criu {
+        moving::finish_all(criu, &store).await;
+    }
     let places = Arc::new(Semaphore::new(options.max_senders));
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
@@ -69,9 +75,9 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
             tracing::warn!(%peer, "refused: --max-senders are here already");
             continue;
         };
-        let (store, over) = (Arc::clone(&store), over.clone());
+        let (store, over, options) = (Arc::clone(&store), over.clone(), options.clone());
         tokio::spawn(async move {
-            if let Some(outcome) = connection(stream, peer, &store, options).await {
+            if let Some(outcome) = connection(stream, peer, &store, &options).await {
                 // The server is gone only if everything is over.
                 let _ = over.send(outcome);
             }
@@ -85,7 +91,7 @@ async fn connection(
     mut stream: TcpStream,
     peer: SocketAddr,
     store: &Arc<Store>,
-    options: Options,
+    options: &Options,
 ) -> Option<(Migration, Result<(), Failure>)> {
     let limits = options.limits;
     let Ok(Ok(Some(first))) = timeout(limits.stall, first_bytes(&stream)).await else {
@@ -97,7 +103,10 @@ async fn connection(
     let mut migration = Migration::default();
     let (read, write) = stream.split();
     let result = match detect(first) {
-        Dialect::Native => native::receive(read, write, store, limits, &mut migration).await,
+        Dialect::Native => {
+            let criu = options.criu.as_ref();
+            native::receive(read, write, store, limits, criu, &mut migration).await
+        }
         Dialect::Criu => {
             tracing::info!(%peer, "CRIU begins a dump");
             let chain = options.chain_dumps;

@@ -5,11 +5,13 @@ use crate::image::chain::names;
 use crate::image::{DirName, FileError, failed};
 use nix::fcntl::{Flock, FlockArg};
 use pageferry_common::{ImageId, MigrationId};
+use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// The file that says which receiver works here.
 const LOCK: &str = ".lock";
@@ -20,7 +22,23 @@ pub struct Store {
     dir: PathBuf,
     /// The number of the last dump that CRIU began.
     last_dump: AtomicU32,
+    /// Migrations that somebody works on.
+    busy: Arc<Mutex<BTreeSet<PathBuf>>>,
     _lock: Flock<File>,
+}
+
+/// A migration that nobody else works on while this lives.
+#[derive(Debug)]
+pub struct Taken {
+    home: PathBuf,
+    busy: Arc<Mutex<BTreeSet<PathBuf>>>,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.remove(&self.home);
+    }
 }
 
 /// Why a directory cannot be used.
@@ -77,6 +95,7 @@ impl Store {
         let store = Self {
             dir,
             last_dump: AtomicU32::new(0),
+            busy: Arc::default(),
             _lock: lock,
         };
         store.remove_torn()?;
@@ -90,12 +109,40 @@ impl Store {
     /// # Errors
     /// [`FileError`]; `AlreadyExists` if that migration was here before.
     pub fn create(&self, root_pid: u32, id: MigrationId) -> Result<PathBuf, FileError> {
-        let path = self.dir.join(format!("{root_pid}-{id}"));
+        let path = self.home(root_pid, id);
         DirBuilder::new()
             .mode(0o700)
             .create(&path)
             .map_err(failed("create", &path))?;
         Ok(path)
+    }
+
+    /// Where a migration is, if it is here.
+    #[must_use]
+    pub fn home(&self, root_pid: u32, id: MigrationId) -> PathBuf {
+        self.dir.join(format!("{root_pid}-{id}"))
+    }
+
+    /// Takes a migration for oneself; `None` if somebody has it.
+    #[must_use]
+    pub fn take(&self, home: &Path) -> Option<Taken> {
+        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.insert(home.to_owned()).then(|| Taken {
+            home: home.to_owned(),
+            busy: Arc::clone(&self.busy),
+        })
+    }
+
+    /// Where all migrations are that were ever to be restored here.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn migrations(&self) -> Result<Vec<PathBuf>, FileError> {
+        let names = names(&self.dir)?.into_iter();
+        let homes = names
+            .filter(|name| is_migration(name))
+            .map(|name| self.dir.join(name));
+        Ok(homes.collect())
     }
 
     /// Where all of it is.

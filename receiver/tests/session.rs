@@ -117,7 +117,7 @@ async fn session<F: AsyncFnOnce(&mut Sender)>(
         buffers: 1,
     };
     let (result, ()) = tokio::join!(
-        receive(read, write, &store, limits, &mut migration),
+        receive(read, write, &store, limits, None, &mut migration),
         async {
             script(&mut sender).await;
             drop(sender);

@@ -3,8 +3,11 @@
 use crate::converge::Limits;
 use crate::dirty::TrackerChoice;
 use crate::freeze::Then;
+use crate::handover::StateDump;
 use crate::sink::{Compression, Dialect};
 use clap::Parser;
+use pageferry_common::criu::Options;
+use std::path::PathBuf;
 use std::time::Duration;
 
 /// Copies the memory of a running process tree to another host, in rounds, while it runs.
@@ -15,12 +18,42 @@ use std::time::Duration;
 #[command(name = "send", version, after_help = EXAMPLES)]
 pub struct Cli {
     /// Where `receive` listens
-    #[arg(long, value_name = "HOST:PORT")]
-    pub to: String,
+    #[arg(long, value_name = "HOST:PORT", required_unless_present = "resolve")]
+    pub to: Option<String>,
 
     /// Root of the process tree
-    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..))]
-    pub pid: i32,
+    #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..),
+          required_unless_present = "resolve")]
+    pub pid: Option<i32>,
+
+    /// Move the process itself, with CRIU: it runs on at the receiver, and no more here
+    #[arg(long, conflicts_with_all = ["rounds", "then"])]
+    pub migrate: bool,
+
+    /// Find out how a move of PID ended whose end was lost sight of, and act on it
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..),
+          conflicts_with_all = ["to", "pid", "migrate"])]
+    pub resolve: Option<i32>,
+
+    /// The CRIU to move with, 4.1 or later; by default the one in PATH
+    #[arg(long, value_name = "PATH", requires = "migrate")]
+    pub criu: Option<PathBuf>,
+
+    /// How CRIU is kept from spending time on memory
+    #[arg(long, value_enum, default_value = "preload", requires = "migrate")]
+    pub state_dump: StateDump,
+
+    /// Move established TCP connections too; their address must move with the process
+    #[arg(long, requires = "migrate")]
+    pub tcp_established: bool,
+
+    /// Move a process that does not lead its terminal's session
+    #[arg(long, requires = "migrate")]
+    pub shell_job: bool,
+
+    /// Move a process with Unix sockets that are connected to others, without them
+    #[arg(long, requires = "migrate")]
+    pub ext_unix_sk: bool,
 
     /// How to find out which pages were written
     #[arg(long, value_enum, default_value = "auto")]
@@ -91,10 +124,24 @@ Examples:
       a round into `criu page-server --port 7700 -D DIR`; for each further round start another,
       with --prev-images-dir of the one before
 
+  send --to 127.0.0.1:7700 --migrate $(pidof redis-server)
+      move it, to `receive --restore`: it runs on there, and is gone here
+
 Exit codes:
-  0 done, 1 failed, 2 usage, 3 target gone, 4 receiver refused, 5 not permitted, 130 interrupted";
+  0 done, 1 failed, 2 usage, 3 target gone, 4 receiver refused, 5 not permitted,
+  6 in doubt (see --resolve), 130 interrupted";
 
 impl Cli {
+    /// What CRIU is to do about what reaches beyond the tree.
+    #[must_use]
+    pub fn criu_options(&self) -> Options {
+        Options {
+            tcp_established: self.tcp_established,
+            shell_job: self.shell_job,
+            ext_unix_sk: self.ext_unix_sk,
+        }
+    }
+
     /// When to stop.
     #[must_use]
     pub fn limits(&self) -> Limits {

@@ -10,6 +10,7 @@ pub mod cli;
 pub mod converge;
 pub mod dirty;
 pub mod freeze;
+pub mod handover;
 pub mod maps;
 pub mod migrate;
 pub mod progress;

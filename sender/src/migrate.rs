@@ -3,6 +3,7 @@
 use crate::converge::{self, Limits, Next, Observed, Why};
 use crate::dirty::DirtyTracker;
 use crate::freeze::{FreezeError, Freezer, Then};
+use crate::handover::{self, Handover, HandoverError};
 use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
 use crate::sink::{PageSink, Receipt, SinkError};
@@ -31,13 +32,16 @@ pub enum MigrateError {
     /// The root process ended.
     #[error("process {0} ended")]
     TargetGone(i32),
+    /// The process could not follow its memory.
+    #[error(transparent)]
+    Handover(#[from] HandoverError),
     /// The host's uptime is not to be had.
     #[error("cannot read /proc/uptime")]
     Uptime(#[source] io::Error),
 }
 
 /// What moves, and until when.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Plan {
     /// The tree's root.
     pub root: i32,
@@ -45,6 +49,8 @@ pub struct Plan {
     pub limits: Limits,
     /// What becomes of the tree after a final round.
     pub then: Then,
+    /// The process itself follows with the last round.
+    pub handover: Option<Handover>,
 }
 
 /// The machinery a migration runs on, all of it set up before the first freeze.
@@ -61,13 +67,14 @@ pub struct Parts<'a> {
     pub progress: &'a Progress,
 }
 
-/// Copies a process tree in rounds. Each round stops the tree, lists its mappings, ends the
+/// Copies or moves a process tree, in rounds. Each round stops the tree, lists its mappings, ends the
 /// trackers' epoch and begins the next; a pre-dump round lets the tree run before it reads
-/// anything, a final round after the receiver has acked it. The rounds done are added to `report`.
+/// anything, a final round after the receiver has acked it; if the process itself follows its memory,
+/// the final round is part of the hand-over. The rounds done are added to `report`.
 ///
 /// # Errors
-/// [`MigrateError`]. Whatever it is, the tree runs then, and the receiver has the rounds acked
-/// before.
+/// [`MigrateError`]. Whatever it is, the tree runs then (but for [`HandoverError::InDoubt`]), and the
+/// receiver has the rounds acked before.
 pub fn migrate(
     plan: &Plan,
     tree: &mut Tree,
@@ -99,6 +106,28 @@ pub fn migrate(
 
         sink.prepare()?;
         let start = Instant::now();
+        if let (Next::Final(_), Some(handover)) = (next, &plan.handover) {
+            let parts = handover::Parts {
+                tree,
+                tracker,
+                sink,
+                pool,
+            };
+            let done = handover.run(plan.root, round, parts)?;
+            let stopped = Duration::from_secs_f64(done.downtime.total_ms() / 1e3);
+            let (took, scanned) = (start.elapsed(), done.scanned.pages);
+            report.add(round_report(
+                round,
+                name,
+                &done.receipt,
+                stopped,
+                took,
+                scanned,
+            ));
+            tracing::info!(downtime = ?done.downtime, "handed over: it runs at the receiver");
+            report.handover = Some(done.downtime);
+            break;
+        }
         let urgent = Urgent::begin();
         let mut frozen = freezer.freeze(plan.root)?;
         if kind == RoundKind::Final && plan.then == Then::Stop {
@@ -210,7 +239,7 @@ fn round_report(
 }
 
 /// Time since boot in µs, as CRIU records it to recognise reused PIDs.
-fn uptime_us() -> io::Result<u64> {
+pub(crate) fn uptime_us() -> io::Result<u64> {
     let text = std::fs::read_to_string("/proc/uptime")?;
     let seconds = text.split(' ').next().and_then(|s| s.parse::<f64>().ok());
     seconds

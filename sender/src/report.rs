@@ -2,6 +2,7 @@
 
 use crate::converge::Why;
 use serde::Serialize;
+use std::time::Instant;
 
 /// One round.
 #[derive(Debug, Clone, Serialize)]
@@ -47,6 +48,66 @@ pub struct Totals {
     pub seconds: f64,
 }
 
+/// How long nothing ran, by phase, ms.
+#[derive(Debug, Clone, Serialize)]
+pub struct Downtime {
+    /// Freezing the tree, and dumping what is not memory.
+    pub state_ms: f64,
+    /// Reading and sending the last pages, until they are durable.
+    pub pages_ms: f64,
+    /// Sending CRIU's images, and restoring.
+    pub restore_ms: f64,
+    /// Deciding, and letting the copy run.
+    pub resume_ms: f64,
+    #[serde(skip)]
+    last: Instant,
+}
+
+impl Downtime {
+    /// The tree is about to be frozen.
+    #[must_use]
+    pub fn begin() -> Self {
+        Self {
+            state_ms: 0.0,
+            pages_ms: 0.0,
+            restore_ms: 0.0,
+            resume_ms: 0.0,
+            last: Instant::now(),
+        }
+    }
+
+    /// All but memory is dumped.
+    pub fn state_dumped(&mut self) {
+        self.state_ms = self.lap();
+    }
+
+    /// The receiver has the last pages.
+    pub fn last_pages_sent(&mut self) {
+        self.pages_ms = self.lap();
+    }
+
+    /// It could run at the receiver.
+    pub fn restored(&mut self) {
+        self.restore_ms = self.lap();
+    }
+
+    /// It runs there.
+    pub fn running(&mut self) {
+        self.resume_ms = self.lap();
+    }
+
+    /// All of it, ms.
+    #[must_use]
+    pub fn total_ms(&self) -> f64 {
+        self.state_ms + self.pages_ms + self.restore_ms + self.resume_ms
+    }
+
+    fn lap(&mut self) -> f64 {
+        let before = std::mem::replace(&mut self.last, Instant::now());
+        before.elapsed().as_secs_f64() * 1e3
+    }
+}
+
 /// The whole migration.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -62,6 +123,8 @@ pub struct Report {
     pub directory: String,
     /// The dirty tracker used.
     pub tracker: &'static str,
+    /// Of the hand-over, if the process itself moved.
+    pub handover: Option<Downtime>,
     /// Why pre-copying ended; absent if no final round was asked for.
     pub ended: Option<Why>,
     /// The rounds, the first first.
@@ -81,6 +144,7 @@ impl Report {
             migration: String::new(),
             directory: String::new(),
             tracker,
+            handover: None,
             ended: None,
             rounds: Vec::new(),
             totals: Totals::default(),

@@ -4,6 +4,7 @@
 use crate::cli::Cli;
 use crate::dirty::{self, NoTracker};
 use crate::freeze::{FreezeError, Freezer, TreeError};
+use crate::handover::{Handover, HandoverError, Record, RecordError};
 use crate::migrate::{MigrateError, Parts, Plan, migrate};
 use crate::progress::{LogWriter, Progress};
 use crate::report::Report;
@@ -12,12 +13,14 @@ use crate::stream::StreamError;
 use crate::task::namespace_depth;
 use crate::tree::{SendError, Tree, TreeFault};
 use nix::sys::signal::Signal;
+use pageferry_common::criu::{Criu, NoCriu};
 use pageferry_common::wire::WireError;
 use pageferry_common::{BufferPool, MigrationId};
 use std::io::{self, IsTerminal, Read};
 use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// What `send` exits with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,6 +38,8 @@ pub enum Exit {
     Refused = 4,
     /// The kernel forbids it.
     NotPermitted = 5,
+    /// The receiver does not say whether the process runs there; here it is stopped.
+    InDoubt = 6,
     /// The user said stop.
     Interrupted = 130,
 }
@@ -43,8 +48,14 @@ pub enum Exit {
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.verbose);
-    let exit = match send(cli) {
-        Ok(report) => {
+    let done = match (cli.resolve, &cli.to, cli.pid) {
+        (Some(root), _, _) => resolve(root, cli.timeout).map(|()| None),
+        (None, Some(to), Some(pid)) => send(cli, to, pid).map(Some),
+        (None, _, _) => unreachable!("clap requires both"),
+    };
+    let exit = match done {
+        Ok(None) => Exit::Done,
+        Ok(Some(report)) => {
             if cli.json {
                 println!(
                     "{}",
@@ -77,26 +88,70 @@ enum Failure {
     Tracker(#[from] NoTracker),
     #[error(transparent)]
     Migrate(#[from] MigrateError),
+    #[error(transparent)]
+    Criu(#[from] NoCriu),
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    #[error("the record of process {0} is damaged")]
+    BadRecord(i32),
     #[error("cannot prepare")]
     Prepare(#[source] io::Error),
 }
 
-fn send(cli: &Cli) -> Result<Report, Failure> {
+/// Ends a move whose end was lost sight of: asks the receiver, and lets the copy here go on or go.
+fn resolve(root: i32, patience: Duration) -> Result<(), Failure> {
+    let record = Record::read(root)?;
+    let id = record.id().ok_or(Failure::BadRecord(root))?;
+    match crate::sink::resolve(record.to.clone(), id, record.root_pid, patience) {
+        Ok(true) => {
+            record.signal(Signal::SIGKILL);
+            record.await_end();
+            eprintln!(
+                "send: process {root} runs at {}; its copy here is gone",
+                record.to
+            );
+        }
+        Ok(false) => {
+            record.signal(Signal::SIGCONT);
+            eprintln!(
+                "send: process {root} never ran at {}; it goes on here",
+                record.to
+            );
+        }
+        Err(source) => {
+            return Err(MigrateError::from(HandoverError::InDoubt { root, source }).into());
+        }
+    }
+    Record::remove(root)?;
+    Ok(())
+}
+
+fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     // Suspended from a terminal, it would leave a frozen target frozen.
     for signal in [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU] {
         crate::sys::signals::ignore(signal).map_err(Failure::Prepare)?;
     }
-    refuse_plaintext(cli)?;
-    let gone = |_| MigrateError::TargetGone(cli.pid);
-    let depth = namespace_depth(cli.pid).map_err(gone)?;
-    let root_pid = crate::task::pid_in_namespace(cli.pid, depth).map_err(gone)?;
+    refuse_plaintext(cli, to)?;
+    let gone = |_| MigrateError::TargetGone(pid);
+    let depth = namespace_depth(pid).map_err(gone)?;
+    let root_pid = crate::task::pid_in_namespace(pid, depth).map_err(gone)?;
+    let id = random_id().map_err(Failure::Prepare)?;
+    let handover = match cli.migrate {
+        true => Some(Handover {
+            criu: Criu::find(cli.criu.as_deref())?,
+            options: cli.criu_options(),
+            state_dump: cli.state_dump,
+            to: to.to_owned(),
+            id,
+        }),
+        false => None,
+    };
     let mut tracker = dirty::probe(cli.tracker)?;
     let mut freezer = Freezer::start(Path::new("/proc/self/exe")).map_err(MigrateError::from)?;
-    let mut tree = Tree::new(cli.pid, cli.skip_unchanged).map_err(Failure::Prepare)?;
+    let mut tree = Tree::new(pid, cli.skip_unchanged).map_err(Failure::Prepare)?;
     let pool = BufferPool::new(usize::from(cli.buffers));
-    let id = random_id().map_err(Failure::Prepare)?;
     let connect = Connect {
-        to: cli.to.clone(),
+        to: to.to_owned(),
         id,
         root_pid,
         stall: cli.timeout,
@@ -104,14 +159,18 @@ fn send(cli: &Cli) -> Result<Report, Failure> {
     };
     let sink = cli.dialect.connect(connect, &pool);
     let mut sink = sink.map_err(MigrateError::from)?;
+    if handover.is_some() && sink.destination().is_none() {
+        return Err(MigrateError::from(SinkError::NoRestore).into());
+    }
     let progress = Progress::start(sink.counters());
-    let mut report = Report::new(cli.pid, tracker.name());
+    let mut report = Report::new(pid, tracker.name());
     report.migration = id.to_string();
     sink.directory().clone_into(&mut report.directory);
     let plan = Plan {
-        root: cli.pid,
+        root: pid,
         limits: cli.limits(),
         then: cli.then,
+        handover,
     };
     let parts = Parts {
         freezer: &mut freezer,
@@ -125,18 +184,18 @@ fn send(cli: &Cli) -> Result<Report, Failure> {
 }
 
 /// Memory is full of secrets: beyond loopback only if asked for by name.
-fn refuse_plaintext(cli: &Cli) -> Result<(), Failure> {
+fn refuse_plaintext(cli: &Cli, to: &str) -> Result<(), Failure> {
     if cli.insecure {
         return Ok(());
     }
     let resolve = |source| Failure::Resolve {
-        to: cli.to.clone(),
+        to: to.to_owned(),
         source,
     };
-    let mut addresses = cli.to.to_socket_addrs().map_err(resolve)?;
+    let mut addresses = to.to_socket_addrs().map_err(resolve)?;
     match addresses.all(|address| address.ip().is_loopback()) {
         true => Ok(()),
-        false => Err(Failure::Plaintext(cli.to.clone())),
+        false => Err(Failure::Plaintext(to.to_owned())),
     }
 }
 
@@ -175,6 +234,15 @@ fn judge(failure: &Failure) -> (Exit, &'static str) {
             Exit::Failed,
             "--tracker auto takes what this kernel has; --tracker hash works everywhere",
         ),
+        Failure::Criu(_) => (
+            Exit::Failed,
+            "--migrate takes CRIU 4.1 or later: scripts/install-criu installs one, --criu names it",
+        ),
+        Failure::Record(_) => (
+            Exit::Failed,
+            "without a record, no move of this process was lost sight of",
+        ),
+        Failure::BadRecord(_) => (Exit::Failed, ""),
         Failure::Prepare(_) => (Exit::Failed, ""),
         Failure::Migrate(error) => judge_migration(error),
     }
@@ -184,6 +252,7 @@ fn judge_migration(error: &MigrateError) -> (Exit, &'static str) {
     match error {
         MigrateError::TargetGone(_) => (Exit::TargetGone, "is the PID right?"),
         MigrateError::Uptime(_) => (Exit::Failed, ""),
+        MigrateError::Handover(error) => judge_handover(error),
         MigrateError::Sink(error)
         | MigrateError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
         MigrateError::Freeze(error) => judge_freeze(error),
@@ -194,6 +263,20 @@ fn judge_migration(error: &MigrateError) -> (Exit, &'static str) {
             TreeFault::Ambiguous(_) => (Exit::Failed, ""),
         },
         MigrateError::Send(SendError::Stream(StreamError::Source(error))) => judge_io(error),
+    }
+}
+
+fn judge_handover(error: &HandoverError) -> (Exit, &'static str) {
+    match error {
+        HandoverError::InDoubt { .. } => (Exit::InDoubt, "do not let it go on before that"),
+        HandoverError::Sink(error)
+        | HandoverError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
+        HandoverError::Dump(_)
+        | HandoverError::Io(_)
+        | HandoverError::Pages(_)
+        | HandoverError::Send(_)
+        | HandoverError::Tree(_)
+        | HandoverError::Record(_) => (Exit::Failed, "the target runs"),
     }
 }
 
@@ -239,6 +322,8 @@ fn judge_sink(error: &SinkError) -> (Exit, &'static str) {
             "the target runs; start `criu page-server` once for each round, from the second on with \
              --prev-images-dir",
         ),
+        SinkError::NoRestore => (Exit::Refused, "start it with `receive --restore`"),
+        SinkError::State(_) => (Exit::Failed, "the target runs"),
         SinkError::Interrupted => (Exit::Interrupted, "the target runs"),
         SinkError::Wire(_) | SinkError::Disagreement => (
             Exit::Failed,

@@ -109,6 +109,31 @@ impl Tree {
         tracker: &mut dyn DirtyTracker,
     ) -> Result<(), TreeFault> {
         let processes = frozen.processes().to_vec();
+        self.collect_with(processes, tracker, |tracker, task| {
+            tracker.rearm(frozen, task)
+        })
+    }
+
+    /// The same for a last round, of a tree that somebody else keeps stopped.
+    ///
+    /// # Errors
+    /// [`TreeFault`]; a process that is gone is none.
+    pub fn collect_stopped(
+        &mut self,
+        processes: &[FrozenProcess],
+        tracker: &mut dyn DirtyTracker,
+    ) -> Result<(), TreeFault> {
+        self.collect_with(processes.to_vec(), tracker, |tracker, task| {
+            tracker.conclude(task)
+        })
+    }
+
+    fn collect_with(
+        &mut self,
+        processes: Vec<FrozenProcess>,
+        tracker: &mut dyn DirtyTracker,
+        mut end_epoch: impl FnMut(&mut dyn DirtyTracker, &Task) -> Result<(), TrackError>,
+    ) -> Result<(), TreeFault> {
         self.forget_the_gone(&processes, tracker);
         let mut mapped = BTreeSet::new();
         for process in processes {
@@ -123,7 +148,7 @@ impl Tree {
                 Err(source) => return Err(TreeFault::Proc { pid, source }),
             }
             let task = self.tasks.get_mut(&pid).expect("just looked at");
-            tracker.rearm(frozen, task)?;
+            end_epoch(tracker, task)?;
             if self.skip_unchanged || tracker.untracked(pid) {
                 task.hashes.get_or_insert_default();
             }
@@ -263,6 +288,12 @@ impl Tree {
     pub fn one_that_ended(&self) -> Option<i32> {
         let ended = self.tasks.values().find(|task| !task.alive());
         ended.map(|task| task.pid)
+    }
+
+    /// The root's PID.
+    #[must_use]
+    pub fn root(&self) -> i32 {
+        self.root
     }
 
     /// Whether the root still is there.

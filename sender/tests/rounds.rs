@@ -151,6 +151,7 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool) {
         root: pid,
         limits,
         then: Then::Stop,
+        handover: None,
     };
     let parts = Parts {
         freezer: &mut freezer,

@@ -59,6 +59,20 @@ frame_kinds! {
     Refuse = 11,
     /// Sender: giving up, and why.
     Abort = 12,
+    /// Sender: a piece of one of CRIU's images.
+    State = 13,
+    /// Sender: all of them are there; restore the process, and stop short of letting it run.
+    Restore = 14,
+    /// Receiver: it is restored, and could run.
+    Restored = 15,
+    /// Sender: let it run. Its copy never will again, unless the receiver refuses.
+    Commit = 16,
+    /// Receiver: it runs.
+    Running = 17,
+    /// Sender, first thing on a new connection: what became of a migration that was lost sight of?
+    Resolve = 18,
+    /// Receiver: whether it runs here; if not, it never will.
+    Outcome = 19,
 }
 
 /// A decoded and bounds-checked frame header.

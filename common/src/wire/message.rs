@@ -2,11 +2,14 @@
 
 use super::frame::FrameKind;
 use crate::addr::{BadRange, PAGE_SIZE, PageRange};
-use crate::ids::{ImageId, MigrationId};
+use crate::ids::{ImageId, MigrationId, StateName};
 use crate::{BUFFER_PAGES, BUFFER_SIZE};
 
 /// Most entries one chunk may have.
 pub const CHUNK_ENTRIES_MAX: usize = 4096;
+
+/// Longest piece of a state image in a message, bytes.
+pub const PIECE_MAX: usize = 1 << 15;
 
 /// Longest string in a message, bytes.
 pub const STRING_MAX: usize = 1024;
@@ -34,6 +37,8 @@ pub enum RefuseCode {
     Limit = 4,
     /// The receiver takes nobody (more) now.
     Busy = 5,
+    /// The process cannot be restored here.
+    Restore = 6,
 }
 
 /// What both ends count over a round and compare before it is acked.
@@ -157,6 +162,24 @@ pub enum Message {
     Refuse { code: RefuseCode, reason: String },
     /// See [`FrameKind::Abort`].
     Abort { reason: String },
+    /// See [`FrameKind::State`].
+    State {
+        name: StateName,
+        last: bool,
+        piece: Vec<u8>,
+    },
+    /// See [`FrameKind::Restore`].
+    Restore { options: u32 },
+    /// See [`FrameKind::Restored`].
+    Restored,
+    /// See [`FrameKind::Commit`].
+    Commit,
+    /// See [`FrameKind::Running`].
+    Running,
+    /// See [`FrameKind::Resolve`].
+    Resolve { root_pid: u32, id: MigrationId },
+    /// See [`FrameKind::Outcome`].
+    Outcome { running: bool },
 }
 
 /// Why metadata is not a message.
@@ -176,6 +199,9 @@ pub enum MessageError {
         /// The number.
         value: u64,
     },
+    /// A name that no state image has, or too long a piece of one.
+    #[error("this is no piece of a state image")]
+    State,
     /// A string is too long or not UTF-8.
     #[error("a string is longer than {STRING_MAX} bytes or not UTF-8")]
     Text,
@@ -212,6 +238,13 @@ impl Message {
             Self::Working => FrameKind::Working,
             Self::Refuse { .. } => FrameKind::Refuse,
             Self::Abort { .. } => FrameKind::Abort,
+            Self::State { .. } => FrameKind::State,
+            Self::Restore { .. } => FrameKind::Restore,
+            Self::Restored => FrameKind::Restored,
+            Self::Commit => FrameKind::Commit,
+            Self::Running => FrameKind::Running,
+            Self::Resolve { .. } => FrameKind::Resolve,
+            Self::Outcome { .. } => FrameKind::Outcome,
         }
     }
 
@@ -272,7 +305,27 @@ impl Message {
             Self::RoundAck { round, totals } => {
                 out.u32(*round).totals(totals);
             }
-            Self::Finish | Self::FinishAck | Self::Working => {}
+            Self::Finish
+            | Self::FinishAck
+            | Self::Working
+            | Self::Restored
+            | Self::Commit
+            | Self::Running => {}
+            Self::State { name, last, piece } => {
+                out.u8(u8::from(*last)).text(name.as_str());
+                out.u32(u32::try_from(piece.len()).expect("pieces are cut at PIECE_MAX"));
+                out.0.extend_from_slice(piece);
+            }
+            Self::Restore { options } => {
+                out.u32(*options);
+            }
+            Self::Resolve { root_pid, id } => {
+                out.u32(*root_pid);
+                out.0.extend_from_slice(&id.0);
+            }
+            Self::Outcome { running } => {
+                out.u8(u8::from(*running));
+            }
             Self::Refuse { code, reason } => {
                 out.u16(*code as u16).text(reason);
             }
@@ -338,12 +391,31 @@ impl Message {
                     3 => RefuseCode::Storage,
                     4 => RefuseCode::Limit,
                     5 => RefuseCode::Busy,
+                    6 => RefuseCode::Restore,
                     other => return Err(bad("refusal", u64::from(other))),
                 },
                 reason: input.text()?,
             },
             FrameKind::Abort => Self::Abort {
                 reason: input.text()?,
+            },
+            FrameKind::State => Self::State {
+                last: input.flag()?,
+                name: StateName::new(&input.text()?).ok_or(MessageError::State)?,
+                piece: input.piece()?,
+            },
+            FrameKind::Restore => Self::Restore {
+                options: input.u32()?,
+            },
+            FrameKind::Restored => Self::Restored,
+            FrameKind::Commit => Self::Commit,
+            FrameKind::Running => Self::Running,
+            FrameKind::Resolve => Self::Resolve {
+                root_pid: input.u32()?,
+                id: MigrationId(input.array()?),
+            },
+            FrameKind::Outcome => Self::Outcome {
+                running: input.flag()?,
             },
         };
         match input.rest.len() {
@@ -442,6 +514,27 @@ impl Decoder<'_> {
             .ok_or(MessageError::Short(self.kind))?;
         self.rest = rest;
         String::from_utf8(head.to_vec()).map_err(|_| MessageError::Text)
+    }
+
+    fn flag(&mut self) -> Result<bool, MessageError> {
+        match self.u8()? {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => Err(bad("flag", u64::from(other))),
+        }
+    }
+
+    fn piece(&mut self) -> Result<Vec<u8>, MessageError> {
+        let len = self.u32()? as usize;
+        if len > PIECE_MAX {
+            return Err(MessageError::State);
+        }
+        let (piece, rest) = self
+            .rest
+            .split_at_checked(len)
+            .ok_or(MessageError::Short(self.kind))?;
+        self.rest = rest;
+        Ok(piece.to_vec())
     }
 
     fn totals(&mut self) -> Result<Totals, MessageError> {
@@ -570,6 +663,24 @@ mod tests {
                 reason
             }),
             ".{0,40}".prop_map(|reason| Message::Abort { reason }),
+            (
+                "[a-z][a-z0-9-]{0,30}\\.img",
+                any::<bool>(),
+                prop::collection::vec(any::<u8>(), 0..99)
+            )
+                .prop_filter_map("a name of state", |(name, last, piece)| {
+                    let name = StateName::new(&name)?;
+                    Some(Message::State { name, last, piece })
+                }),
+            any::<u32>().prop_map(|options| Message::Restore { options }),
+            Just(Message::Restored),
+            Just(Message::Commit),
+            Just(Message::Running),
+            (any::<u32>(), any::<[u8; 16]>()).prop_map(|(root_pid, id)| Message::Resolve {
+                root_pid,
+                id: MigrationId(id),
+            }),
+            any::<bool>().prop_map(|running| Message::Outcome { running }),
         ]
     }
 

@@ -36,6 +36,17 @@
 //!  |                              RoundAck {the same totals}    |
 //!  | <--------------------------------------------------------- |
 //!  |           ... more rounds, RoundBegin to RoundAck ...      |
+//!  |                                                            |
+//!  | State {name, last?, piece} ...                             |  if the process moves:
+//!  | Restore {options}                                          |  CRIU's other images
+//!  | ---------------------------------------------------------> |
+//!  |                                     Restored  or  Refuse   |  criu restore, held back
+//!  | <--------------------------------------------------------- |
+//!  | Commit                                                     |
+//!  | ---------------------------------------------------------> |
+//!  |                                      Running  or  Refuse   |  let go
+//!  | <--------------------------------------------------------- |
+//!  |                                                            |
 //!  | Finish                                                     |
 //!  | ---------------------------------------------------------> |
 //!  |                                              FinishAck     |
@@ -56,6 +67,13 @@
 //! | 10 | Working | both | nothing: the peer is alive and busy (a long scan, a long fsync) |
 //! | 11 | Refuse | R | code u16, reason string; the connection ends |
 //! | 12 | Abort | S | reason string; the round in progress is discarded, the connection ends |
+//! | 13 | State | S | last u8 (0, 1), name string, length u32, the piece: at most 32 KiB |
+//! | 14 | Restore | S | options u32: [`crate::criu::Options::bits`] |
+//! | 15 | Restored | R | |
+//! | 16 | Commit | S | |
+//! | 17 | Running | R | |
+//! | 18 | Resolve | S | root PID u32, migration id 16 bytes; first message of a connection |
+//! | 19 | Outcome | R | running u8 (0, 1); the connection ends |
 //!
 //! A string is a u16 length and that many bytes of UTF-8, at most [`message::STRING_MAX`].
 //! A chunk's entry is `address u64, pages u32, kind u32`; kinds are 1 data (its pages follow, in
@@ -84,5 +102,8 @@ pub const VERSION: u16 = 1;
 /// Feature bit: chunk data may be zstd-compressed.
 pub const FEATURE_ZSTD: u64 = 1;
 
+/// Feature bit: the process can be restored where its memory goes.
+pub const FEATURE_RESTORE: u64 = 2;
+
 /// Every feature this code knows.
-pub const FEATURES: u64 = FEATURE_ZSTD;
+pub const FEATURES: u64 = FEATURE_ZSTD | FEATURE_RESTORE;

@@ -19,6 +19,14 @@ pub enum Phase {
     Sealing,
     /// No more rounds; the receiver says goodbye.
     Finishing,
+    /// CRIU restores; the receiver says how that went.
+    Restoring,
+    /// Restored, and not running.
+    Restored,
+    /// To be let run; the receiver says that it does.
+    Committing,
+    /// Asked about an earlier migration; the receiver answers.
+    Resolving,
     /// Over.
     Closed,
 }
@@ -54,9 +62,25 @@ impl Phase {
             (Self::Ready, K::Finish) => Some(Self::Finishing),
             (Self::Finishing, K::FinishAck) => Some(Self::Closed),
 
+            (Self::Ready, K::State) => Some(Self::Ready),
+            (Self::Ready, K::Restore) => Some(Self::Restoring),
+            (Self::Restoring, K::Restored) => Some(Self::Restored),
+            (Self::Restored, K::Commit) => Some(Self::Committing),
+            (Self::Committing, K::Running) => Some(Self::Ready),
+            (Self::Fresh, K::Resolve) => Some(Self::Resolving),
+            (Self::Resolving, K::Outcome) => Some(Self::Closed),
+
             (Self::Fresh | Self::Greeting, K::Working) => None,
             (
-                Self::Ready | Self::Round | Self::Image | Self::Sealing | Self::Finishing,
+                Self::Ready
+                | Self::Round
+                | Self::Image
+                | Self::Sealing
+                | Self::Finishing
+                | Self::Restoring
+                | Self::Restored
+                | Self::Committing
+                | Self::Resolving,
                 K::Working,
             ) => Some(self),
 
@@ -70,7 +94,14 @@ impl Phase {
                 | K::RoundEnd
                 | K::RoundAck
                 | K::Finish
-                | K::FinishAck,
+                | K::FinishAck
+                | K::State
+                | K::Restore
+                | K::Restored
+                | K::Commit
+                | K::Running
+                | K::Resolve
+                | K::Outcome,
             ) => None,
         };
         next.ok_or(OutOfPhase { phase: self, kind })
@@ -100,6 +131,13 @@ mod tests {
             K::RoundBegin,
             K::RoundEnd,
             K::RoundAck,
+            K::State,
+            K::State,
+            K::Restore,
+            K::Working,
+            K::Restored,
+            K::Commit,
+            K::Running,
             K::Finish,
             K::FinishAck,
         ];
@@ -111,9 +149,10 @@ mod tests {
         /// Whatever comes: no chunk without an image, no image without a round, no round before
         /// the welcome, and nothing after the end.
         #[test]
-        fn no_order_of_frames_breaks_the_structure(order in prop::collection::vec(0usize..12, 0..60)) {
+        fn no_order_of_frames_breaks_the_structure(order in prop::collection::vec(0usize..19, 0..60)) {
             let mut phase = Phase::Fresh;
             let (mut welcomed, mut in_round, mut image, mut over) = (false, false, false, false);
+            let (mut restoring, mut restored, mut committed) = (false, false, false);
             for kind in order.into_iter().map(|i| FrameKind::ALL[i]) {
                 let Ok(next) = phase.advance(kind) else { continue };
                 prop_assert!(!over);
@@ -124,8 +163,16 @@ mod tests {
                     K::Chunk => prop_assert!(in_round && image),
                     K::RoundEnd => { prop_assert!(in_round); }
                     K::RoundAck => { prop_assert!(in_round); in_round = false; }
-                    K::Refuse | K::Abort | K::FinishAck => over = true,
-                    K::Hello | K::Finish | K::Working => {}
+                    K::Refuse | K::Abort | K::FinishAck | K::Outcome => over = true,
+                    K::Restore => { prop_assert!(welcomed && !in_round); restoring = true; }
+                    K::Restored => { prop_assert!(restoring); restored = true; }
+                    K::Commit => { prop_assert!(restored); committed = true; }
+                    K::Running => {
+                        prop_assert!(committed);
+                        (restoring, restored, committed) = (false, false, false);
+                    }
+                    K::State => prop_assert!(welcomed && !in_round),
+                    K::Hello | K::Finish | K::Working | K::Resolve => {}
                 }
                 phase = next;
             }

@@ -2,6 +2,7 @@
 
 pub mod criu;
 pub mod detect;
+pub mod moving;
 pub mod native;
 pub mod serve_pages;
 
@@ -31,6 +32,8 @@ pub struct Migration {
     pub rounds: u32,
     /// Whether the last of them was a final one.
     pub finished_frozen: bool,
+    /// Whether the process runs here now.
+    pub restored: bool,
     /// Pages received with content.
     pub data_pages: u64,
     /// Bytes received on the wire.
@@ -79,4 +82,10 @@ pub enum Failure {
     /// Something else.
     #[error(transparent)]
     Refusal(#[from] Refusal),
+}
+
+impl From<FileError> for Failure {
+    fn from(error: FileError) -> Self {
+        Refusal::from(error).into()
+    }
 }

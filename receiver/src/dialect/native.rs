@@ -5,23 +5,24 @@
 use super::{Failure, Limits, Migration, Refusal};
 use crate::disk::Disk;
 use crate::image::DirName;
-use crate::image::writer::DirWriter;
+use crate::image::writer::{DirWriter, write_state};
 use crate::store::{Store, is_taken};
 use crate::with_causes;
 use bytes::Bytes;
+use pageferry_common::criu::{Criu, Options};
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{
     self, Chunk, FrameReader, FrameWriter, Incoming, Message, RefuseCode, RoundKind, SharedPhase,
     Totals, WireError,
 };
-use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, PAGE_SIZE};
+use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, PAGE_SIZE, StateName};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
 /// How often a sender that waits for a long fsync is told that we live.
-const WORKING_INTERVAL: Duration = Duration::from_secs(1);
+pub(super) const WORKING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long a sender may take to stop sending after it was refused: closing earlier would reset
 /// the connection and destroy our reason on its way.
@@ -30,7 +31,8 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Highest round number taken: bounds chains that a reader must follow.
 const ROUNDS_MAX: u32 = 1000;
 
-/// Takes one migration, whose progress is in `migration` however it ends.
+/// Takes one migration, whose progress is in `migration` however it ends. With `criu`, the process
+/// itself may follow its memory.
 ///
 /// # Errors
 /// [`Failure`]; the sender was told why, if it could be.
@@ -39,6 +41,7 @@ pub async fn receive<R, W>(
     write: W,
     store: &Store,
     limits: Limits,
+    criu: Option<&Criu>,
     migration: &mut Migration,
 ) -> Result<(), Failure>
 where
@@ -51,7 +54,7 @@ where
         writer: FrameWriter::new(write, phase, limits.stall),
         pool: BufferPool::new(limits.buffers),
     };
-    let result = session.run(store, limits, migration).await;
+    let result = session.run(store, limits, criu, migration).await;
     migration.bytes_wire = session.reader.bytes();
     if let Err(error) = &result {
         session.say_why(error).await;
@@ -59,9 +62,9 @@ where
     result
 }
 
-struct Session<R, W> {
+pub(super) struct Session<R, W> {
     reader: FrameReader<R>,
-    writer: FrameWriter<W>,
+    pub(super) writer: FrameWriter<W>,
     pool: BufferPool,
 }
 
@@ -70,12 +73,19 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         &mut self,
         store: &Store,
         limits: Limits,
+        criu: Option<&Criu>,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
-        migration.directory = self.greet(store).await?;
-        let home = migration.directory.clone();
+        let home = match self.message().await? {
+            Message::Resolve { root_pid, id } => {
+                return self.resolve(store, criu, root_pid, id).await;
+            }
+            hello => self.greet(hello, store, criu.is_some()).await?,
+        };
+        migration.directory.clone_from(&home);
+        let _taken = store.take(&home);
         let mut disk = Disk::start(limits.buffers, move |jobs| work(&home, jobs))?;
-        let result = self.rounds(&mut disk, migration).await;
+        let result = self.rounds(&mut disk, criu, migration).await;
         // A torn round is gone when the sender hears of it.
         disk.end().await;
         result
@@ -84,8 +94,11 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     async fn rounds(
         &mut self,
         disk: &mut Disk<Job>,
+        criu: Option<&Criu>,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
+        // The state image whose pieces are coming.
+        let mut state: Option<StateName> = None;
         loop {
             match self.message().await? {
                 Message::RoundBegin {
@@ -121,23 +134,45 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         "round complete"
                     );
                 }
+                Message::State { name, last, piece } => {
+                    let first = state.as_ref() != Some(&name);
+                    let images = images_of(migration)?;
+                    write_state(&images, &name, first, &piece)?;
+                    state = (!last).then_some(name);
+                }
+                Message::Restore { options } => {
+                    let images = images_of(migration)?;
+                    let options = Options::from_bits(options);
+                    let (Some(criu), Some(options)) = (criu, options) else {
+                        let what = "this receiver does not restore so: see its --restore";
+                        return Err(Refusal::new(RefuseCode::Unsupported, what).into());
+                    };
+                    let home = &migration.directory;
+                    self.take_over(criu, home, &images, options).await?;
+                    migration.restored = true;
+                }
                 Message::Finish => {
                     self.writer.send(&Message::FinishAck).await?;
                     return Ok(());
                 }
-                other => return Err(not_mine(&other)),
+                other => return Err(not_mine(&other).into()),
             }
         }
     }
 
-    async fn greet(&mut self, store: &Store) -> Result<PathBuf, Failure> {
+    async fn greet(
+        &mut self,
+        hello: Message,
+        store: &Store,
+        restores: bool,
+    ) -> Result<PathBuf, Failure> {
         let Message::Hello {
             version,
             page_size,
             features,
             id,
             root_pid,
-        } = self.message().await?
+        } = hello
         else {
             unreachable!("the phase table lets nothing else begin");
         };
@@ -157,9 +192,13 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             };
             Refusal::new(code, with_causes(&error))
         })?;
+        let ours = match restores {
+            true => wire::FEATURES,
+            false => wire::FEATURES & !wire::FEATURE_RESTORE,
+        };
         let welcome = Message::Welcome {
             version: wire::VERSION,
-            features: features & wire::FEATURES,
+            features: features & ours,
             directory: directory.display().to_string(),
         };
         self.writer.send(&welcome).await?;
@@ -167,7 +206,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     }
 
     /// The next message other than "still working".
-    async fn message(&mut self) -> Result<Message, Failure> {
+    pub(super) async fn message(&mut self) -> Result<Message, Failure> {
         loop {
             match self.reader.next().await? {
                 Incoming::Message(Message::Working) => {}
@@ -229,7 +268,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         }
                     }
                 }
-                Incoming::Message(other) => return Err(not_mine(&other)),
+                Incoming::Message(other) => return Err(not_mine(&other).into()),
             }
         }
     }
@@ -259,9 +298,20 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     }
 }
 
-fn not_mine(message: &Message) -> Failure {
+pub(super) fn not_mine(message: &Message) -> Refusal {
     let what = format!("a {:?} message is not for a receiver", message.kind());
-    Refusal::new(RefuseCode::Protocol, what).into()
+    Refusal::new(RefuseCode::Protocol, what)
+}
+
+/// Where the images are that a process can be restored from: those of a final round.
+fn images_of(migration: &Migration) -> Result<PathBuf, Refusal> {
+    match migration.finished_frozen {
+        true => Ok(migration.directory.join(migration.rounds.to_string())),
+        false => {
+            let what = "a process's state without its last round";
+            Err(Refusal::new(RefuseCode::Protocol, what))
+        }
+    }
 }
 
 enum Job {

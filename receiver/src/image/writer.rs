@@ -3,12 +3,12 @@
 //! Everything goes into `.NAME.tmp`; the commit syncs every file and the directory, renames it to
 //! `NAME`, and syncs the directory above. Dropped before that, it takes its directory with it.
 
-use super::chain::{Cursor, Levels, levels};
+use super::chain::{Cursor, Levels, levels, names};
 use super::format::{self, PagemapEntry};
 use super::{DirName, FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages_name};
 use pageferry_common::psi::Place;
 use pageferry_common::wire::{Entry, EntryKind};
-use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange};
+use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{BufWriter, Write};
@@ -203,6 +203,49 @@ impl DirWriter {
             None => Ok(()),
         }
     }
+}
+
+/// Appends a piece to one of CRIU's images of state in a complete directory; the first piece takes
+/// the place of what was there.
+///
+/// # Errors
+/// [`FileError`].
+pub fn write_state(
+    dir: &Path,
+    name: &StateName,
+    first: bool,
+    piece: &[u8],
+) -> Result<(), FileError> {
+    let path = dir.join(name.as_str());
+    if first {
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(failed("replace", &path)(error));
+            }
+            Ok(()) | Err(_) => drop(create_image(&path)?),
+        }
+    }
+    let append = || {
+        let mut file = OpenOptions::new().append(true).open(&path)?;
+        file.write_all(piece)
+    };
+    append().map_err(failed("write", &path))
+}
+
+/// Makes every file in a directory, and the directory, durable.
+///
+/// # Errors
+/// [`FileError`].
+pub fn sync_all(dir: &Path) -> Result<(), FileError> {
+    let sync = |path: &Path| {
+        File::open(path)
+            .and_then(|file| file.sync_all())
+            .map_err(failed("sync", path))
+    };
+    for name in names(dir)? {
+        sync(&dir.join(name))?;
+    }
+    sync(dir)
 }
 
 /// Creates an image file that only its owner can read: memory is full of secrets.

@@ -66,6 +66,10 @@ impl DirtyTracker for ContentHash {
         Ok(())
     }
 
+    fn conclude(&mut self, _: &Task) -> Result<(), TrackError> {
+        Ok(())
+    }
+
     fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         self.0.own_pages(&task.pagemap, part, 0, false, |range, _| {
             runs.push(Run {

@@ -72,6 +72,13 @@ pub trait DirtyTracker {
     /// [`TrackError`]. A process that is gone is not an error.
     fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Task) -> Result<(), TrackError>;
 
+    /// Ends the last epoch of one process of a tree that somebody else keeps stopped; none begins.
+    /// What a scan lists as written was, or may have been, written since the last rearm.
+    ///
+    /// # Errors
+    /// [`TrackError`]. A process that is gone is not an error.
+    fn conclude(&mut self, task: &Task) -> Result<(), TrackError>;
+
     /// Lists the populated pages of a part of a private mapping, ascending; the tree may run.
     ///
     /// # Errors

@@ -80,6 +80,10 @@ impl DirtyTracker for SoftDirty {
     }
 
     fn rearm(&mut self, _: &mut Frozen<'_>, task: &Task) -> Result<(), TrackError> {
+        self.conclude(task)
+    }
+
+    fn conclude(&mut self, task: &Task) -> Result<(), TrackError> {
         let pid = task.pid;
         match self.collect_and_clear(task) {
             Ok(written) => {

@@ -20,6 +20,9 @@ pub struct UffdWp {
     armed: HashMap<i32, Armed>,
     /// Processes that cannot have one: all their pages count as written, always.
     without: HashMap<i32, String>,
+    /// No epoch follows: pages are no longer protected again when they are listed. Mappings that came
+    /// after the last rearm are not registered, and would be left out.
+    concluded: bool,
 }
 
 /// One process's tracking.
@@ -79,6 +82,7 @@ impl UffdWp {
                 scanner,
                 armed: HashMap::new(),
                 without: HashMap::new(),
+                concluded: false,
             }),
             false => Err(io::Error::from_raw_os_error(libc::ENOTTY)),
         }
@@ -123,9 +127,15 @@ impl DirtyTracker for UffdWp {
         Ok(())
     }
 
+    fn conclude(&mut self, _: &Task) -> Result<(), TrackError> {
+        self.concluded = true;
+        Ok(())
+    }
+
     fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         // Asked to protect, the kernel leaves out mappings that it cannot protect.
-        let protect = self.tracks(task.pid, part.range);
+        let tracked = self.tracks(task.pid, part.range);
+        let protect = tracked && !self.concluded;
         let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
         self.scanner
             .own_pages(&task.pagemap, part, report, protect, |range, categories| {
@@ -133,7 +143,7 @@ impl DirtyTracker for UffdWp {
                 // looks like a protected page in swap. Reading tells: the file's page or swap's.
                 let marker = part.file && categories & (PRESENT | SWAPPED) == SWAPPED;
                 let clean = categories & (WRITTEN | WPALLOWED) == WPALLOWED;
-                let written = !protect || marker || !clean;
+                let written = !tracked || marker || !clean;
                 runs.push(Run { range, written });
             })
     }

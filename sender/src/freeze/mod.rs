@@ -10,7 +10,7 @@ pub mod freezer;
 mod inject;
 mod procs;
 
-pub use procs::TreeError;
+pub use procs::{TreeError, process_list};
 
 use crate::sys::fdpass;
 use serde::{Deserialize, Serialize};

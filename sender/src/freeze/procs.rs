@@ -1,5 +1,6 @@
 //! What `/proc` says of threads, children and tracers.
 
+use super::FrozenProcess;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
@@ -51,6 +52,23 @@ impl TreeError {
             error: error.to_string(),
         }
     }
+}
+
+/// The processes of a tree that somebody keeps stopped, the root first, but for those that have ended.
+#[must_use]
+pub fn process_list(root: i32) -> Vec<FrozenProcess> {
+    let (mut pids, mut next) = (vec![root], 0);
+    let mut list = Vec::new();
+    while let Some(&pid) = pids.get(next) {
+        next += 1;
+        let alive = |tid: &i32| !matches!(state(pid, *tid), None | Some('Z' | 'X'));
+        let tids = threads(pid);
+        if let Some(&tid) = tids.iter().find(|tid| alive(tid)) {
+            list.push(FrozenProcess { pid, tid });
+        }
+        pids.extend(tids.iter().flat_map(|&tid| children(pid, tid)));
+    }
+    list
 }
 
 /// The threads of a process; empty if it is gone.

@@ -5,12 +5,13 @@ mod link;
 mod native;
 
 pub use criu::CriuSink;
-pub use native::{Compression, Connect, NativeSink};
+pub use native::{Compression, Connect, NativeSink, resolve};
 
 use crate::progress::Counters;
 use bytes::Bytes;
+use pageferry_common::criu::Options;
 use pageferry_common::wire::{Entry, RoundKind, Totals, WireError};
-use pageferry_common::{BufferPool, ImageId};
+use pageferry_common::{BufferPool, ImageId, StateName};
 use std::io;
 use std::sync::Arc;
 
@@ -69,12 +70,56 @@ pub enum SinkError {
     /// It speaks CRIU's protocol, which has no words for what went wrong.
     #[error("the page server {0}")]
     PageServer(String),
+    /// It keeps memory, and no more.
+    #[error("the receiver does not restore processes")]
+    NoRestore,
+    /// An image of CRIU's cannot be read.
+    #[error("cannot read what CRIU has written")]
+    State(#[source] io::Error),
     /// The user said stop.
     #[error("interrupted")]
     Interrupted,
     /// The network thread could not do its work.
     #[error("the network thread failed")]
     Io(#[source] io::Error),
+}
+
+/// Why a receiver did not say that the process runs there.
+#[derive(Debug)]
+pub enum Lost {
+    /// It said that it does not, and never will.
+    Refused(SinkError),
+    /// It said nothing.
+    InDoubt(SinkError),
+}
+
+/// Where a process goes on: after the last round `state` for each image of CRIU's, `restore`,
+/// `commit`.
+pub trait Destination {
+    /// Sends one of CRIU's images.
+    ///
+    /// # Errors
+    /// [`SinkError`].
+    fn state(&mut self, name: &StateName, image: &mut dyn io::Read) -> Result<(), SinkError>;
+
+    /// Has the process restored, and returns when it could run.
+    ///
+    /// # Errors
+    /// [`SinkError`]; nothing is left of it then.
+    fn restore(&mut self, options: Options) -> Result<(), SinkError>;
+
+    /// Lets the copy run, and returns when it does.
+    ///
+    /// # Errors
+    /// [`Lost`].
+    fn commit(&mut self) -> Result<(), Lost>;
+
+    /// After [`Lost::InDoubt`]: connects anew, as often as it takes in the time allowed, and asks
+    /// whether the copy runs. If it does not, it never will.
+    ///
+    /// # Errors
+    /// [`SinkError`]; then it is still in doubt.
+    fn ask_again(&mut self) -> Result<bool, SinkError>;
 }
 
 /// Takes the rounds of one migration, in order: `prepare`, `begin`, then for each image `open` and
@@ -121,6 +166,11 @@ pub trait PageSink {
     /// Whether the receiver can store pages of the round before again (`EntryKind::Copy`).
     fn copies(&self) -> bool {
         true
+    }
+
+    /// The receiver as a place where the process can go on; `None` if it restores none.
+    fn destination(&mut self) -> Option<&mut dyn Destination> {
+        None
     }
 
     /// Where the receiver puts the rounds; empty if it does not say.

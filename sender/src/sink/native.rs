@@ -1,27 +1,33 @@
 //! The native protocol over TCP: a thread of its own with the socket, fed by a bounded channel.
 
 use super::link::{Link, dial};
-use super::{PageSink, Receipt, SinkError};
+use super::{Destination, Lost, PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
+use pageferry_common::criu::Options;
 use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::wire::message::PIECE_MAX;
 use pageferry_common::wire::{
     self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Phase, RoundKind, SharedPhase,
     Totals, WireError,
 };
-use pageferry_common::{BufferPool, ImageId, MigrationId, PAGE_SIZE};
+use pageferry_common::{BufferPool, ImageId, MigrationId, PAGE_SIZE, StateName};
+use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// How often a side that has nothing to say says so.
 const WORKING_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How long, after a write failed, the receiver's reason is waited for.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How often a receiver that cannot be reached is asked again.
+const RETRY: Duration = Duration::from_millis(200);
 
 /// Whether and how hard pages are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +74,9 @@ pub struct NativeSink {
     totals: Totals,
     digest: RoundDigest,
     directory: String,
+    /// The receiver restores processes.
+    restores: bool,
+    connect: Connect,
 }
 
 impl NativeSink {
@@ -83,10 +92,11 @@ impl NativeSink {
                 Some(zstd::bulk::Compressor::new(level).map_err(SinkError::Io)?)
             }
         };
-        let features = match compressor {
-            Some(_) => wire::FEATURE_ZSTD,
-            None => 0,
-        };
+        let features = wire::FEATURE_RESTORE
+            | match compressor {
+                Some(_) => wire::FEATURE_ZSTD,
+                None => 0,
+            };
         let hello = Message::Hello {
             version: wire::VERSION,
             page_size: PAGE_SIZE as u32,
@@ -95,7 +105,7 @@ impl NativeSink {
             root_pid: connect.root_pid,
         };
         let link = {
-            let counters = Arc::clone(&counters);
+            let (connect, counters) = (connect.clone(), Arc::clone(&counters));
             Link::start(|commands, replies| converse(connect, commands, replies, counters))?
         };
         let mut sink = Self {
@@ -108,6 +118,8 @@ impl NativeSink {
             totals: Totals::default(),
             digest: RoundDigest::default(),
             directory: String::new(),
+            restores: false,
+            connect,
         };
         sink.say(hello)?;
         match sink.link.hear()? {
@@ -117,6 +129,7 @@ impl NativeSink {
                 ..
             } => {
                 sink.directory = directory;
+                sink.restores = theirs & wire::FEATURE_RESTORE != 0;
                 if theirs & wire::FEATURE_ZSTD == 0 {
                     sink.compressor = None;
                 }
@@ -209,6 +222,13 @@ impl PageSink for NativeSink {
         self.link.hear().map(drop)
     }
 
+    fn destination(&mut self) -> Option<&mut dyn Destination> {
+        match self.restores {
+            true => Some(self),
+            false => None,
+        }
+    }
+
     fn directory(&self) -> &str {
         &self.directory
     }
@@ -218,6 +238,102 @@ impl PageSink for NativeSink {
     }
 }
 
+impl Destination for NativeSink {
+    fn state(&mut self, name: &StateName, image: &mut dyn io::Read) -> Result<(), SinkError> {
+        let mut last = false;
+        while !last {
+            let mut piece = Vec::new();
+            let more = image.take(PIECE_MAX as u64).read_to_end(&mut piece);
+            // An image that is a multiple of the piece ends with an empty one.
+            last = more.map_err(SinkError::State)? < PIECE_MAX;
+            let name = name.clone();
+            self.say(Message::State { name, last, piece })?;
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, options: Options) -> Result<(), SinkError> {
+        let options = options.bits();
+        self.say(Message::Restore { options })?;
+        match self.link.hear()? {
+            Message::Restored => Ok(()),
+            _ => Err(SinkError::Disagreement),
+        }
+    }
+
+    fn commit(&mut self) -> Result<(), Lost> {
+        let answer = match self.say(Message::Commit) {
+            Ok(()) => self.link.hear(),
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(Message::Running) => Ok(()),
+            Ok(_) => Err(Lost::InDoubt(SinkError::Disagreement)),
+            // Only these are the receiver's own words.
+            Err(refused @ SinkError::Wire(WireError::Refused { .. })) => {
+                Err(Lost::Refused(refused))
+            }
+            Err(error) => Err(Lost::InDoubt(error)),
+        }
+    }
+
+    fn ask_again(&mut self) -> Result<bool, SinkError> {
+        let Connect {
+            to,
+            id,
+            root_pid,
+            stall,
+            ..
+        } = self.connect.clone();
+        resolve(to, id, root_pid, stall)
+    }
+}
+
+/// Asks a receiver what became of a migration: whether it runs there. If not, it never will. Tries
+/// for as long as `patience`.
+///
+/// # Errors
+/// [`SinkError`]; then it has not answered.
+pub fn resolve(
+    to: String,
+    id: MigrationId,
+    root_pid: u32,
+    patience: Duration,
+) -> Result<bool, SinkError> {
+    let conversation = move |_: mpsc::Receiver<()>, replies: mpsc::UnboundedSender<bool>| async move {
+        let began = Instant::now();
+        loop {
+            match ask(&to, id, root_pid, patience).await {
+                Ok(running) => {
+                    // The one who asks waits for it.
+                    let _ = replies.send(running);
+                    return Ok(());
+                }
+                Err(error) if began.elapsed() > patience => return Err(error),
+                Err(error) => tracing::debug!(why = %error, "it does not answer yet"),
+            }
+            sleep(RETRY).await;
+        }
+    };
+    Link::start(conversation)?.hear()
+}
+
+async fn ask(to: &str, id: MigrationId, root_pid: u32, stall: Duration) -> Result<bool, SinkError> {
+    let (read, write) = dial(to, stall).await?.into_split();
+    let phase = SharedPhase::default();
+    let mut reader = FrameReader::new(read, phase.clone(), stall);
+    let mut writer = FrameWriter::new(write, phase, stall);
+    writer.send(&Message::Resolve { root_pid, id }).await?;
+    loop {
+        match reader.next().await? {
+            Incoming::Message(Message::Working) => {}
+            Incoming::Message(Message::Outcome { running }) => return Ok(running),
+            Incoming::Message(_) | Incoming::Chunk { .. } => return Err(SinkError::Disagreement),
+        }
+    }
+}
+
+/// The network thread.
 async fn converse(
     connect: Connect,
     commands: mpsc::Receiver<Outgoing>,
@@ -277,9 +393,15 @@ async fn talk(
             }
             Err(_) => match phase.get() {
                 Phase::Fresh | Phase::Greeting | Phase::Closed => {}
-                Phase::Ready | Phase::Round | Phase::Image | Phase::Sealing | Phase::Finishing => {
-                    writer.send(&Message::Working).await?
-                }
+                Phase::Ready
+                | Phase::Round
+                | Phase::Image
+                | Phase::Sealing
+                | Phase::Finishing
+                | Phase::Restoring
+                | Phase::Restored
+                | Phase::Committing
+                | Phase::Resolving => writer.send(&Message::Working).await?,
             },
         }
         bytes_sent.store(writer.bytes(), Ordering::Relaxed);
@@ -295,7 +417,11 @@ async fn listen(
         match reader.next().await? {
             Incoming::Message(Message::Working) => {}
             Incoming::Message(
-                message @ (Message::Welcome { .. } | Message::RoundAck { .. } | Message::FinishAck),
+                message @ (Message::Welcome { .. }
+                | Message::RoundAck { .. }
+                | Message::Restored
+                | Message::Running
+                | Message::FinishAck),
             ) => {
                 let last = message == Message::FinishAck;
                 // Nobody waiting for it any more means that the migration is over.

@@ -1,0 +1,423 @@
+//! The real CRIU, driven over its RPC: `criu swrk`, one process for each dump or restore.
+//!
+//! Requests and answers are protobuf messages, each one packet of a socket pair (CRIU's
+//! `images/rpc.proto`, as far as we need it). While it works CRIU tells of its stages, and waits at
+//! each for our word to go on: a no makes it undo everything. If we die it reads no word, which is a
+//! no.
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use prost::Message;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+/// The oldest that will do.
+pub const OLDEST: (i32, i32) = (4, 1);
+
+/// Longest message from CRIU, bytes.
+const ANSWER_MAX: usize = 1 << 16;
+
+/// A CRIU that will do.
+#[derive(Debug, Clone)]
+pub struct Criu {
+    path: PathBuf,
+    version: (i32, i32),
+}
+
+/// Why there is none.
+#[derive(Debug, thiserror::Error)]
+pub enum NoCriu {
+    /// It does not start, or does not answer.
+    #[error("cannot use {} as CRIU", path.display())]
+    Unusable {
+        /// The program.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It is too old.
+    #[error(
+        "{} is CRIU {}.{}, and it takes {}.{} or later", path.display(),
+        version.0, version.1, OLDEST.0, OLDEST.1
+    )]
+    TooOld {
+        /// The program.
+        path: PathBuf,
+        /// Its version.
+        version: (i32, i32),
+    },
+}
+
+impl Criu {
+    /// Asks the program at `path`, or the `criu` in `PATH`, for its version.
+    ///
+    /// # Errors
+    /// [`NoCriu`].
+    pub fn find(path: Option<&Path>) -> Result<Self, NoCriu> {
+        let path = path.unwrap_or(Path::new("criu")).to_owned();
+        let ask = || {
+            let mut work = Work::start(&path, &[], None)?;
+            work.ask(&Request::of(Kind::Version))?;
+            let version = work.hear()?.version;
+            version.ok_or_else(|| io::Error::other("it does not tell its version"))
+        };
+        match ask() {
+            Ok(Version { major, minor }) if (major, minor) >= OLDEST => Ok(Self {
+                path,
+                version: (major, minor),
+            }),
+            Ok(Version { major, minor }) => {
+                let version = (major, minor);
+                Err(NoCriu::TooOld { path, version })
+            }
+            Err(source) => Err(NoCriu::Unusable { path, source }),
+        }
+    }
+
+    /// Its version, major and minor.
+    #[must_use]
+    pub fn version(&self) -> (i32, i32) {
+        self.version
+    }
+
+    /// Begins a dump of the tree under `pid`, its state into the directory `images` and its pages
+    /// into the socket `pages`. `preload` is a library that CRIU is to load.
+    ///
+    /// # Errors
+    /// The kernel's, or CRIU's death.
+    pub fn dump(
+        &self,
+        pid: i32,
+        images: BorrowedFd<'_>,
+        pages: BorrowedFd<'_>,
+        preload: Option<&Path>,
+        options: &Options,
+    ) -> io::Result<Work> {
+        let mut work = Work::start(&self.path, &[pages], preload)?;
+        let mut request = Request::of(Kind::Dump);
+        request.opts = Some(Opts {
+            pid: Some(pid),
+            log_file: Some("dump.log".to_owned()),
+            ps: Some(PageServer {
+                fd: Some(pages.as_raw_fd()),
+            }),
+            ..options.opts(images)
+        });
+        work.ask(&request)?;
+        Ok(work)
+    }
+
+    /// Begins a restore from the directory `images`.
+    ///
+    /// # Errors
+    /// The kernel's, or CRIU's death.
+    pub fn restore(&self, images: BorrowedFd<'_>, options: &Options) -> io::Result<Work> {
+        let mut work = Work::start(&self.path, &[], None)?;
+        let mut request = Request::of(Kind::Restore);
+        request.opts = Some(Opts {
+            log_file: Some("restore.log".to_owned()),
+            ..options.opts(images)
+        });
+        work.ask(&request)?;
+        Ok(work)
+    }
+}
+
+/// What CRIU is to do about connections and terminals, alike at both ends.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Keep TCP connections.
+    pub tcp_established: bool,
+    /// The tree belongs to a terminal's session that it does not lead.
+    pub shell_job: bool,
+    /// Let go of Unix sockets that are connected to others.
+    pub ext_unix_sk: bool,
+}
+
+impl Options {
+    /// As bits: 1, 2, 4 in the order of the fields.
+    #[must_use]
+    pub fn bits(self) -> u32 {
+        u32::from(self.tcp_established)
+            | u32::from(self.shell_job) << 1
+            | u32::from(self.ext_unix_sk) << 2
+    }
+
+    /// From bits; `None` if there are others.
+    #[must_use]
+    pub fn from_bits(bits: u32) -> Option<Self> {
+        (bits < 8).then_some(Self {
+            tcp_established: bits & 1 != 0,
+            shell_job: bits & 2 != 0,
+            ext_unix_sk: bits & 4 != 0,
+        })
+    }
+
+    fn opts(self, images: BorrowedFd<'_>) -> Opts {
+        Opts {
+            // CRIU opens it as ours.
+            images_dir_fd: images.as_raw_fd(),
+            notify_scripts: Some(true),
+            log_level: Some(1),
+            tcp_established: Some(self.tcp_established),
+            shell_job: Some(self.shell_job),
+            ext_unix_sk: Some(self.ext_unix_sk),
+            ..Opts::default()
+        }
+    }
+}
+
+/// A CRIU at work. Dropping it says no to whatever it asks next, and waits for its end.
+#[derive(Debug)]
+pub struct Work {
+    /// `None` only while being dropped.
+    socket: Option<OwnedFd>,
+    child: Child,
+}
+
+/// What CRIU tells.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// It has come to this stage, and waits for [`Work::answer`].
+    Stage {
+        /// Its name, as of CRIU's action scripts: `post-dump`, `post-restore`…
+        name: String,
+        /// The process it is about, if any: when restoring, the restored root.
+        pid: Option<i32>,
+    },
+    /// It is done; after a restore, the restored root runs.
+    Done,
+    /// It failed, and has undone everything.
+    Failed(String),
+}
+
+impl Work {
+    fn start(
+        path: &Path,
+        inherited: &[BorrowedFd<'_>],
+        preload: Option<&Path>,
+    ) -> io::Result<Self> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
+        let mut command = Command::new(path);
+        // Its socket is its standard input. A Ctrl-C is for us alone: interrupted at any point,
+        // CRIU could leave the tree with its code in it.
+        command.args(["swrk", "0"]).stdin(Stdio::from(theirs));
+        command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0);
+        if let Some(library) = preload {
+            command.env("LD_PRELOAD", library);
+        }
+        for fd in inherited {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+        }
+        let child = command.spawn();
+        for fd in inherited {
+            fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+        }
+        Ok(Self {
+            socket: Some(ours),
+            child: child?,
+        })
+    }
+
+    /// CRIU's process ID.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// What to wait on for [`Work::next`] not to block.
+    #[must_use]
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        let socket = self.socket.as_ref();
+        socket
+            .expect("it is only taken while being dropped")
+            .as_fd()
+    }
+
+    /// Waits for what it tells next.
+    ///
+    /// # Errors
+    /// If it has died.
+    pub fn next(&mut self) -> io::Result<Event> {
+        let answer = self.hear()?;
+        Ok(match (answer.kind, answer.notify) {
+            (kind, Some(Notify { script, pid })) if kind == Kind::Notify as i32 => Event::Stage {
+                name: script.unwrap_or_default(),
+                pid,
+            },
+            _ if answer.success => Event::Done,
+            _ => Event::Failed(match (answer.message, answer.errno) {
+                (Some(message), _) => message,
+                (None, Some(errno)) => io::Error::from_raw_os_error(errno).to_string(),
+                (None, None) => "it does not say why".to_owned(),
+            }),
+        })
+    }
+
+    /// Lets it go on from a stage, or makes it undo everything.
+    ///
+    /// # Errors
+    /// If it has died.
+    pub fn answer(&mut self, go_on: bool) -> io::Result<()> {
+        let mut answer = Request::of(Kind::Notify);
+        answer.notify_success = Some(go_on);
+        self.ask(&answer)
+    }
+
+    /// The same, but whatever it asks, the answer is no.
+    ///
+    /// # Errors
+    /// If it has died.
+    pub fn next_or_refuse(&mut self) -> io::Result<Event> {
+        let event = self.next()?;
+        if let Event::Stage { .. } = event {
+            self.answer(false)?;
+        }
+        Ok(event)
+    }
+
+    fn ask(&mut self, request: &Request) -> io::Result<()> {
+        let bytes = request.encode_to_vec();
+        send(self.fd().as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL)?;
+        Ok(())
+    }
+
+    fn hear(&mut self) -> io::Result<Answer> {
+        let mut buffer = vec![0; ANSWER_MAX];
+        let len = loop {
+            match recv(self.fd().as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                Err(nix::Error::EINTR) => {}
+                other => break other?,
+            }
+        };
+        if len == 0 {
+            return Err(io::Error::other("CRIU ended without a word"));
+        }
+        Answer::decode(&buffer[..len]).map_err(io::Error::other)
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        drop(self.socket.take());
+        // It undoes what it has done, and ends.
+        let _ = self.child.wait();
+    }
+}
+
+#[derive(Debug, Clone, Copy)]
+#[repr(i32)]
+enum Kind {
+    Dump = 1,
+    Restore = 2,
+    Notify = 6,
+    Version = 10,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Request {
+    #[prost(int32, required, tag = "1")]
+    kind: i32,
+    #[prost(message, optional, tag = "2")]
+    opts: Option<Opts>,
+    #[prost(bool, optional, tag = "3")]
+    notify_success: Option<bool>,
+}
+
+impl Request {
+    fn of(kind: Kind) -> Self {
+        Self {
+            kind: kind as i32,
+            opts: None,
+            notify_success: None,
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Opts {
+    #[prost(int32, required, tag = "1")]
+    images_dir_fd: i32,
+    #[prost(int32, optional, tag = "2")]
+    pid: Option<i32>,
+    #[prost(bool, optional, tag = "4")]
+    ext_unix_sk: Option<bool>,
+    #[prost(bool, optional, tag = "5")]
+    tcp_established: Option<bool>,
+    #[prost(bool, optional, tag = "7")]
+    shell_job: Option<bool>,
+    #[prost(int32, optional, tag = "9")]
+    log_level: Option<i32>,
+    #[prost(string, optional, tag = "10")]
+    log_file: Option<String>,
+    #[prost(message, optional, tag = "11")]
+    ps: Option<PageServer>,
+    #[prost(bool, optional, tag = "12")]
+    notify_scripts: Option<bool>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct PageServer {
+    #[prost(int32, optional, tag = "4")]
+    fd: Option<i32>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Answer {
+    #[prost(int32, required, tag = "1")]
+    kind: i32,
+    #[prost(bool, required, tag = "2")]
+    success: bool,
+    #[prost(message, optional, tag = "5")]
+    notify: Option<Notify>,
+    #[prost(int32, optional, tag = "7")]
+    errno: Option<i32>,
+    #[prost(string, optional, tag = "9")]
+    message: Option<String>,
+    #[prost(message, optional, tag = "10")]
+    version: Option<Version>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Notify {
+    #[prost(string, optional, tag = "1")]
+    script: Option<String>,
+    #[prost(int32, optional, tag = "2")]
+    pid: Option<i32>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Version {
+    #[prost(int32, required, tag = "1")]
+    major: i32,
+    #[prost(int32, required, tag = "2")]
+    minor: i32,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_bits() {
+        for bits in 0..8 {
+            assert_eq!(Options::from_bits(bits).unwrap().bits(), bits);
+        }
+        assert_eq!(Options::from_bits(8), None);
+    }
+
+    #[test]
+    fn what_is_no_criu_is_named() {
+        for (path, words) in [("/nonexistent", "/nonexistent"), ("/bin/true", "/bin/true")] {
+            let error = Criu::find(Some(Path::new(path))).unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! The native protocol's last part: the process itself moves here.
+//!
+//! Whatever goes wrong before the sender's commit is on the disk, nothing runs here, and the sender
+//! lets its copy go on. From then on it runs here, whatever happens to the connection.
+
+use super::native::{Session, WORKING_INTERVAL};
+use super::{Failure, Refusal};
+use crate::image::chain::newest_round;
+use crate::image::writer::sync_all;
+use crate::restore::{Outcome, Progress, Restoring, complete};
+use crate::store::Store;
+use crate::with_causes;
+use pageferry_common::MigrationId;
+use pageferry_common::criu::{Criu, Options};
+use pageferry_common::wire::{Message, RefuseCode};
+use std::path::Path;
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::{sleep, timeout};
+
+/// How often it is looked whether somebody still works on a migration.
+const LOOK: Duration = Duration::from_millis(20);
+
+impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
+    /// Restores what is in `images`, the last round of the migration at `home`: up to the moment
+    /// before it would run, and when the sender says so, the rest.
+    pub(super) async fn take_over(
+        &mut self,
+        criu: &Criu,
+        home: &Path,
+        images: &Path,
+        options: Options,
+    ) -> Result<(), Failure> {
+        sync_all(images)?;
+        // Nothing is decided until the commit; who dies before has not decided.
+        let restoring = Restoring::start(criu.clone(), images.to_owned(), options);
+        let mut restoring = restoring.map_err(|error| refusal(error.to_string()))?;
+        let (criu, root) = match self.wait_for(&mut restoring, true).await {
+            Ok(Progress::Restored { criu, root }) => (criu, root),
+            Ok(Progress::Running) => unreachable!("it runs when it may"),
+            Ok(Progress::Failed(why)) => {
+                Outcome::Aborted.record(home)?;
+                return Err(refusal(why).into());
+            }
+            Err(gone) => return self.undo(restoring, home, gone).await,
+        };
+        let commit = match self.writer.send(&Message::Restored).await {
+            Ok(()) => self.message().await,
+            Err(error) => Err(error.into()),
+        };
+        match commit {
+            Ok(Message::Commit) => {}
+            Ok(other) => {
+                let failure = super::native::not_mine(&other).into();
+                return self.undo(restoring, home, failure).await;
+            }
+            Err(failure) => return self.undo(restoring, home, failure).await,
+        }
+        let options = options.bits();
+        let committed = Outcome::Committed {
+            criu,
+            root,
+            options,
+        };
+        if let Err(error) = committed.record(home) {
+            return self
+                .undo(restoring, home, Refusal::from(error).into())
+                .await;
+        }
+        restoring.go();
+        loop {
+            // The sender may be gone: it runs here all the same.
+            match self.wait_for(&mut restoring, false).await? {
+                Progress::Restored { .. } => {}
+                Progress::Running => break,
+                Progress::Failed(why) => {
+                    Outcome::Aborted.record(home)?;
+                    return Err(refusal(why).into());
+                }
+            }
+        }
+        tracing::info!(home = %home.display(), "restored: it runs here now");
+        Outcome::Running.record(home)?;
+        self.writer.send(&Message::Running).await?;
+        Ok(())
+    }
+
+    /// What happens next, while the sender is told that we live. That it is gone is an error only
+    /// if it `matters`.
+    async fn wait_for(
+        &mut self,
+        restoring: &mut Restoring,
+        matters: bool,
+    ) -> Result<Progress, Failure> {
+        loop {
+            match timeout(WORKING_INTERVAL, restoring.next()).await {
+                Ok(progress) => return Ok(progress),
+                Err(_) => match self.writer.send(&Message::Working).await {
+                    Err(error) if matters => return Err(error.into()),
+                    Ok(()) | Err(_) => {}
+                },
+            }
+        }
+    }
+
+    /// Leaves nothing of a restore that may not run.
+    async fn undo(
+        &mut self,
+        restoring: Restoring,
+        home: &Path,
+        why: Failure,
+    ) -> Result<(), Failure> {
+        restoring.abort().await;
+        Outcome::Aborted.record(home)?;
+        Err(why)
+    }
+
+    /// Tells a sender that has lost sight of a migration what became of it. What has not been decided
+    /// is decided: it will not run here.
+    pub(super) async fn resolve(
+        &mut self,
+        store: &Store,
+        criu: Option<&Criu>,
+        root_pid: u32,
+        id: MigrationId,
+    ) -> Result<(), Failure> {
+        let home = store.home(root_pid, id);
+        // Somebody who works on it comes to an end: the connection that it works for is lost.
+        let taken = loop {
+            match store.take(&home) {
+                Some(taken) => break taken,
+                None => {
+                    sleep(LOOK).await;
+                    self.writer.send(&Message::Working).await?;
+                }
+            }
+        };
+        let running = match Outcome::read(&home)? {
+            Some(Outcome::Running) => true,
+            Some(committed @ Outcome::Committed { .. }) => {
+                let Some(criu) = criu else {
+                    let what = "it is to run here: start the receiver with --restore";
+                    return Err(Refusal::new(RefuseCode::Restore, what).into());
+                };
+                finish(criu, &home, committed).await?;
+                true
+            }
+            Some(Outcome::Aborted) => false,
+            None => {
+                if home.is_dir() {
+                    Outcome::Aborted.record(&home)?;
+                }
+                false
+            }
+        };
+        drop(taken);
+        self.writer.send(&Message::Outcome { running }).await?;
+        Ok(())
+    }
+}
+
+/// Has a committed migration run.
+///
+/// # Errors
+/// Why it cannot.
+pub async fn finish(criu: &Criu, home: &Path, committed: Outcome) -> Result<(), Refusal> {
+    let images = newest_round(home)?;
+    complete(criu, home, &images, committed)
+        .await
+        .map_err(refusal)
+}
+
+fn refusal(why: String) -> Refusal {
+    Refusal::new(RefuseCode::Restore, why)
+}
+
+/// Has every migration run that an earlier receiver has committed and not lived to let run.
+pub async fn finish_all(criu: &Criu, store: &Store) {
+    let homes = store.migrations().unwrap_or_default();
+    for home in homes {
+        match Outcome::read(&home) {
+            Ok(Some(committed @ Outcome::Committed { .. })) => {
+                if let Err(error) = finish(criu, &home, committed).await {
+                    let why = with_causes(&error);
+                    tracing::error!(home = %home.display(), why, "it is to run here, and does not");
+                }
+            }
+            Ok(_) => {}
+            Err(error) => tracing::error!(why = with_causes(&error), "skipped"),
+        }
+    }
+}

@@ -1,0 +1,283 @@
+//! Restoring what has arrived, with CRIU: everything up to the moment before it would run, and the
+//! rest only when the sender has said so.
+//!
+//! What was decided is on the disk before it is done ([`Outcome`]), so that it is known whatever
+//! dies. A migration that is committed will run here, if need be restored once more; one that is
+//! aborted never will.
+
+use crate::image::{FileError, failed};
+use crate::with_causes;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pageferry_common::criu::{Criu, Event, Options};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc as blocking;
+use std::time::Duration;
+use tokio::sync::mpsc;
+
+/// The file in a migration's directory that has its [`Outcome`].
+const OUTCOME: &str = "outcome.json";
+
+/// What became of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It will run here, and never again where it came from.
+    Committed {
+        /// The CRIU that holds it back or has just let it go.
+        criu: Option<Process>,
+        /// The restored root.
+        root: Option<Process>,
+        /// How it is to be restored, [`Options::bits`].
+        options: u32,
+    },
+    /// It runs here, or did.
+    Running,
+    /// It will never run here.
+    Aborted,
+}
+
+/// A process, and when it started: PIDs are used again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    pid: i32,
+    /// Clock ticks since boot.
+    started: u64,
+}
+
+impl Process {
+    /// The process with this PID, if there is one.
+    #[must_use]
+    pub fn find(pid: i32) -> Option<Self> {
+        const START_TIME: usize = 19;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name before it may contain anything, even ") Z".
+        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+        if matches!(fields.next(), None | Some("Z" | "X")) {
+            return None;
+        }
+        let started = fields.nth(START_TIME - 1)?.parse().ok()?;
+        Some(Self { pid, started })
+    }
+
+    fn lives(self) -> bool {
+        Self::find(self.pid) == Some(self)
+    }
+}
+
+impl Outcome {
+    /// Reads what became of a migration; `None` if it was never to be restored.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn read(home: &Path) -> Result<Option<Self>, FileError> {
+        let path = home.join(OUTCOME);
+        match fs::read(&path) {
+            Ok(text) => {
+                let outcome = serde_json::from_slice(&text).map_err(io::Error::from);
+                Ok(Some(outcome.map_err(failed("understand", &path))?))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(failed("read", &path)(error)),
+        }
+    }
+
+    /// Writes it down, durably.
+    ///
+    /// # Errors
+    /// [`FileError`]; it may or may not be written then.
+    pub fn record(self, home: &Path) -> Result<(), FileError> {
+        let (path, tmp) = (home.join(OUTCOME), home.join(".outcome.tmp"));
+        let text = serde_json::to_vec(&self).expect("it is plain data");
+        let write = || {
+            let mut file = File::create(&tmp)?;
+            file.write_all(&text)?;
+            file.sync_all()?;
+            fs::rename(&tmp, &path)?;
+            File::open(home)?.sync_all()
+        };
+        write().map_err(failed("write", &path))
+    }
+}
+
+/// How a restore goes.
+#[derive(Debug)]
+pub enum Progress {
+    /// Everything is there, held back; the CRIU that does so, and the restored root.
+    Restored {
+        /// CRIU.
+        criu: Option<Process>,
+        /// The root.
+        root: Option<Process>,
+    },
+    /// It runs.
+    Running,
+    /// It failed, and nothing of it is left.
+    Failed(String),
+}
+
+/// A restore under way. Dropped before [`Restoring::go`], it leaves nothing.
+#[derive(Debug)]
+pub struct Restoring {
+    progress: mpsc::UnboundedReceiver<Progress>,
+    /// `None` once it may run.
+    go: Option<blocking::Sender<()>>,
+}
+
+impl Restoring {
+    /// Begins to restore from a directory of images.
+    ///
+    /// # Errors
+    /// The kernel's, if there are too many threads.
+    pub fn start(criu: Criu, images: PathBuf, options: Options) -> io::Result<Self> {
+        let (tell, progress) = mpsc::unbounded_channel();
+        let (go, may_go) = blocking::channel();
+        std::thread::Builder::new()
+            .name("restore".into())
+            .spawn(move || {
+                let last = match restore(&criu, &images, options, &tell, &may_go) {
+                    Ok(()) => Progress::Running,
+                    Err(error) => Progress::Failed(explain(&images, &error)),
+                };
+                // Nobody is there to hear it only if the connection is over.
+                let _ = tell.send(last);
+            })?;
+        let go = Some(go);
+        Ok(Self { progress, go })
+    }
+
+    /// What happens next. To be asked until it is [`Progress::Running`] or [`Progress::Failed`].
+    pub async fn next(&mut self) -> Progress {
+        let next = self.progress.recv().await;
+        next.unwrap_or_else(|| Progress::Failed("the restoring thread panicked".to_owned()))
+    }
+
+    /// Lets it run.
+    pub fn go(&mut self) {
+        if let Some(go) = self.go.take() {
+            // It has failed meanwhile if nobody is there; it says so next.
+            let _ = go.send(());
+        }
+    }
+
+    /// Undoes it; returns when nothing of it is left, or if it runs all the same.
+    pub async fn abort(mut self) -> Progress {
+        self.go = None;
+        loop {
+            match self.next().await {
+                Progress::Restored { .. } => {}
+                last => return last,
+            }
+        }
+    }
+}
+
+fn restore(
+    criu: &Criu,
+    images: &Path,
+    options: Options,
+    tell: &mpsc::UnboundedSender<Progress>,
+    may_go: &blocking::Receiver<()>,
+) -> io::Result<()> {
+    let dir = File::open(images)?;
+    let mut work = criu.restore(dir.as_fd(), &options)?;
+    let mut restored = None;
+    let result = (|| {
+        loop {
+            match work.next()? {
+                // Everything is in its place; a no now takes all of it away again.
+                Event::Stage { name, pid } if name == "post-restore" => {
+                    restored = pid.and_then(Process::find);
+                    let _ = tell.send(Progress::Restored {
+                        criu: Process::find(work.pid()),
+                        root: restored,
+                    });
+                    work.answer(may_go.recv().is_ok())?;
+                }
+                Event::Stage { .. } => work.answer(true)?,
+                Event::Done => return Ok(()),
+                Event::Failed(why) => return Err(io::Error::other(why)),
+            }
+        }
+    })();
+    drop(work);
+    // CRIU takes away what it has not let go, unless it was killed itself: then nobody knows how far
+    // it came, and what is there must not be.
+    if let (Err(_), Some(root)) = (&result, restored.filter(|root| root.lives())) {
+        kill_tree(root.pid);
+    }
+    result
+}
+
+/// Kills a process and all its descendants, each parent before its children, so that it makes no
+/// more.
+fn kill_tree(root: i32) {
+    let _ = kill(Pid::from_raw(root), Signal::SIGSTOP);
+    let mut children = Vec::new();
+    for task in fs::read_dir(format!("/proc/{root}/task"))
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
+        let text = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        children.extend(
+            text.split_ascii_whitespace()
+                .filter_map(|pid| pid.parse::<i32>().ok()),
+        );
+    }
+    children.into_iter().for_each(kill_tree);
+    let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
+}
+
+/// What CRIU's log says at its end says more than its answer.
+fn explain(images: &Path, error: &io::Error) -> String {
+    let log = fs::read_to_string(images.join("restore.log")).unwrap_or_default();
+    let errors: Vec<_> = log.lines().filter(|line| line.contains("Error")).collect();
+    let last = errors[errors.len().saturating_sub(2)..].join("; ");
+    format!("CRIU cannot restore it: {}: {last}", with_causes(error))
+}
+
+/// Sees to it that a migration that is committed runs: it does already, or is restored again.
+/// Returns when it runs.
+///
+/// # Errors
+/// Why it does not.
+pub async fn complete(
+    criu: &Criu,
+    home: &Path,
+    images: &Path,
+    outcome: Outcome,
+) -> Result<(), String> {
+    let mut again = Options::default();
+    if let Outcome::Committed {
+        criu,
+        root,
+        options,
+    } = outcome
+    {
+        again = Options::from_bits(options).unwrap_or_default();
+        // Whoever restored it is dead; its CRIU then undoes what it has not let go.
+        while criu.is_some_and(Process::lives) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        if root.is_some_and(Process::lives) {
+            return Outcome::Running.record(home).map_err(|e| with_causes(&e));
+        }
+    }
+    tracing::warn!(home = %home.display(), "committed, but not running: restoring it again");
+    let restoring = Restoring::start(criu.clone(), images.to_owned(), again);
+    let mut restoring = restoring.map_err(|error| error.to_string())?;
+    restoring.go();
+    loop {
+        match restoring.next().await {
+            Progress::Restored { .. } => {}
+            Progress::Running => break,
+            Progress::Failed(why) => return Err(why),
+        }
+    }
+    Outcome::Running.record(home).map_err(|e| with_causes(&e))
+}

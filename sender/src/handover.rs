@@ -1,0 +1,471 @@
+//! The hand-over: the process follows its memory, and exactly one copy of it ever runs.
+//!
+//! CRIU freezes the tree once and for all, and dumps what is not memory; we are the page server that
+//! it believes to fill. When it says that all is sent, the tree is still frozen and its own code out
+//! of it: now the last round is read and sent. When it says that the dump is over, its images
+//! follow, and the receiver restores, held back. Up to here, whatever fails (or dies) makes CRIU let
+//! the tree run as if nothing had happened.
+//!
+//! Then it is decided. The tree gets a SIGSTOP, so that not even CRIU's own undoing lets it run, and
+//! the receiver is told to commit. It answers that the copy runs, and CRIU kills ours; or that it
+//! does not, and ours goes on. If it does not answer, it is asked again, now or later
+//! (`send --resolve`), and until it does the tree stays stopped.
+
+use crate::dirty::DirtyTracker;
+use crate::freeze::process_list;
+use crate::report::Downtime;
+use crate::sink::{Destination, Lost, PageSink, SinkError};
+use crate::tree::{Scanned, SendError, Tree, TreeFault};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use pageferry_common::criu::{Criu, Event, Options, Work};
+use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
+use pageferry_common::wire::RoundKind;
+use pageferry_common::{BufferPool, PAGE_SIZE, StateName};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+mod record;
+
+pub use record::{Record, RecordError};
+
+/// The library that keeps CRIU from reading memory (`shim/shim.rs`).
+static SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/shim.so"));
+
+/// Pages that CRIU sends all the same, for each process: its vDSO, asynchronous I/O rings.
+const SPECIAL_PAGES: u64 = 64;
+
+/// How CRIU is kept from spending time on memory while the tree is frozen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum StateDump {
+    /// A library loaded into CRIU shows it no memory; without effect, it is `plain`.
+    Preload,
+    /// CRIU sends all memory, which is thrown away: slower, and CRIU as it is.
+    Plain,
+}
+
+/// Why a hand-over failed.
+#[derive(Debug, thiserror::Error)]
+pub enum HandoverError {
+    /// CRIU, before anything was decided.
+    #[error("CRIU cannot dump the target: {0}")]
+    Dump(String),
+    /// CRIU's RPC, or our own files.
+    #[error("cannot work with CRIU")]
+    Io(#[from] io::Error),
+    /// What CRIU sends is no page-server message.
+    #[error("cannot understand CRIU")]
+    Pages(#[from] UnknownCommand),
+    /// The last round.
+    #[error("cannot copy the target's memory")]
+    Send(#[from] SendError),
+    /// The mappings.
+    #[error("cannot list the target's memory")]
+    Tree(#[from] TreeFault),
+    /// The receiver.
+    #[error("cannot hand over")]
+    Sink(#[from] SinkError),
+    /// The record of what is decided.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// It was told to commit, and has not answered since.
+    #[error(
+        "the receiver does not say whether process {root} runs there; here it stays stopped. \
+         When the receiver can be reached again: send --resolve {root}"
+    )]
+    InDoubt {
+        /// The root.
+        root: i32,
+        /// Why it could not be asked.
+        source: SinkError,
+    },
+}
+
+/// What a hand-over takes.
+#[derive(Debug)]
+pub struct Handover {
+    /// Dumps.
+    pub criu: Criu,
+    /// Of the dump and the restore.
+    pub options: Options,
+    /// How.
+    pub state_dump: StateDump,
+    /// Where the receiver listens, as given.
+    pub to: String,
+    /// What it knows the migration by.
+    pub id: pageferry_common::MigrationId,
+}
+
+/// What was handed over.
+#[derive(Debug)]
+pub struct HandedOver {
+    /// The last round.
+    pub receipt: crate::sink::Receipt,
+    /// What was scanned for it.
+    pub scanned: Scanned,
+    /// For how long nothing ran, by phase.
+    pub downtime: Downtime,
+}
+
+/// The last round's parts of a migration.
+pub struct Parts<'a> {
+    /// The tree.
+    pub tree: &'a mut Tree,
+    /// Its tracker.
+    pub tracker: &'a mut dyn DirtyTracker,
+    /// The receiver.
+    pub sink: &'a mut dyn PageSink,
+    /// Buffers.
+    pub pool: &'a BufferPool,
+}
+
+impl Handover {
+    /// Hands over the tree under `root` with its last round, number `round`. Afterwards it runs at
+    /// the receiver, and nothing of it is left here.
+    ///
+    /// # Errors
+    /// [`HandoverError`]. The tree runs on here then, except if it is [`HandoverError::InDoubt`].
+    pub fn run(
+        &self,
+        root: i32,
+        round: u32,
+        mut parts: Parts<'_>,
+    ) -> Result<HandedOver, HandoverError> {
+        let images = tempdir()?;
+        let shim = self.shim(images.path())?;
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut endpoint = Endpoint::new(ours);
+        let dir = File::open(images.path())?;
+        let mut work = self.criu.dump(
+            root,
+            dir.as_fd(),
+            theirs.as_fd(),
+            shim.as_deref(),
+            &self.options,
+        )?;
+        drop(theirs);
+        let mut downtime = Downtime::begin();
+
+        let mut last_round = None;
+        loop {
+            match next(&mut work, &mut endpoint)? {
+                Next::PagesEnd => {
+                    downtime.state_dumped();
+                    match self.last_round(round, &mut parts) {
+                        Ok(sent) => {
+                            last_round = Some(sent);
+                            downtime.last_pages_sent();
+                            endpoint.status(0)?;
+                        }
+                        Err(error) => {
+                            // CRIU undoes everything, and its failure says less than ours.
+                            endpoint.status(-1)?;
+                            let _ = undo(&mut work);
+                            return Err(error);
+                        }
+                    }
+                }
+                Next::Criu(Event::Stage { name, .. }) if name == "post-dump" => break,
+                Next::Criu(Event::Stage { name, .. }) => {
+                    // The last thing before it freezes the tree.
+                    if name == "pre-dump" {
+                        downtime = Downtime::begin();
+                    }
+                    work.answer(true)?;
+                }
+                Next::Criu(Event::Done) => {
+                    return Err(HandoverError::Dump("it ended before we let it".to_owned()));
+                }
+                Next::Criu(Event::Failed(why)) => {
+                    return Err(HandoverError::Dump(explain(images.path(), &why)));
+                }
+            }
+        }
+        let Some((receipt, scanned)) = last_round else {
+            // Without our pages there is nothing to commit.
+            refuse(&mut work)?;
+            return Err(HandoverError::Dump(
+                "it asked for no page server".to_owned(),
+            ));
+        };
+        if endpoint.pages > SPECIAL_PAGES * parts.tree.size().0 as u64 && shim.is_some() {
+            tracing::warn!(
+                pages = endpoint.pages,
+                "CRIU read memory all the same: the library loaded into it had no effect"
+            );
+        }
+
+        let restored = self.send_state(images.path(), parts.sink);
+        if let Err(error) = restored {
+            refuse(&mut work)?;
+            return Err(error);
+        }
+        downtime.restored();
+        self.decide(root, &mut work, parts.sink)?;
+        downtime.running();
+        // CRIU kills the tree on this answer. If it is dead, we do.
+        let killed = work.answer(true).and_then(|()| work.next());
+        drop(work);
+        let record = Record::read(root)?;
+        if !matches!(killed, Ok(Event::Done)) {
+            tracing::warn!(?killed, "CRIU did not end the copy here: killing it");
+        }
+        record.signal(Signal::SIGKILL);
+        record.await_end();
+        Record::remove(root)?;
+        Ok(HandedOver {
+            receipt,
+            scanned,
+            downtime,
+        })
+    }
+
+    /// Writes the library where CRIU can load it.
+    fn shim(&self, dir: &Path) -> io::Result<Option<PathBuf>> {
+        if self.state_dump == StateDump::Plain {
+            return Ok(None);
+        }
+        let path = dir.join("shim.so");
+        let mut file = fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o700)
+            .open(&path)?;
+        file.write_all(SHIM)?;
+        Ok(Some(path))
+    }
+
+    /// The last round, of a tree that CRIU keeps frozen.
+    fn last_round(
+        &self,
+        round: u32,
+        parts: &mut Parts<'_>,
+    ) -> Result<(crate::sink::Receipt, Scanned), HandoverError> {
+        let Parts {
+            tree,
+            tracker,
+            sink,
+            pool,
+        } = parts;
+        let processes = process_list(tree.root());
+        tree.collect_stopped(&processes, *tracker)?;
+        let uptime = crate::migrate::uptime_us()?;
+        sink.begin(round, RoundKind::Final, uptime)?;
+        tree.survey_descriptors();
+        let scanned = tree.send(RoundKind::Final, *tracker, *sink, pool)?;
+        if let Some(pid) = tree.one_that_ended() {
+            return Err(HandoverError::Dump(format!("process {pid} ended")));
+        }
+        Ok((sink.commit()?, scanned))
+    }
+
+    /// Sends CRIU's images, and has the receiver restore.
+    fn send_state(&self, images: &Path, sink: &mut dyn PageSink) -> Result<(), HandoverError> {
+        let receiver = destination(sink)?;
+        let mut names: Vec<_> = fs::read_dir(images)?
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter_map(|name| StateName::new(&name))
+            .collect();
+        names.sort_unstable();
+        for name in names {
+            let mut file = File::open(images.join(name.as_str()))?;
+            receiver.state(&name, &mut file)?;
+        }
+        receiver.restore(self.options)?;
+        Ok(())
+    }
+
+    /// Tells the receiver to commit, and finds out whether it did. Ends well if it runs there; else
+    /// the tree here has been let go, or is in doubt.
+    fn decide(
+        &self,
+        root: i32,
+        work: &mut Work,
+        sink: &mut dyn PageSink,
+    ) -> Result<(), HandoverError> {
+        let record = Record::new(&self.to, self.id, root)?;
+        record.write()?;
+        // From here on it cannot run here, whoever dies.
+        record.signal(Signal::SIGSTOP);
+        let receiver = destination(sink)?;
+        let refused = match receiver.commit() {
+            Ok(()) => return Ok(()),
+            Err(Lost::Refused(error)) => error,
+            Err(Lost::InDoubt(error)) => {
+                tracing::warn!(why = %error, "the receiver's answer is lost: asking again");
+                match receiver.ask_again() {
+                    Ok(true) => return Ok(()),
+                    Ok(false) => error,
+                    Err(source) => return Err(HandoverError::InDoubt { root, source }),
+                }
+            }
+        };
+        // It will never run there.
+        record.signal(Signal::SIGCONT);
+        Record::remove(root)?;
+        refuse(work)?;
+        Err(refused.into())
+    }
+}
+
+fn destination(sink: &mut dyn PageSink) -> Result<&mut dyn Destination, SinkError> {
+    sink.destination().ok_or(SinkError::NoRestore)
+}
+
+/// Makes CRIU, which waits for our word or is about to, take everything back.
+fn undo(work: &mut Work) -> io::Result<()> {
+    loop {
+        match work.next_or_refuse()? {
+            Event::Stage { .. } => {}
+            Event::Done | Event::Failed(_) => return Ok(()),
+        }
+    }
+}
+
+/// Answers no to what CRIU asks now, and waits until it has taken everything back.
+fn refuse(work: &mut Work) -> io::Result<()> {
+    work.answer(false)?;
+    undo(work)
+}
+
+/// What CRIU's log says at its end says more than its answer.
+fn explain(images: &Path, why: &str) -> String {
+    let log = fs::read_to_string(images.join("dump.log")).unwrap_or_default();
+    let errors: Vec<_> = log.lines().filter(|line| line.contains("Error")).collect();
+    let last = errors[errors.len().saturating_sub(2)..].join("; ");
+    format!("{why}: {last}")
+}
+
+/// A directory that only we can read, and that is gone when dropped.
+struct Dir(PathBuf);
+
+impl Dir {
+    fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        // Best effort: it is in a place for temporary things.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn tempdir() -> io::Result<Dir> {
+    let path = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
+    DirBuilder::new().mode(0o700).create(&path)?;
+    Ok(Dir(path))
+}
+
+enum Next {
+    Criu(Event),
+    PagesEnd,
+}
+
+/// Waits for what CRIU does next, on either of its two sockets.
+fn next(work: &mut Work, endpoint: &mut Endpoint) -> Result<Next, HandoverError> {
+    loop {
+        let (told, sent) = {
+            let flags = PollFlags::POLLIN;
+            let mut fds = [
+                PollFd::new(work.fd(), flags),
+                PollFd::new(endpoint.stream.as_fd(), flags),
+            ];
+            let open = if endpoint.ended {
+                &mut fds[..1]
+            } else {
+                &mut fds[..]
+            };
+            match poll(open, PollTimeout::NONE) {
+                Err(nix::Error::EINTR) => continue,
+                other => other.map_err(io::Error::from)?,
+            };
+            let ready = |fd: &PollFd<'_>| fd.any() == Some(true);
+            (ready(&fds[0]), ready(&fds[1]))
+        };
+        if sent && let Some(step) = endpoint.step()? {
+            return Ok(step);
+        }
+        if told {
+            return Ok(Next::Criu(work.next()?));
+        }
+    }
+}
+
+/// Our end of CRIU's page server: it takes pages and throws them away.
+struct Endpoint {
+    stream: UnixStream,
+    width: Option<Width>,
+    /// Pages thrown away.
+    pages: u64,
+    ended: bool,
+    scrap: Vec<u8>,
+}
+
+impl Endpoint {
+    fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            width: None,
+            pages: 0,
+            ended: false,
+            scrap: vec![0; 1 << 20],
+        }
+    }
+
+    /// Takes one message.
+    fn step(&mut self) -> Result<Option<Next>, HandoverError> {
+        let mut bytes = [0; HEADER_MAX];
+        let (first, more) = bytes.split_at_mut(Width::Narrow.header_len());
+        match self.stream.read(&mut first[..1])? {
+            0 => {
+                // CRIU is gone, which its other socket says too.
+                self.ended = true;
+                return Ok(None);
+            }
+            _ => self.stream.read_exact(&mut first[1..])?,
+        }
+        let begins = self.width.is_none();
+        let narrow: &[u8; 24] = (&*first).try_into().expect("as long as a narrow header");
+        let width = *self.width.get_or_insert_with(|| Width::of_dump(narrow));
+        let header = match (width, Header::decode(narrow, Width::Narrow)) {
+            (Width::Narrow, header) => header?,
+            // A dump of nothing could be either.
+            (Width::Wide, Ok(close)) if begins && close.command == Command::Close => close,
+            (Width::Wide, _) => {
+                self.stream.read_exact(more)?;
+                Header::decode(&bytes, width)?
+            }
+        };
+        match header.command {
+            Command::Open { answered } => {
+                if answered {
+                    self.stream.write_all(&[0])?;
+                }
+            }
+            Command::HasParent => self.stream.write_all(&[0; 4])?,
+            Command::Add(Place::Present { .. }) => {
+                self.pages += header.pages;
+                let mut left = header.pages.saturating_mul(PAGE_SIZE);
+                while left > 0 {
+                    let now = left.min(self.scrap.len() as u64) as usize;
+                    self.stream.read_exact(&mut self.scrap[..now])?;
+                    left -= now as u64;
+                }
+            }
+            Command::Add(Place::Parent | Place::Elsewhere) | Command::Get => {}
+            Command::Close => return Ok(Some(Next::PagesEnd)),
+        }
+        Ok(None)
+    }
+
+    /// Answers CRIU's end: 0 if all is safe, anything else to make it undo the dump.
+    fn status(&mut self, status: i32) -> io::Result<()> {
+        self.stream.write_all(&status.to_le_bytes())
+    }
+}

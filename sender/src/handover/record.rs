@@ -1,0 +1,177 @@
+//! What is written down before a hand-over is decided: enough for `send --resolve` to find out how it
+//! ended, whoever died meanwhile.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pageferry_common::MigrationId;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// How often it is looked whether a tree is gone: nothing tells of processes that are not ours.
+const LOOK: Duration = Duration::from_millis(1);
+
+/// A hand-over that is about to be decided.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    /// Where the receiver listens.
+    pub to: String,
+    /// What it knows the migration by: 32 hex digits.
+    id: String,
+    /// The root, as its own PID namespace counts.
+    pub root_pid: u32,
+    root: i32,
+    tree: Vec<Process>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+struct Process {
+    pid: i32,
+    /// Clock ticks since boot: PIDs are used again.
+    started: u64,
+}
+
+/// A record that cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {what} {}", path.display())]
+pub struct RecordError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl Record {
+    /// Of the tree under `root`, which is frozen.
+    ///
+    /// # Errors
+    /// [`RecordError`] if the root is gone.
+    pub fn new(to: &str, id: MigrationId, root: i32) -> Result<Self, RecordError> {
+        let failed = |source| RecordError {
+            what: "describe the process in",
+            path: path(root),
+            source,
+        };
+        let depth = crate::task::namespace_depth(root).map_err(failed)?;
+        let root_pid = crate::task::pid_in_namespace(root, depth).map_err(failed)?;
+        let tree = crate::freeze::process_list(root);
+        let tree = tree.iter().filter_map(|process| {
+            let pid = process.pid;
+            let started = started(pid)?;
+            Some(Process { pid, started })
+        });
+        Ok(Self {
+            to: to.to_owned(),
+            id: id.to_string(),
+            root_pid,
+            root,
+            tree: tree.collect(),
+        })
+    }
+
+    /// The migration's id.
+    #[must_use]
+    pub fn id(&self) -> Option<MigrationId> {
+        let byte = |at: usize| u8::from_str_radix(self.id.get(2 * at..2 * at + 2)?, 16).ok();
+        let mut id = [0; 16];
+        for (at, place) in id.iter_mut().enumerate() {
+            *place = byte(at)?;
+        }
+        Some(MigrationId(id))
+    }
+
+    /// Writes it down, durably as far as the place is.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn write(&self) -> Result<(), RecordError> {
+        let path = path(self.root);
+        let write = || {
+            let dir = path.parent().expect("it is in a directory");
+            DirBuilder::new().mode(0o700).recursive(true).create(dir)?;
+            let tmp = path.with_extension("tmp");
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&tmp)?;
+            file.write_all(&serde_json::to_vec(self).expect("it is plain data"))?;
+            file.sync_all()?;
+            fs::rename(&tmp, &path)?;
+            File::open(dir)?.sync_all()
+        };
+        write().map_err(|source| RecordError {
+            what: "write",
+            path: path.clone(),
+            source,
+        })
+    }
+
+    /// The record of the tree under `root`.
+    ///
+    /// # Errors
+    /// [`RecordError`]; `NotFound` if there is none.
+    pub fn read(root: i32) -> Result<Self, RecordError> {
+        let path = path(root);
+        let read = || Ok(serde_json::from_slice(&fs::read(&path)?)?);
+        read().map_err(|source| RecordError {
+            what: "read",
+            path: path.clone(),
+            source,
+        })
+    }
+
+    /// It is decided, and done.
+    ///
+    /// # Errors
+    /// [`RecordError`].
+    pub fn remove(root: i32) -> Result<(), RecordError> {
+        let path = path(root);
+        fs::remove_file(&path).map_err(|source| RecordError {
+            what: "remove",
+            path,
+            source,
+        })
+    }
+
+    /// Sends a signal to every process of the tree that still is the one it was.
+    pub fn signal(&self, signal: Signal) {
+        for process in self.tree.iter().filter(|process| process.lives()) {
+            // One that ended meanwhile needs none.
+            let _ = kill(Pid::from_raw(process.pid), signal);
+        }
+    }
+
+    /// Waits until the whole tree, killed before, is gone.
+    pub fn await_end(&self) {
+        while self.tree.iter().any(|process| process.lives()) {
+            std::thread::sleep(LOOK);
+        }
+    }
+}
+
+impl Process {
+    fn lives(self) -> bool {
+        started(self.pid) == Some(self.started)
+    }
+}
+
+/// When a process that has not ended was started, clock ticks since boot.
+fn started(pid: i32) -> Option<u64> {
+    const START_TIME: usize = 19;
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name before it may contain anything, even ") Z".
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if matches!(fields.next(), None | Some("Z" | "X")) {
+        return None;
+    }
+    fields.nth(START_TIME - 1)?.parse().ok()
+}
+
+fn path(root: i32) -> PathBuf {
+    let run = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| "/run".into(), PathBuf::from);
+    run.join("pageferry").join(format!("{root}.json"))
+}
