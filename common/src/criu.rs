@@ -232,7 +232,7 @@ impl Work {
         self.child.id().cast_signed()
     }
 
-    /// What to wait on for [`Work::next`] not to block.
+    /// What to wait on for [`Work::event`] not to block.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         let socket = self.socket.as_ref();
@@ -245,7 +245,7 @@ impl Work {
     ///
     /// # Errors
     /// If it has died.
-    pub fn next(&mut self) -> io::Result<Event> {
+    pub fn event(&mut self) -> io::Result<Event> {
         let answer = self.hear()?;
         Ok(match (answer.kind, answer.notify) {
             (kind, Some(Notify { script, pid })) if kind == Kind::Notify as i32 => Event::Stage {
@@ -275,8 +275,8 @@ impl Work {
     ///
     /// # Errors
     /// If it has died.
-    pub fn next_or_refuse(&mut self) -> io::Result<Event> {
-        let event = self.next()?;
+    pub fn event_or_refuse(&mut self) -> io::Result<Event> {
+        let event = self.event()?;
         if let Event::Stage { .. } = event {
             self.answer(false)?;
         }

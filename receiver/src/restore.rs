@@ -188,7 +188,7 @@ fn restore(
     let mut restored = None;
     let result = (|| {
         loop {
-            match work.next()? {
+            match work.event()? {
                 // Everything is in its place; a no now takes all of it away again.
                 Event::Stage { name, pid } if name == "post-restore" => {
                     restored = pid.and_then(Process::find);

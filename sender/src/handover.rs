@@ -208,7 +208,7 @@ impl Handover {
         self.decide(root, &mut work, parts.sink)?;
         downtime.running();
         // CRIU kills the tree on this answer. If it is dead, we do.
-        let killed = work.answer(true).and_then(|()| work.next());
+        let killed = work.answer(true).and_then(|()| work.event());
         drop(work);
         let record = Record::read(root)?;
         if !matches!(killed, Ok(Event::Done)) {
@@ -319,7 +319,7 @@ fn destination(sink: &mut dyn PageSink) -> Result<&mut dyn Destination, SinkErro
 /// Makes CRIU, which waits for our word or is about to, take everything back.
 fn undo(work: &mut Work) -> io::Result<()> {
     loop {
-        match work.next_or_refuse()? {
+        match work.event_or_refuse()? {
             Event::Stage { .. } => {}
             Event::Done | Event::Failed(_) => return Ok(()),
         }
@@ -392,7 +392,7 @@ fn next(work: &mut Work, endpoint: &mut Endpoint) -> Result<Next, HandoverError>
             return Ok(step);
         }
         if told {
-            return Ok(Next::Criu(work.next()?));
+            return Ok(Next::Criu(work.event()?));
         }
     }
 }

@@ -68,6 +68,11 @@ impl Drop for Daemon {
     }
 }
 
+/// Sends SIGKILL to one process.
+pub fn kill_one(pid: i32) {
+    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+}
+
 /// Sends SIGKILL to a process and all its descendants.
 pub fn kill_tree(root: i32) {
     for pid in memory::tree(root).into_iter().rev() {

@@ -99,7 +99,7 @@ impl Send {
     /// If the binary is not built.
     #[must_use]
     pub fn start(to: SocketAddr, pid: i32, options: &[&str]) -> Self {
-        let mut command = Command::new(binary("PAGEFERRY_SEND", "send"));
+        let mut command = send_command();
         command.arg("--to").arg(to.to_string()).args(options);
         Self(Program::start(command.arg(pid.to_string()).arg("--json")))
     }
@@ -143,7 +143,15 @@ impl Receiver {
     /// As [`Receiver::start`].
     #[must_use]
     pub fn listen(port: &str, dir: &Path, options: &[&str]) -> Self {
-        let mut command = receive_command();
+        Self::run(receive_command(), port, dir, options)
+    }
+
+    /// The same by another command that ends up as `receive`.
+    ///
+    /// # Panics
+    /// As [`Receiver::start`].
+    #[must_use]
+    pub fn run(mut command: Command, port: &str, dir: &Path, options: &[&str]) -> Self {
         command.args([OsStr::new("--listen"), port.as_ref()]);
         command
             .args([OsStr::new("--dir"), dir.as_ref()])
@@ -172,6 +180,15 @@ impl Receiver {
     pub fn finish(self) -> Finished {
         self.program.finish()
     }
+}
+
+/// The program `send`: `$PAGEFERRY_SEND` or the workspace's.
+///
+/// # Panics
+/// If it is not built.
+#[must_use]
+pub fn send_command() -> Command {
+    Command::new(binary("PAGEFERRY_SEND", "send"))
 }
 
 /// The program `receive`: `$PAGEFERRY_RECEIVE` or the workspace's.

@@ -63,6 +63,12 @@ impl Container {
         }
     }
 
+    /// Its name, as its directory's: it is that of its cgroups too, which are the whole machine's.
+    fn id(&self) -> &str {
+        let name = self.dir.path().file_name().and_then(|name| name.to_str());
+        name.expect("our paths are text").trim_start_matches('.')
+    }
+
     fn file(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -86,7 +92,7 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        let _ = self.runc(&["delete", "--force", "it"]);
+        let _ = self.runc(&["delete", "--force", self.id()]);
     }
 }
 
@@ -98,7 +104,8 @@ fn text(path: &Path) -> &str {
 fn a_container_goes_on_where_it_was() {
     for criu in Criu::all("a container of runc") {
         let container = Container::new(&criu);
-        container.runc(&["run", "--detach", "it"]).unwrap();
+        let id = container.id();
+        container.runc(&["run", "--detach", id]).unwrap();
         let (_, secret) = container.beyond(5);
         let pair = Pair::start(&[]);
         let (images, server) = (container.file("images"), pair.address().to_string());
@@ -107,17 +114,22 @@ fn a_container_goes_on_where_it_was() {
         let paths = [&paths[..], &[text(&work)]].concat();
         let checkpoint = ["checkpoint", "--page-server", &server];
         container
-            .runc(&[&checkpoint[..], &paths, &["it"]].concat())
+            .runc(&[&checkpoint[..], &paths, &[id]].concat())
             .unwrap();
         let (reached, _) = container.said().unwrap();
 
         let dump = pair.dir().join("criu-1");
         assert_verified(&dump);
         for image in fs::read_dir(&dump).unwrap().map(Result::unwrap) {
-            fs::copy(image.path(), images.join(image.file_name())).unwrap();
+            let copy = images.join(image.file_name());
+            assert!(
+                !copy.exists(),
+                "{copy:?}: not all memory went to the server"
+            );
+            fs::copy(image.path(), copy).unwrap();
         }
         container
-            .runc(&[&["restore", "--detach"], &paths[..], &["it"]].concat())
+            .runc(&[&["restore", "--detach"], &paths[..], &[id]].concat())
             .unwrap();
         assert_eq!(container.beyond(reached + 5).1, secret);
         // Every number once, and the secret always the same: it is the same run.

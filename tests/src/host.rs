@@ -1,0 +1,67 @@
+//! A second host on this machine, as far as CRIU is concerned: a PID namespace of its own, in which
+//! every number is free.
+
+use crate::daemon::{kill_tree, until};
+use crate::memory;
+use crate::pair::{Receiver, receive_command};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// What runs as its process 1: it mounts its `/proc`, and reaps whatever is left to it.
+const INIT: &str = "mount -t proc proc /proc && while :; do sleep 1000 & wait $!; done";
+
+/// The namespace. Dropped, everything in it is killed.
+#[derive(Debug)]
+pub struct Host {
+    unshare: Child,
+    init: i32,
+}
+
+impl Host {
+    /// Starts it.
+    ///
+    /// # Panics
+    /// If it does not come up; it takes root.
+    #[must_use]
+    pub fn start() -> Self {
+        let mut unshare = Command::new("unshare");
+        unshare.args([
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount",
+            "bash",
+            "-c",
+            INIT,
+        ]);
+        let null = Stdio::null;
+        let unshare = unshare.stdin(null()).stdout(null()).spawn();
+        let unshare = unshare.expect("unshare is there");
+        let pid = unshare.id().cast_signed();
+        // It is up when it has come to sleep.
+        let init = until("the host comes up", || match memory::tree(pid)[..] {
+            [_, init, _] => Ok(init),
+            ref tree => Err(format!("{tree:?}")),
+        });
+        Self { unshare, init }
+    }
+
+    /// A receiver that runs there.
+    ///
+    /// # Panics
+    /// As [`Receiver::start`].
+    #[must_use]
+    pub fn receiver(&self, port: &str, dir: &Path, options: &[&str]) -> Receiver {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.init.to_string(), "--pid", "--mount", "--"]);
+        command.arg(receive_command().get_program());
+        Receiver::run(command, port, dir, options)
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        kill_tree(self.unshare.id().cast_signed());
+        let _ = self.unshare.wait();
+    }
+}

@@ -1,0 +1,349 @@
+//! `send --migrate`: the process goes on at the receiver, its data intact, and whatever fails at
+//! whatever step, exactly one copy of it runs.
+
+use pageferry_tests::criu::{Criu, free_address};
+use pageferry_tests::daemon::until;
+use pageferry_tests::host::Host;
+use pageferry_tests::memory;
+use pageferry_tests::program::Finished;
+use pageferry_tests::program::Program;
+use pageferry_tests::{Receiver, Send, Victim};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+
+/// Every process of a victim, here and on other hosts of this machine, by what only its command line
+/// says; whether it can run.
+fn copies(report: &Path) -> Vec<(i32, bool)> {
+    let report = report.to_str().unwrap();
+    let pids = fs::read_dir("/proc").unwrap().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = line.split(|&byte| byte == 0);
+        let victim = words.next().is_some_and(|word| word.ends_with(b"victim"));
+        victim && words.any(|word| word == report.as_bytes()) && memory::lives(*pid)
+    })
+    .map(|pid| (pid, !memory::is_stopped(pid)))
+    .collect()
+}
+
+/// The root of the one copy there is.
+fn the_one_copy(report: &Path, processes: usize) -> i32 {
+    until("one copy runs", || {
+        let copies = copies(report);
+        match copies.len() == processes && copies.iter().all(|&(_, runs)| runs) {
+            true => Ok(copies[0].0),
+            false => Err(format!("{copies:?}")),
+        }
+    })
+}
+
+fn migrate(criu: &Criu, to: SocketAddr, pid: i32, options: &[&str]) -> Send {
+    let criu = criu.path().to_str().unwrap();
+    let all = [&["--migrate", "--criu", criu], options].concat();
+    Send::start(to, pid, &all)
+}
+
+fn restoring(host: &Host, criu: &Criu, port: &str, dir: &Path) -> Receiver {
+    let criu = criu.path().to_str().unwrap();
+    host.receiver(port, dir, &["--restore", "--criu", criu])
+}
+
+fn assert_moved(criu: &Criu, features: &str, options: &[&str]) {
+    let what = format!("CRIU {:?}: {features} {options:?}", criu.version());
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let receiver = restoring(&host, criu, "0", dir.path());
+    let mut victim = match features.contains("sysv") {
+        // CRIU moves System V segments with their namespace.
+        true => Victim::detached_in(&["unshare", "--ipc"], features),
+        false => Victim::detached(features),
+    };
+    let (pid, tree) = (victim.pid(), victim.tree());
+    let sent = migrate(criu, receiver.address(), pid, options).finish();
+    assert!(sent.status.success(), "{what}: {}", sent.stderr);
+    let report = sent.expect_report();
+    let handover = &report.totals["handover"];
+    assert!(handover["restore_ms"].as_f64().unwrap() > 0.0, "{handover}");
+    // The copy here is gone when send ends.
+    assert!(!tree.iter().any(|&pid| memory::lives(pid)), "{what}");
+    victim.await_end();
+    let path = victim.report().path().to_owned();
+    let copy = the_one_copy(&path, tree.len());
+    let root = memory::tree(copy)[0];
+    let pages = victim.report().verdict(root);
+    let pages = pages.unwrap_or_else(|error| panic!("{what}: {error}"));
+    assert!(pages > 1000, "{what}: {pages}");
+}
+
+#[test]
+fn processes_of_every_kind_move() {
+    for criu in Criu::all("migrations") {
+        for features in [
+            "heap=32 text=2 zero=1 brk=1 static fileprivate=2 protnone=1 sparse=64 dirty=20",
+            "heap=8 threads=6 spin=1 signals dirty=20",
+            "heap=8 children=3 grandchildren=2 shared=4 memfd=2 memfd_unmapped=1 dirty=20",
+            "heap=4 sysv=4 children=1 dirty=20",
+            "heap=4 thp=8 mlock=1 dirty=20",
+        ] {
+            assert_moved(&criu, features, &[]);
+        }
+        let tree = "heap=8 children=2 shared=4 dirty=20";
+        for options in [
+            &["--state-dump", "plain"][..],
+            &["--tracker", "hash"],
+            &["--compress", "zstd"],
+            &["--max-rounds", "0"],
+        ] {
+            assert_moved(&criu, tree, options);
+        }
+    }
+}
+
+/// What happens at a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    Cut,
+    KillSend,
+    KillReceive,
+}
+
+/// The steps of a hand-over, by the frames of the protocol: the number of each, and whether the
+/// receiver says it.
+const STEPS: [(&str, u8, bool); 9] = [
+    ("the last round's end", 6, false),
+    ("the last round's ack", 7, true),
+    ("a state image", 13, false),
+    ("restore", 14, false),
+    ("restored", 15, true),
+    ("commit", 16, false),
+    ("running", 17, true),
+    ("finish", 8, false),
+    ("goodbye", 9, true),
+];
+
+/// A link that passes frames on, until that step of the connection; then it says so, waits until it
+/// may go on, and is cut if it is to be. Later connections pass freely.
+struct Link {
+    address: SocketAddr,
+    reached: mpsc::Receiver<()>,
+    go_on: mpsc::Sender<bool>,
+}
+
+impl Link {
+    fn to(receiver: SocketAddr, kind: u8, from_receiver: bool, after: bool) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (reach, reached) = mpsc::channel();
+        let (go_on, may_go_on) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut watch = Some((reach, may_go_on));
+            let over = Arc::new(AtomicBool::new(false));
+            for sender in listener.incoming().flatten() {
+                let Ok(receiver) = TcpStream::connect(receiver) else {
+                    continue;
+                };
+                let directions = [(&sender, &receiver, false), (&receiver, &sender, true)];
+                for (from, to, is_receiver) in directions {
+                    let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
+                    let watch = match is_receiver == from_receiver {
+                        true => watch.take(),
+                        false => None,
+                    };
+                    let over = Arc::clone(&over);
+                    std::thread::spawn(move || {
+                        let _ = pass(&from, &to, kind, after, watch, &over);
+                        for end in [from, to] {
+                            let _ = end.shutdown(Shutdown::Both);
+                        }
+                    });
+                }
+            }
+        });
+        Self {
+            address,
+            reached,
+            go_on,
+        }
+    }
+}
+
+type Watch = (mpsc::Sender<()>, mpsc::Receiver<bool>);
+
+/// Passes frames on; at the one watched for, as above.
+fn pass(
+    mut from: &TcpStream,
+    mut to: &TcpStream,
+    kind: u8,
+    after: bool,
+    mut watch: Option<Watch>,
+    over: &AtomicBool,
+) -> io::Result<()> {
+    const LAST_ROUND: u8 = 2;
+    let mut last_round = false;
+    loop {
+        let mut frame = vec![0; 32];
+        from.read_exact(&mut frame)?;
+        let length = |at: usize| u32::from_le_bytes(frame[at..at + 4].try_into().unwrap());
+        let rest = length(8) + length(12);
+        frame.resize(32 + rest as usize, 0);
+        from.read_exact(&mut frame[32..])?;
+        // A round's beginning says which it is; what the other side says of it comes later.
+        if frame[4] == 3 {
+            over.store(frame[36] == LAST_ROUND, Ordering::SeqCst);
+        }
+        last_round |= over.load(Ordering::SeqCst);
+        let here = frame[4] == kind && last_round;
+        if after || !here {
+            to.write_all(&frame)?;
+        }
+        if here && let Some((reach, may_go_on)) = watch.take() {
+            reach.send(()).map_err(io::Error::other)?;
+            match may_go_on.recv() {
+                Ok(true) if !after => to.write_all(&frame)?,
+                Ok(true) => {}
+                Ok(false) | Err(_) => return Ok(()),
+            }
+        } else if here && !after {
+            to.write_all(&frame)?;
+        }
+    }
+}
+
+fn resolve(pid: i32) -> Finished {
+    let mut send = pageferry_tests::pair::send_command();
+    Program::start(send.args(["--resolve", &pid.to_string()])).finish()
+}
+
+/// One row of the table. Returns whether the process moved.
+fn assert_one_copy(criu: &Criu, step: (&str, u8, bool), after: bool, fault: Fault) -> bool {
+    let (name, kind, from_receiver) = step;
+    let what = format!(
+        "{fault:?} {} {name}",
+        if after { "after" } else { "before" }
+    );
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let address = free_address();
+    let port = address.port().to_string();
+    let mut receiver = restoring(&host, criu, &port, dir.path());
+    let mut victim = Victim::detached("heap=8 children=1 dirty=20");
+    let (pid, tree) = (victim.pid(), victim.tree());
+    let path = victim.report().path().to_owned();
+    let link = Link::to(address, kind, from_receiver, after);
+    let mut send = migrate(criu, link.address, pid, &["--max-rounds", "1"]);
+    link.reached
+        .recv()
+        .unwrap_or_else(|_| panic!("{what}: it ended before"));
+    match fault {
+        Fault::Cut => {}
+        Fault::KillSend => send.program().kill(),
+        Fault::KillReceive => {
+            // The program under test is nsenter's child.
+            let tree = memory::tree(receiver.program().pid());
+            pageferry_tests::daemon::kill_one(tree[1]);
+            assert!(memory::await_end(&tree[1..2]), "{what}");
+            receiver = restoring(&host, criu, &port, dir.path());
+        }
+    }
+    // Whoever is dead hears no more of it.
+    link.go_on.send(false).unwrap();
+    let sent = send.finish();
+    if sent.status.code() != Some(0) && record_of(pid).exists() {
+        let resolved = resolve(pid);
+        let words = (&sent.stderr, &resolved.stderr);
+        assert!(resolved.status.success(), "{what}: {words:?}");
+    }
+    assert!(!record_of(pid).exists(), "{what}: {}", sent.stderr);
+    let copy = the_one_copy(&path, tree.len());
+    let moved = copy != pid;
+    if moved {
+        victim.await_end();
+    }
+    let verdict = victim.report().verdict(copy);
+    verdict.unwrap_or_else(|error| panic!("{what}: {error}: {}", sent.stderr));
+    drop(receiver);
+    moved
+}
+
+/// Where `send` writes down what is to be decided.
+fn record_of(pid: i32) -> PathBuf {
+    let run = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| "/run".into(), PathBuf::from);
+    run.join(format!("pageferry/{pid}.json"))
+}
+
+fn fault_at_every_step(fault: Fault) {
+    let Some(criu) = Criu::stable("faults of a hand-over") else {
+        return;
+    };
+    for step in STEPS {
+        for after in [false, true] {
+            let moved = assert_one_copy(&criu, step, after, fault);
+            eprintln!(
+                "{fault:?} {} {}: moved {moved}",
+                if after { "after" } else { "before" },
+                step.0
+            );
+            // Before the commit it never moves; from the answer on it has.
+            match step.1 {
+                16 => {}
+                17 | 8 | 9 => assert!(moved, "{step:?} {after}"),
+                _ => assert!(!moved, "{step:?} {after}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_link_is_cut_at_every_step() {
+    fault_at_every_step(Fault::Cut);
+}
+
+#[test]
+fn send_is_killed_at_every_step() {
+    fault_at_every_step(Fault::KillSend);
+}
+
+#[test]
+fn receive_is_killed_at_every_step() {
+    fault_at_every_step(Fault::KillReceive);
+}
+
+#[test]
+fn what_cannot_move_is_said_before_anything_is_frozen() {
+    let Some(criu) = Criu::stable("migrations that cannot be") else {
+        return;
+    };
+    let (victim, dir) = (Victim::detached("heap=4"), tempfile::tempdir().unwrap());
+    let keeps = Receiver::start(dir.path(), &[]);
+    let refused = migrate(&criu, keeps.address(), victim.pid(), &[]).finish();
+    assert_eq!(refused.status.code(), Some(4), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("receive --restore"),
+        "{}",
+        refused.stderr
+    );
+    let none = ["--migrate", "--criu", "/bin/true"];
+    let refused = Send::start(keeps.address(), victim.pid(), &none).finish();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        refused.stderr.contains("CRIU 4.1 or later"),
+        "{}",
+        refused.stderr
+    );
+    // CRIU itself refuses a process that has a terminal, or here a pipe, to somebody outside.
+    let mut tied = Victim::start("heap=4 dirty=20");
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let receiver = restoring(&host, &criu, "0", dir.path());
+    let failed = migrate(&criu, receiver.address(), tied.pid(), &[]).finish();
+    assert_eq!(failed.status.code(), Some(1), "{}", failed.stderr);
+    assert!(
+        failed.stderr.contains("CRIU cannot dump"),
+        "{}",
+        failed.stderr
+    );
+    tied.assert_unharmed();
+    assert_eq!(resolve(tied.pid()).status.code(), Some(1));
+}
