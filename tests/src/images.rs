@@ -527,33 +527,45 @@ pub fn same(left: &Path, right: &Path) -> Result<usize, String> {
     Ok(names.len())
 }
 
-/// Counts the pages of a process's image, of whichever CRIU, and those of them that differ from its
-/// memory as it is now.
+/// How the images of processes, of whichever CRIU, stand beside the truth: numbers of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Counts {
+    /// That an image must hold.
+    pub in_memory: u64,
+    /// That the images hold.
+    pub in_images: u64,
+    /// That they must hold and do not.
+    pub missing: u64,
+    /// That they hold, but with other contents than the memory has.
+    pub differ: u64,
+}
+
+/// Compares the private memory of processes with the truth to the end, whatever differs.
 ///
 /// # Errors
 /// What cannot be read.
-///
-/// # Panics
-/// If the process is gone.
-pub fn count_differing(dir: &Path, pid: i32) -> Result<(u64, u64), Mismatch> {
-    let vpid = pid.unsigned_abs();
-    let image = Image::open(dir, &process_name(vpid), Pagemap::parse_any)?;
-    let memory = File::open(format!("/proc/{pid}/mem")).expect("the process is there");
-    let (mut there, mut differ) = (0, 0);
-    let (mut page, mut truth) = ([0; PAGE], [0; PAGE]);
-    for run in &image.runs {
-        for address in (run.address..)
-            .step_by(PAGE)
-            .zip(0..run.pages)
-            .map(|it| it.0)
-        {
-            image.page(address, &mut page)?;
-            there += 1;
-            let read = memory.read_exact_at(&mut truth, address);
-            differ += u64::from(read.is_err() || page != truth);
+pub fn count(truth: &Snapshot, dir: &Path) -> Result<Counts, Mismatch> {
+    let mut counts = Counts::default();
+    let mut page = [0; PAGE];
+    for (&vpid, space) in &truth.processes {
+        let image = Image::open(dir, &process_name(vpid), Pagemap::parse_any)?;
+        for run in &image.runs {
+            for index in 0..run.pages {
+                let address = run.address + index * PAGE as u64;
+                image.page(address, &mut page)?;
+                let want = space.page(address).unwrap_or(&[0; PAGE]);
+                counts.in_images += 1;
+                counts.differ += u64::from(page != want);
+            }
+        }
+        for run in space.runs.iter().filter(|run| run.need == Need::Required) {
+            for offset in (0..run.bytes.len() as u64).step_by(PAGE) {
+                counts.in_memory += 1;
+                counts.missing += u64::from(locate(&image.runs, run.start + offset).is_none());
+            }
         }
     }
-    Ok((there, differ))
+    Ok(counts)
 }
 
 /// Compares the images in a directory with the truth, byte by byte and in both directions.
@@ -772,6 +784,24 @@ mod tests {
         // A page that the parent lacks.
         fs::write(old.join("pagemap-5.img"), pagemap.encode()).unwrap();
         assert!(compare(&truth, &new).is_err());
+    }
+
+    #[test]
+    fn what_is_missing_and_what_differs_is_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        write(
+            &one_process(&[(0x1000, 1), (0x2000, 2), (0x4000, 0)]),
+            dir.path(),
+        )
+        .unwrap();
+        let truth = one_process(&[(0x1000, 1), (0x2000, 3), (0x3000, 4)]);
+        let counts = Counts {
+            in_memory: 3,
+            in_images: 3,
+            missing: 1,
+            differ: 1,
+        };
+        assert_eq!(count(&truth, dir.path()).unwrap(), counts);
     }
 
     #[test]
