@@ -52,10 +52,17 @@ impl Host {
     /// As [`Receiver::start`].
     #[must_use]
     pub fn receiver(&self, port: &str, dir: &Path, options: &[&str]) -> Receiver {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.init.to_string(), "--pid", "--mount", "--"]);
+        let mut command = self.enter();
         command.arg(receive_command().get_program());
         Receiver::run(command, port, dir, options)
+    }
+
+    /// A command that runs there the program that is its next argument.
+    #[must_use]
+    pub fn enter(&self) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.init.to_string(), "--pid", "--mount", "--"]);
+        command
     }
 }
 

@@ -131,6 +131,8 @@ struct Link {
     address: SocketAddr,
     reached: mpsc::Receiver<()>,
     go_on: mpsc::Sender<bool>,
+    /// Whether later connections are let through.
+    open: Arc<AtomicBool>,
 }
 
 impl Link {
@@ -139,10 +141,15 @@ impl Link {
         let address = listener.local_addr().unwrap();
         let (reach, reached) = mpsc::channel();
         let (go_on, may_go_on) = mpsc::channel();
+        let open = Arc::new(AtomicBool::new(true));
+        let is_open = Arc::clone(&open);
         std::thread::spawn(move || {
             let mut watch = Some((reach, may_go_on));
             let over = Arc::new(AtomicBool::new(false));
             for sender in listener.incoming().flatten() {
+                if !is_open.load(Ordering::SeqCst) {
+                    continue;
+                }
                 let Ok(receiver) = TcpStream::connect(receiver) else {
                     continue;
                 };
@@ -167,6 +174,7 @@ impl Link {
             address,
             reached,
             go_on,
+            open,
         }
     }
 }
@@ -213,9 +221,21 @@ fn pass(
     }
 }
 
+fn kill_receive(receiver: &mut Receiver) {
+    // The program under test is nsenter's child.
+    let tree = memory::tree(receiver.program().pid());
+    pageferry_tests::daemon::kill_one(tree[1]);
+    assert!(memory::await_end(&tree[1..2]));
+}
+
 fn resolve(pid: i32) -> Finished {
+    resolve_within(pid, "60s")
+}
+
+fn resolve_within(pid: i32, time: &str) -> Finished {
     let mut send = pageferry_tests::pair::send_command();
-    Program::start(send.args(["--resolve", &pid.to_string()])).finish()
+    send.args(["--resolve", &pid.to_string(), "--timeout", time]);
+    Program::start(&mut send).finish()
 }
 
 /// One row of the table. Returns whether the process moved.
@@ -241,10 +261,7 @@ fn assert_one_copy(criu: &Criu, step: (&str, u8, bool), after: bool, fault: Faul
         Fault::Cut => {}
         Fault::KillSend => send.program().kill(),
         Fault::KillReceive => {
-            // The program under test is nsenter's child.
-            let tree = memory::tree(receiver.program().pid());
-            pageferry_tests::daemon::kill_one(tree[1]);
-            assert!(memory::await_end(&tree[1..2]), "{what}");
+            kill_receive(&mut receiver);
             receiver = restoring(&host, criu, &port, dir.path());
         }
     }
@@ -309,6 +326,127 @@ fn send_is_killed_at_every_step() {
 #[test]
 fn receive_is_killed_at_every_step() {
     fault_at_every_step(Fault::KillReceive);
+}
+
+/// The one case that one side cannot decide: the answer is lost, and nobody can be asked.
+#[test]
+fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
+    let Some(criu) = Criu::stable("a hand-over in doubt") else {
+        return;
+    };
+    // The answer that is lost, or the question.
+    for (kind, from_receiver, moves) in [(17, true, true), (16, false, false)] {
+        let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+        let receiver = restoring(&host, &criu, "0", dir.path());
+        let mut victim = Victim::detached("heap=8 children=1 dirty=20");
+        let (pid, tree) = (victim.pid(), victim.tree());
+        let path = victim.report().path().to_owned();
+        let link = Link::to(receiver.address(), kind, from_receiver, false);
+        let options = ["--max-rounds", "1", "--timeout", "1s"];
+        let send = migrate(&criu, link.address, pid, &options);
+        link.reached.recv().unwrap();
+        link.open.store(false, Ordering::SeqCst);
+        link.go_on.send(false).unwrap();
+        let sent = send.finish();
+        assert_eq!(sent.status.code(), Some(6), "{}", sent.stderr);
+        let advice = format!("send --resolve {pid}");
+        assert!(sent.stderr.contains(&advice), "{}", sent.stderr);
+        assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
+        // As long as the receiver cannot be asked, nothing is decided.
+        let failed = resolve_within(pid, "1s");
+        assert_eq!(failed.status.code(), Some(6), "{}", failed.stderr);
+        assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
+
+        link.open.store(true, Ordering::SeqCst);
+        let resolved = resolve_within(pid, "60s");
+        assert!(resolved.status.success(), "{}", resolved.stderr);
+        assert!(
+            resolved
+                .stderr
+                .contains(if moves { "is gone" } else { "goes on here" })
+        );
+        let copy = the_one_copy(&path, tree.len());
+        assert_eq!(copy != pid, moves);
+        if moves {
+            victim.await_end();
+        }
+        victim.report().verdict(copy).unwrap();
+    }
+}
+
+/// A receiver that dies between deciding and doing is made good by the next.
+#[test]
+fn what_was_committed_and_does_not_run_is_restored_again() {
+    let Some(criu) = Criu::stable("a restore that is made good") else {
+        return;
+    };
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let mut receiver = restoring(&host, &criu, "0", dir.path());
+    let mut victim = Victim::detached("heap=8 dirty=20");
+    let pid = victim.pid();
+    let path = victim.report().path().to_owned();
+    let report = migrate(&criu, receiver.address(), pid, &[])
+        .finish()
+        .expect_report();
+    victim.await_end();
+    let copy = the_one_copy(&path, 1);
+    kill_receive(&mut receiver);
+    // As if it had died just after the decision, and its CRIU had undone the rest.
+    pageferry_tests::daemon::kill_one(copy);
+    assert!(memory::await_end(&[copy]));
+    let outcome = Path::new(report.totals["directory"].as_str().unwrap()).join("outcome.json");
+    assert_eq!(fs::read_to_string(&outcome).unwrap(), r#""running""#);
+    let committed = r#"{"committed":{"criu":null,"root":null,"options":0}}"#;
+    fs::write(&outcome, committed).unwrap();
+    let _receiver = restoring(&host, &criu, "0", dir.path());
+    let copy = the_one_copy(&path, 1);
+    victim.report().verdict(copy).unwrap();
+    until("it is written down", || {
+        match fs::read_to_string(&outcome) {
+            Ok(text) if text == r#""running""# => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    });
+}
+
+#[test]
+fn a_process_moves_back_and_forth() {
+    let Some(criu) = Criu::stable("migrations back and forth") else {
+        return;
+    };
+    // More with PAGEFERRY_MOVES, one after the other.
+    let moves = std::env::var("PAGEFERRY_MOVES").map_or(10, |text| text.parse().unwrap());
+    let hosts = [Host::start(), Host::start()];
+    let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let receivers: Vec<_> = (0..2)
+        .map(|at| restoring(&hosts[at], &criu, "0", dirs[at].path()))
+        .collect();
+    let mut victim = Victim::detached("heap=8 children=1 shared=2 threads=2 dirty=20");
+    let path = victim.report().path().to_owned();
+    let processes = victim.tree().len();
+    let mut copy = victim.pid();
+    for number in 0..moves {
+        let to = receivers[number % 2].address();
+        let mut send = pageferry_tests::pair::send_command();
+        if number > 0 {
+            // Where it is now, its numbers are those of that host.
+            let program = send.get_program().to_owned();
+            send = hosts[(number - 1) % 2].enter();
+            send.arg(program);
+        }
+        let criu = criu.path().to_str().unwrap();
+        send.args(["--to", &to.to_string(), "--migrate", "--criu", criu]);
+        let sent = Program::start(send.arg(victim.pid().to_string())).finish();
+        assert!(sent.status.success(), "move {number}: {}", sent.stderr);
+        if number == 0 {
+            victim.await_end();
+        }
+        let before = copy;
+        copy = the_one_copy(&path, processes);
+        assert_ne!(copy, before);
+        let verdict = victim.report().verdict(copy);
+        verdict.unwrap_or_else(|error| panic!("move {number}: {error}"));
+    }
 }
 
 #[test]
