@@ -77,6 +77,39 @@ impl Criu {
         }
     }
 
+    /// Whether it and the kernel can let a restored process run before its memory is there.
+    #[must_use]
+    pub fn has_lazy_pages(&self) -> bool {
+        let ask = || {
+            let mut work = Work::start(&self.path, &[], None)?;
+            let mut request = Request::of(Kind::FeatureCheck);
+            request.features = Some(Features {
+                lazy_pages: Some(true),
+            });
+            work.ask(&request)?;
+            work.hear()
+        };
+        let features = ask().ok().and_then(|answer| answer.features);
+        features.and_then(|features| features.lazy_pages) == Some(true)
+    }
+
+    /// Starts `criu lazy-pages` for the restore from the directory `images`: it fetches pages from
+    /// the socket `pages`. It outlives us.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn lazy_pages(&self, images: &Path, pages: BorrowedFd<'_>) -> io::Result<Child> {
+        let mut command = Command::new(&self.path);
+        command.args(["lazy-pages", "--page-server", "--ps-socket", "0", "-v1"]);
+        command.args(["-o", "lazy-pages.log", "-D"]).arg(images);
+        command.stdin(Stdio::from(pages.try_clone_to_owned()?));
+        command
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .process_group(0);
+        command.spawn()
+    }
+
     /// Its version, major and minor.
     #[must_use]
     pub fn version(&self) -> (i32, i32) {
@@ -110,15 +143,22 @@ impl Criu {
         Ok(work)
     }
 
-    /// Begins a restore from the directory `images`.
+    /// Begins a restore from the directory `images`. If `lazy`, the daemon of [`Criu::lazy_pages`] must
+    /// listen.
     ///
     /// # Errors
     /// The kernel's, or CRIU's death.
-    pub fn restore(&self, images: BorrowedFd<'_>, options: &Options) -> io::Result<Work> {
+    pub fn restore(
+        &self,
+        images: BorrowedFd<'_>,
+        options: &Options,
+        lazy: bool,
+    ) -> io::Result<Work> {
         let mut work = Work::start(&self.path, &[], None)?;
         let mut request = Request::of(Kind::Restore);
         request.opts = Some(Opts {
             log_file: Some("restore.log".to_owned()),
+            lazy_pages: Some(lazy),
             ..options.opts(images)
         });
         work.ask(&request)?;
@@ -318,6 +358,7 @@ enum Kind {
     Dump = 1,
     Restore = 2,
     Notify = 6,
+    FeatureCheck = 9,
     Version = 10,
 }
 
@@ -329,6 +370,8 @@ struct Request {
     opts: Option<Opts>,
     #[prost(bool, optional, tag = "3")]
     notify_success: Option<bool>,
+    #[prost(message, optional, tag = "5")]
+    features: Option<Features>,
 }
 
 impl Request {
@@ -337,6 +380,7 @@ impl Request {
             kind: kind as i32,
             opts: None,
             notify_success: None,
+            features: None,
         }
     }
 }
@@ -361,6 +405,14 @@ struct Opts {
     ps: Option<PageServer>,
     #[prost(bool, optional, tag = "12")]
     notify_scripts: Option<bool>,
+    #[prost(bool, optional, tag = "48")]
+    lazy_pages: Option<bool>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Features {
+    #[prost(bool, optional, tag = "2")]
+    lazy_pages: Option<bool>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -379,6 +431,8 @@ struct Answer {
     notify: Option<Notify>,
     #[prost(int32, optional, tag = "7")]
     errno: Option<i32>,
+    #[prost(message, optional, tag = "8")]
+    features: Option<Features>,
     #[prost(string, optional, tag = "9")]
     message: Option<String>,
     #[prost(message, optional, tag = "10")]

@@ -92,6 +92,17 @@ pub struct ServePages {
     pub insecure: bool,
 }
 
+/// When a restored process runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum RestoreHow {
+    /// `lazy` if CRIU and the kernel can, else `eager`.
+    Auto,
+    /// When all its memory is in its place.
+    Eager,
+    /// At once; its memory comes as it is touched, and by and by.
+    Lazy,
+}
+
 /// Options of receiving.
 #[derive(Debug, Args)]
 pub struct Serve {
@@ -108,9 +119,11 @@ pub struct Serve {
     #[arg(long)]
     pub chain_dumps: bool,
 
-    /// Let processes follow their memory: restore them with CRIU, and let them run
-    #[arg(long)]
-    pub restore: bool,
+    /// Let processes follow their memory: restore them with CRIU, and let them run. `lazy` is the
+    /// default where CRIU and the kernel can
+    #[arg(long, value_enum, value_name = "HOW", num_args = 0..=1, require_equals = true,
+          default_missing_value = "auto")]
+    pub restore: Option<RestoreHow>,
 
     /// The CRIU to restore with, 4.1 or later; by default the one in PATH
     #[arg(long, value_name = "PATH", requires = "restore")]

@@ -13,11 +13,20 @@ use pageferry_common::criu::{Criu, Event, Options};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc as blocking;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
+
+/// The hidden first argument that makes `receive` give pages to the CRIU on its standard input.
+pub const PAGES_ARG: &str = "__pages";
+
+/// How long `criu lazy-pages` may take to listen.
+const DAEMON_STARTS: Duration = Duration::from_secs(10);
 
 /// The file in a migration's directory that has its [`Outcome`].
 const OUTCOME: &str = "outcome.json";
@@ -104,6 +113,71 @@ impl Outcome {
     }
 }
 
+/// What restores.
+#[derive(Debug, Clone)]
+pub struct Restorer {
+    /// CRIU.
+    pub criu: Criu,
+    /// A process runs before its memory is in its place, which takes longer the more it has.
+    pub lazy: bool,
+}
+
+/// Where a process is restored from.
+#[derive(Debug, Clone)]
+pub struct Images {
+    /// CRIU's images of state, and pagemaps.
+    pub dir: PathBuf,
+    /// Whose pages are fetched once it runs, if they are.
+    pub pages: Option<PathBuf>,
+}
+
+/// What a process that runs ahead of its memory depends on until that is there: the CRIU that
+/// fetches its pages, and the `receive` that gives them. Both outlive us.
+#[derive(Debug)]
+struct Fetching {
+    daemon: Child,
+    server: Child,
+}
+
+impl Fetching {
+    fn start(criu: &Criu, images: &Path, pages: &Path) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let mut server = Command::new("/proc/self/exe");
+        server.arg(PAGES_ARG).arg(pages).process_group(0);
+        server
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null());
+        let server = server.spawn()?;
+        let daemon = criu.lazy_pages(images, ours.as_fd())?;
+        let mut fetching = Self { daemon, server };
+        let began = Instant::now();
+        // It tells nobody when it listens.
+        while !images.join("lazy-pages.socket").exists() {
+            let ended = fetching.daemon.try_wait()?;
+            if ended.is_some() || began.elapsed() > DAEMON_STARTS {
+                fetching.kill();
+                return Err(io::Error::other("criu lazy-pages does not come to listen"));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(fetching)
+    }
+
+    fn kill(&mut self) {
+        for child in [&mut self.daemon, &mut self.server] {
+            // One that has ended needs none.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// Waits until all memory is there. Returns whether it is.
+    fn finish(&mut self) -> io::Result<bool> {
+        let daemon = self.daemon.wait()?;
+        Ok(self.server.wait()?.success() && daemon.success())
+    }
+}
+
 /// How a restore goes.
 #[derive(Debug)]
 pub enum Progress {
@@ -133,18 +207,33 @@ impl Restoring {
     ///
     /// # Errors
     /// The kernel's, if there are too many threads.
-    pub fn start(criu: Criu, images: PathBuf, options: Options) -> io::Result<Self> {
+    pub fn start(criu: Criu, images: Images, options: Options) -> io::Result<Self> {
         let (tell, progress) = mpsc::unbounded_channel();
         let (go, may_go) = blocking::channel();
         std::thread::Builder::new()
             .name("restore".into())
             .spawn(move || {
-                let last = match restore(&criu, &images, options, &tell, &may_go) {
-                    Ok(()) => Progress::Running,
-                    Err(error) => Progress::Failed(explain(&images, &error)),
+                let (last, fetching) = match restore(&criu, &images, options, &tell, &may_go) {
+                    Ok(fetching) => (Progress::Running, fetching),
+                    Err(error) => (Progress::Failed(explain(&images.dir, &error)), None),
                 };
+                let began = Instant::now();
                 // Nobody is there to hear it only if the connection is over.
                 let _ = tell.send(last);
+                drop(tell);
+                let Some(mut fetching) = fetching else {
+                    return;
+                };
+                match fetching.finish() {
+                    Ok(true) => {
+                        let seconds = began.elapsed().as_secs_f64();
+                        tracing::info!(seconds, "all of its memory is in its place");
+                    }
+                    result => tracing::error!(
+                        ?result,
+                        "its memory did not come to its place: the process is damaged"
+                    ),
+                }
             })?;
         let go = Some(go);
         Ok(Self { progress, go })
@@ -176,15 +265,19 @@ impl Restoring {
     }
 }
 
+/// Restores; returns what the process still depends on.
 fn restore(
     criu: &Criu,
-    images: &Path,
+    images: &Images,
     options: Options,
     tell: &mpsc::UnboundedSender<Progress>,
     may_go: &blocking::Receiver<()>,
-) -> io::Result<()> {
-    let dir = File::open(images)?;
-    let mut work = criu.restore(dir.as_fd(), &options)?;
+) -> io::Result<Option<Fetching>> {
+    let dir = File::open(&images.dir)?;
+    let fetching = images.pages.as_ref();
+    let fetching = fetching.map(|pages| Fetching::start(criu, &images.dir, pages));
+    let mut fetching = fetching.transpose()?;
+    let mut work = criu.restore(dir.as_fd(), &options, fetching.is_some())?;
     let mut restored = None;
     let result = (|| {
         loop {
@@ -210,7 +303,15 @@ fn restore(
     if let (Err(_), Some(root)) = (&result, restored.filter(|root| root.lives())) {
         kill_tree(root.pid);
     }
-    result
+    match result {
+        Ok(()) => Ok(fetching),
+        Err(error) => {
+            if let Some(fetching) = &mut fetching {
+                fetching.kill();
+            }
+            Err(error)
+        }
+    }
 }
 
 /// Kills a process and all its descendants, each parent before its children, so that it makes no
@@ -269,7 +370,11 @@ pub async fn complete(
         }
     }
     tracing::warn!(home = %home.display(), "committed, but not running: restoring it again");
-    let restoring = Restoring::start(criu.clone(), images.to_owned(), again);
+    let images = Images {
+        dir: images.to_owned(),
+        pages: None,
+    };
+    let restoring = Restoring::start(criu.clone(), images, again);
     let mut restoring = restoring.map_err(|error| error.to_string())?;
     restoring.go();
     loop {

@@ -1,16 +1,19 @@
 //! From the command line to an exit code, and of every failure what to do about it.
 
-use crate::cli::{Cli, Command, Serve, ServePages};
-use crate::dialect::serve_pages::Served;
+use crate::cli::{Cli, Command, RestoreHow, Serve, ServePages};
+use crate::dialect::serve_pages::{ServeError, Served};
 use crate::dialect::{Limits, Migration};
 use crate::image::flatten::{Pages, flatten};
 use crate::image::verify::verify;
+use crate::restore::Restorer;
 use crate::server::{self, Ended, Options};
 use crate::store::{Store, StoreError};
 use crate::with_causes;
 use pageferry_common::criu::Criu;
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -27,6 +30,24 @@ pub enum Exit {
     Usage = 2,
     /// The port or the directory cannot be used.
     Unusable = 4,
+}
+
+/// Runs `receive` as the process that gives pages to the CRIU on its standard input: one that
+/// outlives the receiver, for the restored process cannot do without it before all is there.
+#[must_use]
+pub fn run_pages(dir: &Path) -> ExitCode {
+    let serve = || -> Result<bool, ServeError> {
+        let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+        Ok(Served::load(dir)?.serve(&stream)?.1)
+    };
+    match serve() {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("receive: {}", with_causes(&error));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Runs `receive`.
@@ -128,7 +149,14 @@ fn run_serve_pages(options: &ServePages) -> Exit {
 /// Serves one client; whether it said that it has everything.
 fn serve_client(served: &Served, stream: &TcpStream, stall: Duration) -> bool {
     let peer = stream.peer_addr().ok();
-    match served.serve(stream, stall) {
+    let prepared = stream
+        .set_nodelay(true)
+        // It may be silent for as long as nobody needs pages, but must take what it wants.
+        .and_then(|()| stream.set_write_timeout(Some(stall)));
+    match prepared
+        .map_err(ServeError::Io)
+        .and_then(|()| served.serve(stream))
+    {
         Ok((pages, complete)) => {
             tracing::info!(?peer, pages, complete, "the client is gone");
             complete
@@ -205,18 +233,12 @@ fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ende
         })?;
         let at = listener.local_addr().map_err(|error| complain(error, ""))?;
         eprintln!("listening on {at}");
-        let criu = match serve.restore {
-            true => Some(Criu::find(serve.criu.as_deref()).map_err(|error| {
-                complain(
-                    error,
-                    "--restore takes CRIU 4.1 or later: scripts/install-criu installs one",
-                );
-                Exit::Unusable
-            })?),
-            false => None,
+        let restorer = match serve.restore {
+            Some(how) => Some(restorer(how, serve.criu.as_deref())?),
+            None => None,
         };
         let options = Options {
-            criu,
+            restorer,
             once: serve.once,
             max_senders: usize::from(serve.max_senders),
             limits: Limits {
@@ -229,6 +251,21 @@ fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ende
             .await
             .map_err(|error| complain(error, ""))
     })
+}
+
+fn restorer(how: RestoreHow, criu: Option<&Path>) -> Result<Restorer, Exit> {
+    let criu = Criu::find(criu).map_err(|error| {
+        let advice = "--restore takes CRIU 4.1 or later: scripts/install-criu installs one";
+        complain(error, advice);
+        Exit::Unusable
+    })?;
+    let can = how != RestoreHow::Eager && criu.has_lazy_pages();
+    if how == RestoreHow::Lazy && !can {
+        let what = "CRIU or this kernel has no lazy restore";
+        complain(anyhow::anyhow!(what), "say --restore=eager");
+        return Err(Exit::Unusable);
+    }
+    Ok(Restorer { criu, lazy: can })
 }
 
 fn report(migration: &Migration, error: Option<String>) {

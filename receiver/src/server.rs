@@ -2,9 +2,9 @@
 
 use crate::dialect::detect::{Dialect, FIRST_BYTES, detect};
 use crate::dialect::{Failure, Limits, Migration, criu, moving, native};
+use crate::restore::Restorer;
 use crate::store::Store;
 use crate::with_causes;
-use pageferry_common::criu::Criu;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub struct Options {
     /// Each dump by CRIU has the one before of the same process as its parent.
     pub chain_dumps: bool,
     /// With this, processes are restored if their senders want it.
-    pub criu: Option<Criu>,
+    pub restorer: Option<Restorer>,
 }
 
 /// Why the server ended.
@@ -44,8 +44,8 @@ pub enum Ended {
 /// Those of the runtime and of accepting.
 pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io::Result<Ended> {
     let store = Arc::new(store);
-    if let Some(criu) = &options.criu {
-        moving::finish_all(criu, &store).await;
+    if let Some(restorer) = &options.restorer {
+        moving::finish_all(&restorer.criu, &store).await;
     }
     let places = Arc::new(Semaphore::new(options.max_senders));
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -104,8 +104,8 @@ async fn connection(
     let (read, write) = stream.split();
     let result = match detect(first) {
         Dialect::Native => {
-            let criu = options.criu.as_ref();
-            native::receive(read, write, store, limits, criu, &mut migration).await
+            let restorer = options.restorer.as_ref();
+            native::receive(read, write, store, limits, restorer, &mut migration).await
         }
         Dialect::Criu => {
             tracing::info!(%peer, "CRIU begins a dump");

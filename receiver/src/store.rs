@@ -185,7 +185,9 @@ impl Store {
         for name in names(&self.dir)? {
             let home = self.dir.join(&name);
             if is_migration(&name) && home.is_dir() {
-                remove_torn_in(&home, |name| matches!(name, DirName::Round(_)))?;
+                remove_torn_in(&home, |name| {
+                    matches!(name, DirName::Round(_) | DirName::Restore(_))
+                })?;
             }
         }
         Ok(())

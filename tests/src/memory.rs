@@ -423,7 +423,10 @@ fn read_up_to(file: &File, mut buffer: &mut [u8], mut at: u64) -> io::Result<()>
 }
 
 /// Its PIDs, from the outermost PID namespace that we see it in to its own.
-fn namespaced_pids(pid: i32) -> io::Result<Vec<u32>> {
+///
+/// # Errors
+/// If it is gone.
+pub fn namespaced_pids(pid: i32) -> io::Result<Vec<u32>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
     let pids = line.and_then(|line| {

@@ -4,6 +4,7 @@
 use pageferry_tests::criu::{Criu, free_address};
 use pageferry_tests::daemon::until;
 use pageferry_tests::host::Host;
+use pageferry_tests::huge::HugePages;
 use pageferry_tests::memory;
 use pageferry_tests::program::Finished;
 use pageferry_tests::program::Program;
@@ -15,27 +16,30 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
-/// Every process of a victim, here and on other hosts of this machine, by what only its command line
-/// says; whether it can run.
-fn copies(report: &Path) -> Vec<(i32, bool)> {
-    let report = report.to_str().unwrap();
+/// Every process of a victim, here and on other hosts of this machine, each with its number where it
+/// is, which is that of `tree` everywhere; whether it can run.
+fn copies(tree: &[i32]) -> Vec<(i32, bool)> {
+    let program = fs::canonicalize(pageferry_tests::victim::path()).unwrap();
     let pids = fs::read_dir("/proc").unwrap().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    // Not by what is in its memory, such as its command line: that may not be there yet.
     pids.filter(|pid| {
-        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        let mut words = line.split(|&byte| byte == 0);
-        let victim = words.next().is_some_and(|word| word.ends_with(b"victim"));
-        victim && words.any(|word| word == report.as_bytes()) && memory::lives(*pid)
+        let exe = fs::read_link(format!("/proc/{pid}/exe"));
+        let numbers = memory::namespaced_pids(*pid).unwrap_or_default();
+        let number = numbers.last().map(|&number| number.cast_signed());
+        exe.is_ok_and(|exe| exe == program)
+            && number.is_some_and(|number| tree.contains(&number))
+            && memory::lives(*pid)
     })
     .map(|pid| (pid, !memory::is_stopped(pid)))
     .collect()
 }
 
-/// The root of the one copy there is.
-fn the_one_copy(report: &Path, processes: usize) -> i32 {
+/// The root of the one copy there is of a tree.
+fn the_one_copy(tree: &[i32]) -> i32 {
     until("one copy runs", || {
-        let copies = copies(report);
-        match copies.len() == processes && copies.iter().all(|&(_, runs)| runs) {
+        let copies = copies(tree);
+        match copies.len() == tree.len() && copies.iter().all(|&(_, runs)| runs) {
             true => Ok(copies[0].0),
             false => Err(format!("{copies:?}")),
         }
@@ -49,14 +53,18 @@ fn migrate(criu: &Criu, to: SocketAddr, pid: i32, options: &[&str]) -> Send {
 }
 
 fn restoring(host: &Host, criu: &Criu, port: &str, dir: &Path) -> Receiver {
-    let criu = criu.path().to_str().unwrap();
-    host.receiver(port, dir, &["--restore", "--criu", criu])
+    restoring_so("--restore", host, criu, port, dir)
 }
 
-fn assert_moved(criu: &Criu, features: &str, options: &[&str]) {
-    let what = format!("CRIU {:?}: {features} {options:?}", criu.version());
+fn restoring_so(how: &str, host: &Host, criu: &Criu, port: &str, dir: &Path) -> Receiver {
+    let criu = criu.path().to_str().unwrap();
+    host.receiver(port, dir, &[how, "--criu", criu])
+}
+
+fn assert_moved(criu: &Criu, features: &str, how: &str, options: &[&str]) {
+    let what = format!("CRIU {:?}: {features} {how} {options:?}", criu.version());
     let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
-    let receiver = restoring(&host, criu, "0", dir.path());
+    let mut receiver = restoring_so(how, &host, criu, "0", dir.path());
     let mut victim = match features.contains("sysv") {
         // CRIU moves System V segments with their namespace.
         true => Victim::detached_in(&["unshare", "--ipc"], features),
@@ -71,12 +79,17 @@ fn assert_moved(criu: &Criu, features: &str, options: &[&str]) {
     // The copy here is gone when send ends.
     assert!(!tree.iter().any(|&pid| memory::lives(pid)), "{what}");
     victim.await_end();
-    let path = victim.report().path().to_owned();
-    let copy = the_one_copy(&path, tree.len());
+    let copy = the_one_copy(&tree);
     let root = memory::tree(copy)[0];
     let pages = victim.report().verdict(root);
     let pages = pages.unwrap_or_else(|error| panic!("{what}: {error}"));
     assert!(pages > 1000, "{what}: {pages}");
+    if how == "--restore=lazy" {
+        let there = |line: &str| line.contains("all of its memory").then_some(());
+        receiver.program().await_stderr(there);
+        let verdict = victim.report().verdict(root);
+        verdict.unwrap_or_else(|error| panic!("{what}, later: {error}"));
+    }
 }
 
 #[test]
@@ -89,7 +102,9 @@ fn processes_of_every_kind_move() {
             "heap=4 sysv=4 children=1 dirty=20",
             "heap=4 thp=8 mlock=1 dirty=20",
         ] {
-            assert_moved(&criu, features, &[]);
+            for how in ["--restore=eager", "--restore=lazy"] {
+                assert_moved(&criu, features, how, &[]);
+            }
         }
         let tree = "heap=8 children=2 shared=4 dirty=20";
         for options in [
@@ -98,7 +113,11 @@ fn processes_of_every_kind_move() {
             &["--compress", "zstd"],
             &["--max-rounds", "0"],
         ] {
-            assert_moved(&criu, tree, options);
+            assert_moved(&criu, tree, "--restore", options);
+        }
+        let _pages = HugePages::reserve(16);
+        for how in ["--restore=eager", "--restore=lazy"] {
+            assert_moved(&criu, "hugetlb=4 heap=4 dirty=20", how, &[]);
         }
     }
 }
@@ -251,7 +270,6 @@ fn assert_one_copy(criu: &Criu, step: (&str, u8, bool), after: bool, fault: Faul
     let mut receiver = restoring(&host, criu, &port, dir.path());
     let mut victim = Victim::detached("heap=8 children=1 dirty=20");
     let (pid, tree) = (victim.pid(), victim.tree());
-    let path = victim.report().path().to_owned();
     let link = Link::to(address, kind, from_receiver, after);
     let mut send = migrate(criu, link.address, pid, &["--max-rounds", "1"]);
     link.reached
@@ -274,7 +292,7 @@ fn assert_one_copy(criu: &Criu, step: (&str, u8, bool), after: bool, fault: Faul
         assert!(resolved.status.success(), "{what}: {words:?}");
     }
     assert!(!record_of(pid).exists(), "{what}: {}", sent.stderr);
-    let copy = the_one_copy(&path, tree.len());
+    let copy = the_one_copy(&tree);
     let moved = copy != pid;
     if moved {
         victim.await_end();
@@ -340,7 +358,6 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
         let receiver = restoring(&host, &criu, "0", dir.path());
         let mut victim = Victim::detached("heap=8 children=1 dirty=20");
         let (pid, tree) = (victim.pid(), victim.tree());
-        let path = victim.report().path().to_owned();
         let link = Link::to(receiver.address(), kind, from_receiver, false);
         let options = ["--max-rounds", "1", "--timeout", "1s"];
         let send = migrate(&criu, link.address, pid, &options);
@@ -365,7 +382,7 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
                 .stderr
                 .contains(if moves { "is gone" } else { "goes on here" })
         );
-        let copy = the_one_copy(&path, tree.len());
+        let copy = the_one_copy(&tree);
         assert_eq!(copy != pid, moves);
         if moves {
             victim.await_end();
@@ -384,12 +401,11 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
     let mut receiver = restoring(&host, &criu, "0", dir.path());
     let mut victim = Victim::detached("heap=8 dirty=20");
     let pid = victim.pid();
-    let path = victim.report().path().to_owned();
     let report = migrate(&criu, receiver.address(), pid, &[])
         .finish()
         .expect_report();
     victim.await_end();
-    let copy = the_one_copy(&path, 1);
+    let copy = the_one_copy(&[pid]);
     kill_receive(&mut receiver);
     // As if it had died just after the decision, and its CRIU had undone the rest.
     pageferry_tests::daemon::kill_one(copy);
@@ -399,7 +415,7 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
     let committed = r#"{"committed":{"criu":null,"root":null,"options":0}}"#;
     fs::write(&outcome, committed).unwrap();
     let _receiver = restoring(&host, &criu, "0", dir.path());
-    let copy = the_one_copy(&path, 1);
+    let copy = the_one_copy(&[pid]);
     victim.report().verdict(copy).unwrap();
     until("it is written down", || {
         match fs::read_to_string(&outcome) {
@@ -422,8 +438,7 @@ fn a_process_moves_back_and_forth() {
         .map(|at| restoring(&hosts[at], &criu, "0", dirs[at].path()))
         .collect();
     let mut victim = Victim::detached("heap=8 children=1 shared=2 threads=2 dirty=20");
-    let path = victim.report().path().to_owned();
-    let processes = victim.tree().len();
+    let tree = victim.tree();
     let mut copy = victim.pid();
     for number in 0..moves {
         let to = receivers[number % 2].address();
@@ -442,7 +457,7 @@ fn a_process_moves_back_and_forth() {
             victim.await_end();
         }
         let before = copy;
-        copy = the_one_copy(&path, processes);
+        copy = the_one_copy(&tree);
         assert_ne!(copy, before);
         let verdict = victim.report().verdict(copy);
         verdict.unwrap_or_else(|error| panic!("move {number}: {error}"));

@@ -7,7 +7,8 @@ use super::native::{Session, WORKING_INTERVAL};
 use super::{Failure, Refusal};
 use crate::image::chain::newest_round;
 use crate::image::writer::sync_all;
-use crate::restore::{Outcome, Progress, Restoring, complete};
+use crate::image::{DirName, lazy};
+use crate::restore::{Images, Outcome, Progress, Restorer, Restoring, complete};
 use crate::store::Store;
 use crate::with_causes;
 use pageferry_common::MigrationId;
@@ -22,18 +23,32 @@ use tokio::time::{sleep, timeout};
 const LOOK: Duration = Duration::from_millis(20);
 
 impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
-    /// Restores what is in `images`, the last round of the migration at `home`: up to the moment
-    /// before it would run, and when the sender says so, the rest.
+    /// Restores what is in the last round of the migration at `home`: up to the moment before it would
+    /// run, and when the sender says so, the rest.
     pub(super) async fn take_over(
         &mut self,
-        criu: &Criu,
+        restorer: &Restorer,
         home: &Path,
-        images: &Path,
+        round: u32,
         options: Options,
     ) -> Result<(), Failure> {
-        sync_all(images)?;
+        let round_dir = home.join(DirName::Round(round).to_string());
+        let ahead = match restorer.lazy {
+            true => lazy::prepare(home, round).map_err(Refusal::from)?,
+            false => None,
+        };
+        let images = match ahead {
+            Some(dir) => Images {
+                dir,
+                pages: Some(round_dir.clone()),
+            },
+            None => Images {
+                dir: round_dir.clone(),
+                pages: None,
+            },
+        };
         // Nothing is decided until the commit; who dies before has not decided.
-        let restoring = Restoring::start(criu.clone(), images.to_owned(), options);
+        let restoring = Restoring::start(restorer.criu.clone(), images, options);
         let mut restoring = restoring.map_err(|error| refusal(error.to_string()))?;
         let (criu, root) = match self.wait_for(&mut restoring, true).await {
             Ok(Progress::Restored { criu, root }) => (criu, root),
@@ -55,6 +70,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 return self.undo(restoring, home, failure).await;
             }
             Err(failure) => return self.undo(restoring, home, failure).await,
+        }
+        // It may have to be restored again from here.
+        if let Err(error) = sync_all(&round_dir) {
+            return self.undo(restoring, home, error.into()).await;
         }
         let options = options.bits();
         let committed = Outcome::Committed {

@@ -6,10 +6,11 @@ use super::{Failure, Limits, Migration, Refusal};
 use crate::disk::Disk;
 use crate::image::DirName;
 use crate::image::writer::{DirWriter, write_state};
+use crate::restore::Restorer;
 use crate::store::{Store, is_taken};
 use crate::with_causes;
 use bytes::Bytes;
-use pageferry_common::criu::{Criu, Options};
+use pageferry_common::criu::Options;
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{
     self, Chunk, FrameReader, FrameWriter, Incoming, Message, RefuseCode, RoundKind, SharedPhase,
@@ -31,7 +32,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Highest round number taken: bounds chains that a reader must follow.
 const ROUNDS_MAX: u32 = 1000;
 
-/// Takes one migration, whose progress is in `migration` however it ends. With `criu`, the process
+/// Takes one migration, whose progress is in `migration` however it ends. With `restorer`, the process
 /// itself may follow its memory.
 ///
 /// # Errors
@@ -41,7 +42,7 @@ pub async fn receive<R, W>(
     write: W,
     store: &Store,
     limits: Limits,
-    criu: Option<&Criu>,
+    restorer: Option<&Restorer>,
     migration: &mut Migration,
 ) -> Result<(), Failure>
 where
@@ -54,7 +55,7 @@ where
         writer: FrameWriter::new(write, phase, limits.stall),
         pool: BufferPool::new(limits.buffers),
     };
-    let result = session.run(store, limits, criu, migration).await;
+    let result = session.run(store, limits, restorer, migration).await;
     migration.bytes_wire = session.reader.bytes();
     if let Err(error) = &result {
         session.say_why(error).await;
@@ -73,19 +74,20 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         &mut self,
         store: &Store,
         limits: Limits,
-        criu: Option<&Criu>,
+        restorer: Option<&Restorer>,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
         let home = match self.message().await? {
             Message::Resolve { root_pid, id } => {
+                let criu = restorer.map(|restorer| &restorer.criu);
                 return self.resolve(store, criu, root_pid, id).await;
             }
-            hello => self.greet(hello, store, criu.is_some()).await?,
+            hello => self.greet(hello, store, restorer.is_some()).await?,
         };
         migration.directory.clone_from(&home);
         let _taken = store.take(&home);
         let mut disk = Disk::start(limits.buffers, move |jobs| work(&home, jobs))?;
-        let result = self.rounds(&mut disk, criu, migration).await;
+        let result = self.rounds(&mut disk, restorer, migration).await;
         // A torn round is gone when the sender hears of it.
         disk.end().await;
         result
@@ -94,7 +96,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     async fn rounds(
         &mut self,
         disk: &mut Disk<Job>,
-        criu: Option<&Criu>,
+        restorer: Option<&Restorer>,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
         // The state image whose pieces are coming.
@@ -141,14 +143,15 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     state = (!last).then_some(name);
                 }
                 Message::Restore { options } => {
-                    let images = images_of(migration)?;
+                    images_of(migration)?;
                     let options = Options::from_bits(options);
-                    let (Some(criu), Some(options)) = (criu, options) else {
+                    let (Some(restorer), Some(options)) = (restorer, options) else {
                         let what = "this receiver does not restore so: see its --restore";
                         return Err(Refusal::new(RefuseCode::Unsupported, what).into());
                     };
                     let home = &migration.directory;
-                    self.take_over(criu, home, &images, options).await?;
+                    let round = migration.rounds;
+                    self.take_over(restorer, home, round, options).await?;
                     migration.restored = true;
                 }
                 Message::Finish => {

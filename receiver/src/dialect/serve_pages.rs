@@ -8,9 +8,7 @@ use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, 
 use pageferry_common::{BUFFER_PAGES, BUFFER_SIZE, ImageId, PAGE_SIZE};
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read, Write};
-use std::net::TcpStream;
 use std::path::Path;
-use std::time::Duration;
 
 /// The private memory of every process in a directory of images.
 #[derive(Debug)]
@@ -73,15 +71,16 @@ impl Served {
         self.tasks.len()
     }
 
-    /// Serves a client until it says that it has everything, or goes. Returns the pages given, and
+    /// Serves a client, for as long as it takes, until it says that it has everything, or goes. Returns the pages given, and
     /// whether it has everything.
     ///
     /// # Errors
     /// [`ServeError`].
-    pub fn serve(&self, stream: &TcpStream, stall: Duration) -> Result<(u64, bool), ServeError> {
-        stream.set_nodelay(true)?;
-        // It may be silent for as long as nobody needs pages.
-        stream.set_write_timeout(Some(stall))?;
+    pub fn serve<'a, S>(&self, stream: &'a S) -> Result<(u64, bool), ServeError>
+    where
+        &'a S: Read + Write,
+    {
+        let mut stream = stream;
         let mut reader = BufReader::new(stream);
         let mut buffer = vec![0; HEADER_MAX + BUFFER_SIZE];
         let mut width = None;
@@ -91,11 +90,11 @@ impl Served {
                 Command::Get => {
                     let width = width.unwrap_or(Width::Narrow);
                     let answer = self.answer(header, width, &mut buffer)?;
-                    (&*stream).write_all(answer)?;
+                    stream.write_all(answer)?;
                     given += answer.len() as u64 / PAGE_SIZE;
                 }
                 Command::Close => {
-                    (&*stream).write_all(&0i32.to_le_bytes())?;
+                    stream.write_all(&0i32.to_le_bytes())?;
                     return Ok((given, true));
                 }
                 Command::Open { .. } | Command::HasParent | Command::Add(_) => {

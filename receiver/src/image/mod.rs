@@ -4,6 +4,7 @@ pub mod chain;
 pub mod flatten;
 pub mod format;
 pub mod index;
+pub mod lazy;
 pub mod verify;
 pub mod writer;
 
@@ -36,6 +37,8 @@ pub enum DirName {
     Round(u32),
     /// A dump by CRIU itself.
     Dump(u32),
+    /// What the process of this round is restored from, ahead of its memory.
+    Restore(u32),
 }
 
 impl DirName {
@@ -52,8 +55,10 @@ impl DirName {
             .strip_prefix('.')
             .and_then(|name| name.strip_suffix(".tmp"));
         let bare = bare.unwrap_or(name);
-        let found = match bare.strip_prefix("criu-") {
-            Some(number) => Self::Dump(number.parse().ok()?),
+        let found = match bare.split_once('-') {
+            Some(("criu", number)) => Self::Dump(number.parse().ok()?),
+            Some(("restore", number)) => Self::Restore(number.parse().ok()?),
+            Some(_) => return None,
             None => Self::Round(bare.parse().ok()?),
         };
         (found.to_string() == name || found.temporary() == name).then_some(found)
@@ -65,6 +70,7 @@ impl fmt::Display for DirName {
         match self {
             Self::Round(number) => write!(f, "{number}"),
             Self::Dump(number) => write!(f, "criu-{number}"),
+            Self::Restore(number) => write!(f, "restore-{number}"),
         }
     }
 }

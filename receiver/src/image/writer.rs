@@ -160,6 +160,14 @@ impl DirWriter {
         Ok(())
     }
 
+    /// Stores pages of the open image's parent again, behind all before them.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn copy(&mut self, range: PageRange) -> Result<(), WriteError> {
+        self.image_at(range)?.copy_from_parent(range)
+    }
+
     /// The open image, with its end moved behind `range`.
     fn image_at(&mut self, range: PageRange) -> Result<&mut ImageWriter, WriteError> {
         let Some(image) = &mut self.open else {
@@ -190,10 +198,22 @@ impl DirWriter {
                 .map_err(failed("sync", path))
         };
         sync_dir(&self.tmp)?;
+        let home = self.home.clone();
+        let path = self.publish()?;
+        sync_dir(&home)?;
+        Ok(path)
+    }
+
+    /// Lets the directory appear under its name, whether or not it would survive a power failure:
+    /// for what can be made again. Returns its path.
+    ///
+    /// # Errors
+    /// [`WriteError`]; it does not appear then.
+    pub fn publish(mut self) -> Result<PathBuf, WriteError> {
+        self.close_image()?;
         let path = self.home.join(self.name.to_string());
         fs::rename(&self.tmp, &path).map_err(failed("rename", &self.tmp))?;
         self.committed = true;
-        sync_dir(&self.home)?;
         Ok(path)
     }
 
