@@ -9,7 +9,7 @@ use super::format::PagemapEntry;
 use super::writer::{DirWriter, WriteError};
 use super::{DirName, FileError, failed};
 use pageferry_common::psi::Place;
-use pageferry_common::{ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
+use pageferry_common::{BUFFER_PAGES, ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
 use prost::Message;
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -18,6 +18,10 @@ use std::path::{Path, PathBuf};
 /// Longest record of an image of state that is looked into, bytes: a process with a million mappings
 /// has less.
 const RECORD_MAX: u32 = 64 << 20;
+
+/// Most pages in an entry of those that are fetched later, as many as are given at once. CRIU's
+/// daemon has a buffer for the longest entry, and fails if one has 2 GiB.
+const FETCH_PAGES: u64 = BUFFER_PAGES as u64;
 
 const MAP_PRIVATE: u32 = 0x02;
 const MAP_ANONYMOUS: u32 = 0x20;
@@ -101,6 +105,16 @@ pub fn prepare(home: &Path, round: u32) -> Result<Option<PathBuf>, WriteError> {
             for (range, piece) in pieces(entry.range, &vmas, &stacks) {
                 match piece {
                     Piece::Copy => writer.copy(range)?,
+                    Piece::As(Place::Elsewhere) => {
+                        let mut rest = Some(range);
+                        while let Some(range) = rest {
+                            let (now, later) = range.split_at(FETCH_PAGES);
+                            let range = now.expect("a range is not empty");
+                            let place = Place::Elsewhere;
+                            writer.put_as_is(&[PagemapEntry { range, place }], &[])?;
+                            rest = later;
+                        }
+                    }
                     Piece::As(place) => writer.put_as_is(&[PagemapEntry { range, place }], &[])?,
                 }
             }

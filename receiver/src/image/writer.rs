@@ -364,7 +364,9 @@ impl ImageWriter {
 
     fn entry(&mut self, range: PageRange, place: Place) -> Result<(), FileError> {
         if let Some(before) = self.pending {
+            // What is to be fetched later comes in the pieces that it is to be fetched in.
             if before.place == place
+                && place != Place::Elsewhere
                 && let Some(range) = before.range.joined(range)
             {
                 self.pending = Some(PagemapEntry { range, place });
