@@ -35,7 +35,7 @@ impl Host {
             INIT,
         ]);
         let null = Stdio::null;
-        let unshare = unshare.stdin(null()).stdout(null()).spawn();
+        let unshare = unshare.stdin(null()).stdout(null()).stderr(null()).spawn();
         let unshare = unshare.expect("unshare is there");
         let pid = unshare.id().cast_signed();
         // It is up when it has come to sleep.
