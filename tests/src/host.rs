@@ -24,23 +24,27 @@ impl Host {
     /// If it does not come up; it takes root.
     #[must_use]
     pub fn start() -> Self {
-        let mut unshare = Command::new("unshare");
-        unshare.args([
-            "--pid",
-            "--fork",
-            "--kill-child",
-            "--mount",
-            "bash",
-            "-c",
-            INIT,
-        ]);
+        Self::start_in(&[])
+    }
+
+    /// The same, started through a program that becomes it, such as `nsenter --net=FILE`.
+    ///
+    /// # Panics
+    /// As [`Host::start`].
+    #[must_use]
+    pub fn start_in(through: &[&str]) -> Self {
+        let words = [through, &["unshare", "--pid", "--fork", "--kill-child"]].concat();
+        let mut unshare = Command::new(words[0]);
+        unshare
+            .args(&words[1..])
+            .args(["--mount", "bash", "-c", INIT]);
         let null = Stdio::null;
         let unshare = unshare.stdin(null()).stdout(null()).stderr(null()).spawn();
         let unshare = unshare.expect("unshare is there");
         let pid = unshare.id().cast_signed();
         // It is up when it has come to sleep.
         let init = until("the host comes up", || match memory::tree(pid)[..] {
-            [_, init, _] => Ok(init),
+            [_, init, last] if name(last) == "sleep" => Ok(init),
             ref tree => Err(format!("{tree:?}")),
         });
         Self { unshare, init }
@@ -61,9 +65,15 @@ impl Host {
     #[must_use]
     pub fn enter(&self) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--target", &self.init.to_string(), "--pid", "--mount", "--"]);
+        command.args(["--target", &self.init.to_string()]);
+        command.args(["--pid", "--mount", "--net", "--"]);
         command
     }
+}
+
+fn name(pid: i32) -> String {
+    let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+    name.unwrap_or_default().trim().to_owned()
 }
 
 impl Drop for Host {
