@@ -21,7 +21,7 @@ use nix::sys::signal::Signal;
 use pageferry_common::criu::{Criu, Event, Options, Work};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
 use pageferry_common::wire::RoundKind;
-use pageferry_common::{BufferPool, PAGE_SIZE, StateName};
+use pageferry_common::{BufferPool, MigrationId, PAGE_SIZE, StateName};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -38,6 +38,9 @@ static SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/shim.so"));
 
 /// Pages that CRIU sends all the same, for each process: its vDSO, asynchronous I/O rings.
 const SPECIAL_PAGES: u64 = 64;
+
+/// How often it is looked whether a dump is still wanted.
+const CHECK_MS: u8 = 100;
 
 /// How CRIU is kept from spending time on memory while the tree is frozen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -97,7 +100,7 @@ pub struct Handover {
     /// Where the receiver listens, as given.
     pub to: String,
     /// What it knows the migration by.
-    pub id: pageferry_common::MigrationId,
+    pub id: MigrationId,
 }
 
 /// What was handed over.
@@ -135,10 +138,9 @@ impl Handover {
         round: u32,
         mut parts: Parts<'_>,
     ) -> Result<HandedOver, HandoverError> {
-        let images = tempdir()?;
+        let images = tempdir(self.id)?;
         let shim = self.shim(images.path())?;
         let (ours, theirs) = UnixStream::pair()?;
-        let mut endpoint = Endpoint::new(ours);
         let dir = File::open(images.path())?;
         let mut work = self.criu.dump(
             root,
@@ -148,11 +150,13 @@ impl Handover {
             &self.options,
         )?;
         drop(theirs);
+        // Dropped before `work`, which waits for a CRIU that may be waiting for us to read.
+        let mut endpoint = Endpoint::new(ours);
         let mut downtime = Downtime::begin();
 
         let mut last_round = None;
         loop {
-            match next(&mut work, &mut endpoint)? {
+            match next(&mut work, &mut endpoint, parts.sink)? {
                 Next::PagesEnd => {
                     downtime.state_dumped();
                     match self.last_round(round, &mut parts) {
@@ -356,8 +360,8 @@ impl Drop for Dir {
     }
 }
 
-fn tempdir() -> io::Result<Dir> {
-    let path = std::env::temp_dir().join(format!("pageferry-{}", std::process::id()));
+fn tempdir(id: MigrationId) -> io::Result<Dir> {
+    let path = std::env::temp_dir().join(format!("pageferry-{id}"));
     DirBuilder::new().mode(0o700).create(&path)?;
     Ok(Dir(path))
 }
@@ -368,8 +372,14 @@ enum Next {
 }
 
 /// Waits for what CRIU does next, on either of its two sockets.
-fn next(work: &mut Work, endpoint: &mut Endpoint) -> Result<Next, HandoverError> {
+fn next(
+    work: &mut Work,
+    endpoint: &mut Endpoint,
+    sink: &mut dyn PageSink,
+) -> Result<Next, HandoverError> {
     loop {
+        // A dump for a receiver that is gone, or that nobody wants any more, need not be awaited.
+        sink.check()?;
         let (told, sent) = {
             let flags = PollFlags::POLLIN;
             let mut fds = [
@@ -381,7 +391,7 @@ fn next(work: &mut Work, endpoint: &mut Endpoint) -> Result<Next, HandoverError>
             } else {
                 &mut fds[..]
             };
-            match poll(open, PollTimeout::NONE) {
+            match poll(open, PollTimeout::from(CHECK_MS)) {
                 Err(nix::Error::EINTR) => continue,
                 other => other.map_err(io::Error::from)?,
             };

@@ -366,6 +366,34 @@ fn receive_is_killed_at_every_step() {
     fault_at_every_step(Fault::KillReceive);
 }
 
+#[test]
+fn interrupted_in_a_hand_over_the_target_runs_on() {
+    let Some(criu) = Criu::stable("a hand-over that is interrupted") else {
+        return;
+    };
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let receiver = restoring(&host, &criu, "0", dir.path());
+    let mut victim = Victim::detached("heap=512 dirty=1");
+    // CRIU is busy for a while with what it sends into the void.
+    let options = ["--state-dump", "plain", "--max-rounds", "1"];
+    let mut send = migrate(&criu, receiver.address(), victim.pid(), &options);
+    send.program()
+        .await_stderr(|line| line.contains("round done").then_some(()));
+    until("CRIU has it", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", victim.pid()));
+        match status.unwrap_or_default().contains("TracerPid:\t0\n") {
+            true => Err("nobody traces it".to_owned()),
+            false => Ok(()),
+        }
+    });
+    let program = nix::unistd::Pid::from_raw(send.program().pid());
+    nix::sys::signal::kill(program, nix::sys::signal::Signal::SIGINT).unwrap();
+    let sent = send.finish();
+    assert_eq!(sent.status.code(), Some(130), "{}", sent.stderr);
+    assert_eq!(the_one_copy(&[victim.pid()]), victim.pid());
+    victim.check().unwrap();
+}
+
 /// The one case that one side cannot decide: the answer is lost, and nobody can be asked.
 #[test]
 fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {

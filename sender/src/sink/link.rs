@@ -63,6 +63,14 @@ impl<C: Send + 'static, R: Send + 'static> Link<C, R> {
         }
     }
 
+    /// Whether it still converses.
+    pub(super) fn check(&mut self) -> Result<(), SinkError> {
+        match &self.thread {
+            Some(thread) if !thread.is_finished() => Ok(()),
+            _ => Err(self.why_it_ended()),
+        }
+    }
+
     /// The thread is over; its result says why.
     fn why_it_ended(&mut self) -> SinkError {
         self.commands = None;

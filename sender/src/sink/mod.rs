@@ -163,6 +163,14 @@ pub trait PageSink {
     /// [`SinkError`].
     fn finish(&mut self) -> Result<(), SinkError>;
 
+    /// Whether the sink still is of use: that the user said stop shows here, too.
+    ///
+    /// # Errors
+    /// [`SinkError`].
+    fn check(&mut self) -> Result<(), SinkError> {
+        Ok(())
+    }
+
     /// Whether the receiver can store pages of the round before again (`EntryKind::Copy`).
     fn copies(&self) -> bool {
         true

@@ -222,6 +222,10 @@ impl PageSink for NativeSink {
         self.link.hear().map(drop)
     }
 
+    fn check(&mut self) -> Result<(), SinkError> {
+        self.link.check()
+    }
+
     fn destination(&mut self) -> Option<&mut dyn Destination> {
         match self.restores {
             true => Some(self),
