@@ -12,6 +12,7 @@ pub mod criu;
 pub mod digest;
 pub mod ids;
 pub mod page_set;
+pub mod process;
 pub mod psi;
 pub mod wire;
 

@@ -10,6 +10,7 @@ use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_common::criu::{Criu, Event, Options};
+use pageferry_common::process::Process;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -48,34 +49,6 @@ pub enum Outcome {
     Running,
     /// It will never run here.
     Aborted,
-}
-
-/// A process, and when it started: PIDs are used again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Process {
-    pid: i32,
-    /// Clock ticks since boot.
-    started: u64,
-}
-
-impl Process {
-    /// The process with this PID, if there is one.
-    #[must_use]
-    pub fn find(pid: i32) -> Option<Self> {
-        const START_TIME: usize = 19;
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name before it may contain anything, even ") Z".
-        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-        if matches!(fields.next(), None | Some("Z" | "X")) {
-            return None;
-        }
-        let started = fields.nth(START_TIME - 1)?.parse().ok()?;
-        Some(Self { pid, started })
-    }
-
-    fn lives(self) -> bool {
-        Self::find(self.pid) == Some(self)
-    }
 }
 
 impl Outcome {

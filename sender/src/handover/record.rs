@@ -4,6 +4,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_common::MigrationId;
+use pageferry_common::process::Process;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
@@ -25,13 +26,6 @@ pub struct Record {
     pub root_pid: u32,
     root: i32,
     tree: Vec<Process>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-struct Process {
-    pid: i32,
-    /// Clock ticks since boot: PIDs are used again.
-    started: u64,
 }
 
 /// A record that cannot be read or written.
@@ -57,11 +51,7 @@ impl Record {
         let depth = crate::task::namespace_depth(root).map_err(failed)?;
         let root_pid = crate::task::pid_in_namespace(root, depth).map_err(failed)?;
         let tree = crate::freeze::process_list(root);
-        let tree = tree.iter().filter_map(|process| {
-            let pid = process.pid;
-            let started = started(pid)?;
-            Some(Process { pid, started })
-        });
+        let tree = tree.iter().filter_map(|it| Process::find(it.pid));
         Ok(Self {
             to: to.to_owned(),
             id: id.to_string(),
@@ -151,24 +141,6 @@ impl Record {
             std::thread::sleep(LOOK);
         }
     }
-}
-
-impl Process {
-    fn lives(self) -> bool {
-        started(self.pid) == Some(self.started)
-    }
-}
-
-/// When a process that has not ended was started, clock ticks since boot.
-fn started(pid: i32) -> Option<u64> {
-    const START_TIME: usize = 19;
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before it may contain anything, even ") Z".
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    if matches!(fields.next(), None | Some("Z" | "X")) {
-        return None;
-    }
-    fields.nth(START_TIME - 1)?.parse().ok()
 }
 
 fn path(root: i32) -> PathBuf {
