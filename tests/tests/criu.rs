@@ -2,6 +2,7 @@
 //! chain of our rounds and CRIU's own state images of the same frozen moment.
 
 use pageferry_tests::criu::{Criu, await_gone, merge};
+use pageferry_tests::daemon::until;
 use pageferry_tests::memory::{is_stopped, lives};
 use pageferry_tests::scenario::{assert_arrived, go_on};
 use pageferry_tests::{Pair, Victim};
@@ -85,7 +86,14 @@ fn criu_restores_from_a_chain_of_our_rounds() {
             merge(state.path(), &round);
 
             let _restored = criu.restore(&round, pid, &[]).unwrap();
-            assert!(lives(pid) && is_stopped(pid), "as when it was dumped");
+            // CRIU has sent the signal; that it has come to its end nobody tells.
+            until(
+                "it is stopped, as when it was dumped",
+                || match is_stopped(pid) {
+                    true => Ok(()),
+                    false => Err(format!("it lives: {}", lives(pid))),
+                },
+            );
             go_on(pid);
             let verdict = victim.report().verdict(pid);
             let pages = verdict.unwrap_or_else(|error| panic!("{features}: {error}"));
