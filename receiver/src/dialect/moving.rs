@@ -13,7 +13,7 @@ use crate::store::Store;
 use crate::with_causes;
 use pageferry_common::MigrationId;
 use pageferry_common::criu::{Criu, Options};
-use pageferry_common::wire::{Message, RefuseCode};
+use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::Path;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -53,10 +53,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let (criu, root) = match self.wait_for(&mut restoring, true).await {
             Ok(Progress::Restored { criu, root }) => (criu, root),
             Ok(Progress::Running) => unreachable!("it runs when it may"),
-            Ok(Progress::Failed(why)) => {
-                Outcome::Aborted.record(home)?;
-                return Err(refusal(why).into());
-            }
+            Ok(Progress::Failed(why)) => return Err(aborted(home, refusal(why).into())),
             Err(gone) => return self.undo(restoring, home, gone).await,
         };
         let commit = match self.writer.send(&Message::Restored).await {
@@ -92,14 +89,18 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             match self.wait_for(&mut restoring, false).await? {
                 Progress::Restored { .. } => {}
                 Progress::Running => break,
-                Progress::Failed(why) => {
-                    Outcome::Aborted.record(home)?;
-                    return Err(refusal(why).into());
-                }
+                Progress::Failed(why) => return Err(aborted(home, refusal(why).into())),
             }
         }
         tracing::info!(home = %home.display(), "restored: it runs here now");
-        Outcome::Running.record(home)?;
+        // It runs, written down or not: a refusal now would let the other copy run as well. Who reads
+        // "committed" later finds the process alive.
+        if let Err(error) = Outcome::Running.record(home) {
+            tracing::error!(
+                why = with_causes(&error),
+                "that it runs is not written down"
+            );
+        }
         self.writer.send(&Message::Running).await?;
         Ok(())
     }
@@ -130,8 +131,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         why: Failure,
     ) -> Result<(), Failure> {
         restoring.abort().await;
-        Outcome::Aborted.record(home)?;
-        Err(why)
+        Err(aborted(home, why))
     }
 
     /// Tells a sender that has lost sight of a migration what became of it. What has not been decided
@@ -175,6 +175,21 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         drop(taken);
         self.writer.send(&Message::Outcome { running }).await?;
         Ok(())
+    }
+}
+
+/// Writes down that a migration will not run here. If that fails, the sender must not be told so: the
+/// commit may be on the disk, so it has to ask again.
+fn aborted(home: &Path, why: Failure) -> Failure {
+    match Outcome::Aborted.record(home) {
+        Ok(()) => why,
+        Err(error) => {
+            tracing::error!(
+                why = with_causes(&error),
+                "that it will not run is not written down"
+            );
+            WireError::Closed.into()
+        }
     }
 }
 
