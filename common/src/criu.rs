@@ -352,6 +352,14 @@ impl Drop for Work {
     }
 }
 
+/// The last errors in one of CRIU's logs, which say more than its answers; empty if there are none.
+#[must_use]
+pub fn last_errors(log: &Path) -> String {
+    let log = std::fs::read_to_string(log).unwrap_or_default();
+    let errors: Vec<_> = log.lines().filter(|line| line.contains("Error")).collect();
+    errors[errors.len().saturating_sub(2)..].join("; ")
+}
+
 #[derive(Debug, Clone, Copy)]
 #[repr(i32)]
 enum Kind {

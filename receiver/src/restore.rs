@@ -9,7 +9,7 @@ use crate::image::{FileError, failed};
 use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pageferry_common::criu::{Criu, Event, Options};
+use pageferry_common::criu::{Criu, Event, Options, last_errors};
 use pageferry_common::process::Process;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
@@ -188,7 +188,12 @@ impl Restoring {
             .spawn(move || {
                 let (last, fetching) = match restore(&criu, &images, options, &tell, &may_go) {
                     Ok(fetching) => (Progress::Running, fetching),
-                    Err(error) => (Progress::Failed(explain(&images.dir, &error)), None),
+                    Err(error) => {
+                        let (why, log) = (with_causes(&error), images.dir.join("restore.log"));
+                        let said = last_errors(&log);
+                        let why = format!("CRIU cannot restore it: {why}: {said}");
+                        (Progress::Failed(why), None)
+                    }
                 };
                 let began = Instant::now();
                 // Nobody is there to hear it only if the connection is over.
@@ -305,14 +310,6 @@ fn kill_tree(root: i32) {
     }
     children.into_iter().for_each(kill_tree);
     let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
-}
-
-/// What CRIU's log says at its end says more than its answer.
-fn explain(images: &Path, error: &io::Error) -> String {
-    let log = fs::read_to_string(images.join("restore.log")).unwrap_or_default();
-    let errors: Vec<_> = log.lines().filter(|line| line.contains("Error")).collect();
-    let last = errors[errors.len().saturating_sub(2)..].join("; ");
-    format!("CRIU cannot restore it: {}: {last}", with_causes(error))
 }
 
 /// Sees to it that a migration that is committed runs: it does already, or is restored again.

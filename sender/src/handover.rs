@@ -18,7 +18,7 @@ use crate::sink::{Destination, Lost, PageSink, SinkError};
 use crate::tree::{Scanned, SendError, Tree, TreeFault};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
-use pageferry_common::criu::{Criu, Event, Options, Work};
+use pageferry_common::criu::{Criu, Event, Options, Work, last_errors};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, MigrationId, PAGE_SIZE, StateName};
@@ -185,7 +185,8 @@ impl Handover {
                     return Err(HandoverError::Dump("it ended before we let it".to_owned()));
                 }
                 Next::Criu(Event::Failed(why)) => {
-                    return Err(HandoverError::Dump(explain(images.path(), &why)));
+                    let said = last_errors(&images.path().join("dump.log"));
+                    return Err(HandoverError::Dump(format!("{why}: {said}")));
                 }
             }
         }
@@ -334,14 +335,6 @@ fn undo(work: &mut Work) -> io::Result<()> {
 fn refuse(work: &mut Work) -> io::Result<()> {
     work.answer(false)?;
     undo(work)
-}
-
-/// What CRIU's log says at its end says more than its answer.
-fn explain(images: &Path, why: &str) -> String {
-    let log = fs::read_to_string(images.join("dump.log")).unwrap_or_default();
-    let errors: Vec<_> = log.lines().filter(|line| line.contains("Error")).collect();
-    let last = errors[errors.len().saturating_sub(2)..].join("; ");
-    format!("{why}: {last}")
 }
 
 /// A directory that only we can read, and that is gone when dropped.
