@@ -255,7 +255,11 @@ fn restore(
     let fetching = images.pages.as_ref();
     let fetching = fetching.map(|pages| Fetching::start(criu, &images.dir, pages));
     let mut fetching = fetching.transpose()?;
-    let mut work = criu.restore(dir.as_fd(), &options, fetching.is_some())?;
+    let work = criu.restore(dir.as_fd(), &options, fetching.is_some());
+    let mut work = work.inspect_err(|_| {
+        // Nobody would ever connect to it.
+        fetching.iter_mut().for_each(Fetching::kill);
+    })?;
     let mut restored = None;
     let result = (|| {
         loop {
@@ -284,9 +288,7 @@ fn restore(
     match result {
         Ok(()) => Ok(fetching),
         Err(error) => {
-            if let Some(fetching) = &mut fetching {
-                fetching.kill();
-            }
+            fetching.iter_mut().for_each(Fetching::kill);
             Err(error)
         }
     }
