@@ -1,16 +1,19 @@
 //! The receiving side of Pageferry: takes rounds of memory from the network and writes them as CRIU
 //! image files, each round complete or not at all.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod cli;
 pub mod dialect;
 pub mod disk;
+pub mod fill;
 pub mod image;
 pub mod restore;
 pub mod run;
 pub mod server;
 pub mod store;
+#[allow(unsafe_code)]
+pub mod sys;
 
 /// An error and what caused it, in one line.
 pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {

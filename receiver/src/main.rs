@@ -4,15 +4,17 @@
 
 use clap::Parser;
 use pageferry_receiver::cli::Cli;
-use pageferry_receiver::restore::PAGES_ARG;
-use pageferry_receiver::run::{run, run_pages};
+use pageferry_receiver::fill;
+use pageferry_receiver::run::run;
 use std::path::Path;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
-    match (arguments.next(), arguments.next()) {
-        (Some(hidden), Some(dir)) if hidden == PAGES_ARG => run_pages(Path::new(&dir)),
+    match (arguments.next(), arguments.next(), arguments.next()) {
+        (Some(hidden), Some(round), Some(restored)) if hidden == fill::ARG => {
+            fill::main(Path::new(&round), Path::new(&restored))
+        }
         _ => run(&Cli::parse()),
     }
 }

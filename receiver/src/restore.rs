@@ -5,6 +5,7 @@
 //! dies. A migration that is committed will run here, if need be restored once more; one that is
 //! aborted never will.
 
+use crate::fill;
 use crate::image::{FileError, failed};
 use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
@@ -13,21 +14,13 @@ use pageferry_common::criu::{Criu, Event, Options, last_errors};
 use pageferry_common::process::Process;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt;
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc as blocking;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
-
-/// The hidden first argument that makes `receive` give pages to the CRIU on its standard input.
-pub const PAGES_ARG: &str = "__pages";
-
-/// How long `criu lazy-pages` may take to listen.
-const DAEMON_STARTS: Duration = Duration::from_secs(10);
 
 /// The file in a migration's directory that has its [`Outcome`].
 const OUTCOME: &str = "outcome.json";
@@ -100,54 +93,46 @@ pub struct Restorer {
 pub struct Images {
     /// CRIU's images of state, and pagemaps.
     pub dir: PathBuf,
-    /// Whose pages are fetched once it runs, if they are.
+    /// The round whose pages are filled in once it runs, if they are.
     pub pages: Option<PathBuf>,
 }
 
-/// What a process that runs ahead of its memory depends on until that is there: the CRIU that
-/// fetches its pages, and the `receive` that gives them. Both outlive us.
+/// The process that fills the memory of what runs ahead of it ([`crate::fill`]). It outlives us.
 #[derive(Debug)]
-struct Fetching {
-    daemon: Child,
-    server: Child,
-}
+struct Filler(Child);
 
-impl Fetching {
-    fn start(criu: &Criu, images: &Path, pages: &Path) -> io::Result<Self> {
-        let (ours, theirs) = UnixStream::pair()?;
-        let mut server = Command::new("/proc/self/exe");
-        server.arg(PAGES_ARG).arg(pages).process_group(0);
-        server
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null());
-        let server = server.spawn()?;
-        let daemon = criu.lazy_pages(images, ours.as_fd())?;
-        let mut fetching = Self { daemon, server };
-        let began = Instant::now();
-        // It tells nobody when it listens.
-        while !images.join("lazy-pages.socket").exists() {
-            let ended = fetching.daemon.try_wait()?;
-            if ended.is_some() || began.elapsed() > DAEMON_STARTS {
-                fetching.kill();
-                return Err(io::Error::other("criu lazy-pages does not come to listen"));
-            }
-            std::thread::sleep(Duration::from_millis(1));
+impl Filler {
+    /// Starts it; returns when CRIU may connect to it.
+    fn start(round: &Path, restored: &Path) -> io::Result<Self> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg(fill::ARG).arg(round).arg(restored);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut filler = Self(command.spawn()?);
+        let stdout = filler.0.stdout.take().expect("it is a pipe");
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        if line.is_empty() {
+            filler.kill();
+            return Err(io::Error::other("cannot prepare to fill memory"));
         }
-        Ok(fetching)
+        Ok(filler)
+    }
+
+    /// Has it fill also what nobody waits for.
+    fn go(&mut self) {
+        // It goes by itself when CRIU is done.
+        let _ = self.0.stdin.take().map(|mut stdin| stdin.write_all(&[0]));
     }
 
     fn kill(&mut self) {
-        for child in [&mut self.daemon, &mut self.server] {
-            // One that has ended needs none.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
+        // One that has ended needs none.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 
     /// Waits until all memory is there. Returns whether it is.
     fn finish(&mut self) -> io::Result<bool> {
-        let daemon = self.daemon.wait()?;
-        Ok(self.server.wait()?.success() && daemon.success())
+        Ok(self.0.wait()?.success())
     }
 }
 
@@ -186,8 +171,8 @@ impl Restoring {
         std::thread::Builder::new()
             .name("restore".into())
             .spawn(move || {
-                let (last, fetching) = match restore(&criu, &images, options, &tell, &may_go) {
-                    Ok(fetching) => (Progress::Running, fetching),
+                let (last, filler) = match restore(&criu, &images, options, &tell, &may_go) {
+                    Ok(filler) => (Progress::Running, filler),
                     Err(error) => {
                         let (why, log) = (with_causes(&error), images.dir.join("restore.log"));
                         let said = last_errors(&log);
@@ -199,10 +184,10 @@ impl Restoring {
                 // Nobody is there to hear it only if the connection is over.
                 let _ = tell.send(last);
                 drop(tell);
-                let Some(mut fetching) = fetching else {
+                let Some(mut filler) = filler else {
                     return;
                 };
-                match fetching.finish() {
+                match filler.finish() {
                     Ok(true) => {
                         let seconds = began.elapsed().as_secs_f64();
                         tracing::info!(seconds, "all of its memory is in its place");
@@ -250,23 +235,27 @@ fn restore(
     options: Options,
     tell: &mpsc::UnboundedSender<Progress>,
     may_go: &blocking::Receiver<()>,
-) -> io::Result<Option<Fetching>> {
+) -> io::Result<Option<Filler>> {
     let dir = File::open(&images.dir)?;
-    let fetching = images.pages.as_ref();
-    let fetching = fetching.map(|pages| Fetching::start(criu, &images.dir, pages));
-    let mut fetching = fetching.transpose()?;
-    let work = criu.restore(dir.as_fd(), &options, fetching.is_some());
+    let filler = images.pages.as_ref();
+    let filler = filler.map(|pages| Filler::start(pages, &images.dir));
+    let mut filler = filler.transpose()?;
+    let work = criu.restore(dir.as_fd(), &options, filler.is_some());
     let mut work = work.inspect_err(|_| {
         // Nobody would ever connect to it.
-        fetching.iter_mut().for_each(Fetching::kill);
+        filler.iter_mut().for_each(Filler::kill);
     })?;
     let mut restored = None;
     let result = (|| {
         loop {
-            match work.event()? {
+            let event = work.event()?;
+            tracing::debug!(?event, "CRIU");
+            match event {
                 // Everything is in its place; a no now takes all of it away again.
                 Event::Stage { name, pid } if name == "post-restore" => {
                     restored = pid.and_then(Process::find);
+                    // The time that it is held back is well used.
+                    filler.iter_mut().for_each(Filler::go);
                     let _ = tell.send(Progress::Restored {
                         criu: Process::find(work.pid()),
                         root: restored,
@@ -286,9 +275,9 @@ fn restore(
         kill_tree(root.pid);
     }
     match result {
-        Ok(()) => Ok(fetching),
+        Ok(()) => Ok(filler),
         Err(error) => {
-            fetching.iter_mut().for_each(Fetching::kill);
+            filler.iter_mut().for_each(Filler::kill);
             Err(error)
         }
     }

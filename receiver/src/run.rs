@@ -12,8 +12,6 @@ use crate::with_causes;
 use pageferry_common::criu::Criu;
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -30,24 +28,6 @@ pub enum Exit {
     Usage = 2,
     /// The port or the directory cannot be used.
     Unusable = 4,
-}
-
-/// Runs `receive` as the process that gives pages to the CRIU on its standard input: one that
-/// outlives the receiver, for the restored process cannot do without it before all is there.
-#[must_use]
-pub fn run_pages(dir: &Path) -> ExitCode {
-    let serve = || -> Result<bool, ServeError> {
-        let stream = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-        Ok(Served::load(dir)?.serve(&stream)?.1)
-    };
-    match serve() {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
-            eprintln!("receive: {}", with_causes(&error));
-            ExitCode::FAILURE
-        }
-    }
 }
 
 /// Runs `receive`.

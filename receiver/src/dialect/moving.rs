@@ -33,10 +33,12 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         options: Options,
     ) -> Result<(), Failure> {
         let round_dir = home.join(DirName::Round(round).to_string());
+        tracing::debug!("restore");
         let ahead = match restorer.lazy {
             true => lazy::prepare(home, round).map_err(Refusal::from)?,
             false => None,
         };
+        tracing::debug!("the images are prepared");
         let images = match ahead {
             Some(dir) => Images {
                 dir,
@@ -68,6 +70,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             }
             Err(failure) => return self.undo(restoring, home, failure).await,
         }
+        tracing::debug!("committed");
         // It may have to be restored again from here.
         if let Err(error) = sync_all(&round_dir) {
             return self.undo(restoring, home, error.into()).await;
@@ -83,6 +86,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 .undo(restoring, home, Refusal::from(error).into())
                 .await;
         }
+        tracing::debug!("written down");
         restoring.go();
         loop {
             // The sender may be gone: it runs here all the same.

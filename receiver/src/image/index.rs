@@ -75,6 +75,14 @@ impl Index {
         self.runs.push(next);
     }
 
+    /// Where its pages are in memory, those of the newest level first.
+    #[must_use]
+    pub fn by_age(&self) -> Vec<PageRange> {
+        let mut runs: Vec<_> = self.runs.iter().collect();
+        runs.sort_by_key(|run| run.level);
+        runs.iter().map(|run| run.range).collect()
+    }
+
     /// Reads the pages from `address` on, as many as there are without a gap and fit into `buffer`.
     /// Returns how many.
     ///

@@ -1,27 +1,30 @@
 //! The directory that a process is restored from before its memory is there.
 //!
-//! Beside CRIU's images of state it has pagemaps that say of nearly every page of private memory
-//! that it is elsewhere: it is fetched when it is touched, or in the background. The rest is in the
-//! parent, the last round. Making it takes time for entries, not for pages.
+//! It has CRIU's images of state, and of memory only what CRIU needs to restore: nearly all private
+//! memory is not in it at all, and is filled in by us ([`crate::fill`]). Making it takes time for
+//! entries, not for pages.
 
-use super::chain::{Cursor, images, levels};
+use super::chain::{Cursor, Levels, images, levels};
 use super::format::PagemapEntry;
+use super::index::Index;
 use super::writer::{DirWriter, WriteError};
 use super::{DirName, FileError, failed};
 use pageferry_common::psi::Place;
-use pageferry_common::{BUFFER_PAGES, ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
+use pageferry_common::{ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
 use prost::Message;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 /// Longest record of an image of state that is looked into, bytes: a process with a million mappings
 /// has less.
 const RECORD_MAX: u32 = 64 << 20;
 
-/// Most pages in an entry of those that are fetched later, as many as are given at once. CRIU's
-/// daemon has a buffer for the longest entry, and fails if one has 2 GiB.
-const FETCH_PAGES: u64 = BUFFER_PAGES as u64;
+/// Most pages that are copied for a restore, 16 MiB. Of more, CRIU is told that they are in the parent, for
+/// which it reads all pagemaps of the chain, time that grows with memory.
+const COPIED_MAX: u64 = 4096;
 
 const MAP_PRIVATE: u32 = 0x02;
 const MAP_ANONYMOUS: u32 = 0x20;
@@ -51,16 +54,22 @@ struct Vma {
 }
 
 impl Vma {
-    /// Whether CRIU has its pages fetched: the restored process asks for those alone.
+    /// Whether CRIU registers it with a userfaultfd: it does so with those alone.
     fn is_lazy(&self) -> bool {
         let with = MAP_PRIVATE | MAP_ANONYMOUS;
         self.flags & (with | MAP_LOCKED | MAP_HUGETLB) == with && self.status & (VDSO | VVAR) == 0
     }
 }
 
+/// The machine that [`ThreadInfo`] is of.
+const X86_64: i32 = 1;
+
 /// CRIU's image of a thread: only where its stack is.
 #[derive(Clone, PartialEq, Message)]
 struct Core {
+    #[prost(int32, required, tag = "1")]
+    machine: i32,
+    /// A process that has ended, and not been waited for, has none.
     #[prost(message, optional, tag = "2")]
     x86: Option<ThreadInfo>,
 }
@@ -84,38 +93,25 @@ struct Registers {
 /// [`WriteError`].
 pub fn prepare(home: &Path, round: u32) -> Result<Option<PathBuf>, WriteError> {
     let top = home.join(DirName::Round(round).to_string());
-    let Some(stacks) = stacks(&top)? else {
+    let chain = levels(&top)?;
+    let Some(images) = split(&top, &chain)? else {
         return Ok(None);
     };
-    let chain = levels(&top)?;
     let mut writer = DirWriter::begin(home, DirName::Restore(round))?;
-    writer.follow(DirName::Round(round))?;
-    for image in images(&top)? {
-        let vmas = match image {
-            ImageId::Task(pid) => match record::<Mm>(&top.join(format!("mm-{pid}.img")))? {
-                Some(mm) => mm.vmas,
-                // A process that has ended since: CRIU restores no memory of it.
-                None => continue,
-            },
-            ImageId::Shmem(_) => Vec::new(),
-        };
-        writer.open(image)?;
-        let mut list = Cursor::open(&chain, image)?.expect("it was listed");
-        while let Some(entry) = list.next_entry()? {
-            for (range, piece) in pieces(entry.range, &vmas, &stacks) {
-                match piece {
-                    Piece::Copy => writer.copy(range)?,
-                    Piece::As(Place::Elsewhere) => {
-                        let mut rest = Some(range);
-                        while let Some(range) = rest {
-                            let (now, later) = range.split_at(FETCH_PAGES);
-                            let range = now.expect("a range is not empty");
-                            let place = Place::Elsewhere;
-                            writer.put_as_is(&[PagemapEntry { range, place }], &[])?;
-                            rest = later;
-                        }
-                    }
-                    Piece::As(place) => writer.put_as_is(&[PagemapEntry { range, place }], &[])?,
+    let at_once = images.iter().flat_map(|image| &image.at_once);
+    let copied = at_once.map(|(range, _)| range.pages()).sum::<u64>() <= COPIED_MAX;
+    match copied {
+        true => writer.read_from(DirName::Round(round))?,
+        false => writer.follow(DirName::Round(round))?,
+    }
+    for image in images {
+        writer.open(image.id)?;
+        for (range, huge) in image.at_once {
+            match copied || huge {
+                true => writer.copy(range)?,
+                false => {
+                    let place = Place::Parent;
+                    writer.put_as_is(&[PagemapEntry { range, place }], &[])?;
                 }
             }
         }
@@ -130,15 +126,90 @@ pub fn prepare(home: &Path, round: u32) -> Result<Option<PathBuf>, WriteError> {
     Ok(Some(path))
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Piece {
-    As(Place),
-    /// Restore reads huge pages from the newest directory only.
-    Copy,
+/// What a process that was restored from the directory of [`prepare`] waits for.
+#[derive(Debug)]
+pub struct Awaited {
+    /// Its pages.
+    pub image: Rc<Index>,
+    /// Those that are missing.
+    pub missing: Vec<PageRange>,
 }
 
-/// Cuts a range where what becomes of its pages changes.
-fn pieces(range: PageRange, vmas: &[Vma], stacks: &PageSet) -> Vec<(PageRange, Piece)> {
+/// What the processes wait for that are restored from `round`; `None` as with [`prepare`].
+///
+/// # Errors
+/// [`FileError`].
+pub fn awaited(round: &Path) -> Result<Option<BTreeMap<i32, Awaited>>, FileError> {
+    let chain = levels(round)?;
+    let Some(images) = split(round, &chain)? else {
+        return Ok(None);
+    };
+    let mut awaited = BTreeMap::new();
+    for Image { id, later, .. } in images {
+        if let ImageId::Task(pid) = id
+            && let Some(index) = Index::load(&chain, id)?
+        {
+            let image = Awaited {
+                image: Rc::new(index),
+                missing: later,
+            };
+            awaited.insert(pid.cast_signed(), image);
+        }
+    }
+    Ok(Some(awaited))
+}
+
+/// One image, by when its pages are needed.
+#[derive(Debug)]
+struct Image {
+    id: ImageId,
+    /// By CRIU, and whether they are huge.
+    at_once: Vec<(PageRange, bool)>,
+    later: Vec<PageRange>,
+}
+
+/// All images in `top`, the first of `chain`; `None` if there are no stacks in CRIU's.
+fn split(top: &Path, chain: &Levels) -> Result<Option<Vec<Image>>, FileError> {
+    let Some(stacks) = stacks(top)? else {
+        return Ok(None);
+    };
+    let mut split = Vec::new();
+    for id in images(top)? {
+        let vmas = match id {
+            ImageId::Task(pid) => match record::<Mm>(&top.join(format!("mm-{pid}.img")))? {
+                Some(mm) => mm.vmas,
+                // A process that has ended since: CRIU restores no memory of it.
+                None => continue,
+            },
+            ImageId::Shmem(_) => Vec::new(),
+        };
+        let (mut at_once, mut later) = (Vec::new(), Vec::new());
+        let mut list = Cursor::open(chain, id)?.expect("it was listed");
+        while let Some(entry) = list.next_entry()? {
+            for (range, needed) in pieces(entry.range, &vmas, &stacks) {
+                match needed {
+                    Needed::Later => later.push(range),
+                    Needed::AtOnce { huge } => at_once.push((range, huge)),
+                }
+            }
+        }
+        split.push(Image { id, at_once, later });
+    }
+    Ok(Some(split))
+}
+
+/// When pages have to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Needed {
+    /// When CRIU restores. Huge ones it reads from the newest directory only.
+    AtOnce { huge: bool },
+    /// When the process touches them.
+    Later,
+}
+
+/// Cuts a range where it changes when its pages are needed.
+fn pieces(range: PageRange, vmas: &[Vma], stacks: &PageSet) -> Vec<(PageRange, Needed)> {
+    const AT_ONCE: Needed = Needed::AtOnce { huge: false };
     let mut pieces = Vec::new();
     let mut at = range.start();
     let first = vmas.partition_point(|vma| vma.end <= at);
@@ -147,29 +218,24 @@ fn pieces(range: PageRange, vmas: &[Vma], stacks: &PageSet) -> Vec<(PageRange, P
             break;
         }
         let gap = PageRange::from_bounds(at, vma.start.max(at));
-        pieces.extend(gap.map(|gap| (gap, Piece::As(Place::Parent))));
+        pieces.extend(gap.map(|gap| (gap, AT_ONCE)));
         let (start, end) = (vma.start.max(at), vma.end.min(range.end()));
         let Some(inside) = PageRange::from_bounds(start, end) else {
             continue;
         };
         at = end;
         if vma.flags & MAP_HUGETLB != 0 {
-            pieces.push((inside, Piece::Copy));
+            pieces.push((inside, Needed::AtOnce { huge: true }));
         } else if vma.is_lazy() {
             stacks.split(inside, |range, stack| {
-                let place = if stack {
-                    Place::Parent
-                } else {
-                    Place::Elsewhere
-                };
-                pieces.push((range, Piece::As(place)));
+                pieces.push((range, if stack { AT_ONCE } else { Needed::Later }));
             });
         } else {
-            pieces.push((inside, Piece::As(Place::Parent)));
+            pieces.push((inside, AT_ONCE));
         }
     }
     let rest = PageRange::from_bounds(at, range.end());
-    pieces.extend(rest.map(|rest| (rest, Piece::As(Place::Parent))));
+    pieces.extend(rest.map(|rest| (rest, AT_ONCE)));
     pieces
 }
 
@@ -181,8 +247,12 @@ fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
             continue;
         }
         let core = record::<Core>(&dir.join(&name))?;
-        let registers = core.and_then(|core| core.x86?.registers);
-        let Some(Registers { sp }) = registers else {
+        let sp = match core.map(|core| (core.machine, core.x86)) {
+            Some((X86_64, None)) => continue,
+            Some((X86_64, Some(thread))) => thread.registers.map(|registers| registers.sp),
+            Some(_) | None => None,
+        };
+        let Some(sp) = sp else {
             return Ok(None);
         };
         if let Ok(page) = PageRange::new(sp - sp % PAGE_SIZE, 1) {
@@ -242,22 +312,22 @@ mod tests {
         ];
         let mut stacks = PageSet::new();
         stacks.insert(range(5, 6));
-        let (here, away) = (Piece::As(Place::Parent), Piece::As(Place::Elsewhere));
+        let (now, later) = (Needed::AtOnce { huge: false }, Needed::Later);
         assert_eq!(
             pieces(range(2, 35), &vmas, &stacks),
             [
-                (range(2, 5), away),
-                (range(5, 6), here),
-                (range(6, 10), away),
-                (range(10, 12), here),
-                (range(12, 20), here),
-                (range(20, 30), Piece::Copy),
-                (range(30, 35), here),
+                (range(2, 5), later),
+                (range(5, 6), now),
+                (range(6, 10), later),
+                (range(10, 12), now),
+                (range(12, 20), now),
+                (range(20, 30), Needed::AtOnce { huge: true }),
+                (range(30, 35), now),
             ]
         );
         assert_eq!(
             pieces(range(50, 60), &vmas, &stacks),
-            [(range(50, 60), here)]
+            [(range(50, 60), now)]
         );
     }
 }

@@ -73,9 +73,19 @@ impl DirWriter {
     /// # Errors
     /// [`WriteError`].
     pub fn follow(&mut self, parent: DirName) -> Result<(), WriteError> {
-        self.parents = levels(&self.home.join(parent.to_string()))?;
+        self.read_from(parent)?;
         let link = self.tmp.join(PARENT);
         symlink(format!("../{parent}"), &link).map_err(failed("create", &link))?;
+        Ok(())
+    }
+
+    /// Has pages copied from `other`, complete and in the same directory above. What was opened before
+    /// cannot be.
+    ///
+    /// # Errors
+    /// [`WriteError`].
+    pub fn read_from(&mut self, other: DirName) -> Result<(), WriteError> {
+        self.parents = levels(&self.home.join(other.to_string()))?;
         Ok(())
     }
 
@@ -364,9 +374,7 @@ impl ImageWriter {
 
     fn entry(&mut self, range: PageRange, place: Place) -> Result<(), FileError> {
         if let Some(before) = self.pending {
-            // What is to be fetched later comes in the pieces that it is to be fetched in.
             if before.place == place
-                && place != Place::Elsewhere
                 && let Some(range) = before.range.joined(range)
             {
                 self.pending = Some(PagemapEntry { range, place });

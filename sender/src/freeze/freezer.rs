@@ -2,12 +2,13 @@
 
 use super::procs::{self, TreeError};
 use super::{FrozenProcess, MESSAGE_MAX, Reply, Request, Then, inject};
+use crate::sys::pidfd;
 use crate::sys::ptrace::{self, Stop, Tid};
 use crate::sys::sched::Urgent;
-use crate::sys::{fdpass, pidfd};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pageferry_common::sys::fdpass;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -12,7 +12,7 @@ mod procs;
 
 pub use procs::{TreeError, process_list};
 
-use crate::sys::fdpass;
+use pageferry_common::sys::fdpass;
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};

@@ -2,7 +2,6 @@
 //!
 //! This directory is the only place in the project where `unsafe` stands.
 
-pub mod fdpass;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;

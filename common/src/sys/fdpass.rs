@@ -1,4 +1,4 @@
-//! Datagrams with a descriptor attached, between the sender and its freezer process.
+//! Messages with a descriptor attached, over Unix sockets.
 
 use nix::cmsg_space;
 use nix::sys::socket::{
@@ -39,7 +39,7 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) ->
     Ok(())
 }
 
-/// Receives one message into `buffer`; `None` when the peer is gone.
+/// Receives one message into `buffer`, from a stream whatever is there; `None` when the peer is gone.
 ///
 /// # Errors
 /// The kernel's, and `InvalidData` for a message longer than `buffer`.

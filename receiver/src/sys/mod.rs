@@ -1,0 +1,3 @@
+//! The system calls that no library wraps safely: one small safe function each.
+
+pub mod uffd;
