@@ -57,6 +57,9 @@ const DIVERGING_ROUNDS: usize = 3;
 /// Rounds over which what is left must shrink, and by how much (a tenth).
 const PLATEAU_ROUNDS: usize = 4;
 
+/// Less time for the last pages is not worth another round.
+const SHORT: Duration = Duration::from_millis(5);
+
 /// Rounds that sent less say little about the link's rate, bytes.
 const RATE_SAMPLE: u64 = 8 << 20;
 
@@ -75,7 +78,10 @@ pub fn decide(history: &[Observed], limits: &Limits) -> Next {
             _ => Next::PreDump,
         };
     };
-    if downtime(history).is_some_and(|estimate| estimate <= limits.max_downtime) {
+    let more = history.len() < limits.max_rounds as usize;
+    if downtime(history).is_some_and(|estimate| estimate <= limits.max_downtime)
+        && !(more && is_worthwhile(history))
+    {
         return Next::Final(Why::Converged);
     }
     let recent = |rounds| {
@@ -98,10 +104,19 @@ pub fn decide(history: &[Observed], limits: &Limits) -> Next {
     if recent(PLATEAU_ROUNDS + 1).is_some_and(stuck) {
         return Next::Final(Why::Plateau);
     }
-    match history.len() < limits.max_rounds as usize {
+    match more {
         true => Next::PreDump,
         false => Next::Final(Why::MaxRounds),
     }
+}
+
+/// Whether another round would leave less than half as much for the last: if it took less than half as
+/// long as the one before, less than half as much would be written meanwhile.
+fn is_worthwhile(history: &[Observed]) -> bool {
+    let (Some(last), Some(next)) = (history.last(), downtime(history)) else {
+        return false;
+    };
+    next.saturating_sub(last.overhead) > SHORT && next * 2 < last.took
 }
 
 /// How long the last round would freeze the tree; `None` before anything is known.
@@ -147,7 +162,8 @@ mod tests {
 
     #[test]
     fn the_table() {
-        let converging = [round(1000, 1000, 400), round(400, 400, 100)];
+        let converging = [round(1000, 1000, 400), round(400, 400, 250)];
+        let halving = [round(1000, 1000, 400), round(400, 400, 100)];
         let diverging = [
             round(100, 1000, 150),
             round(150, 1500, 200),
@@ -164,6 +180,7 @@ mod tests {
             (&[][..], Next::PreDump),
             (&converging[..1], Next::PreDump),
             (&converging[..], Next::Final(Why::Converged)),
+            (&halving[..], Next::PreDump),
             (&diverging[..2], Next::PreDump),
             (&diverging[..], Next::Final(Why::Diverging)),
             (&flat[..4], Next::PreDump),

@@ -156,7 +156,9 @@ impl Handover {
 
         let mut last_round = None;
         loop {
-            match next(&mut work, &mut endpoint, parts.sink)? {
+            let next = next(&mut work, &mut endpoint, parts.sink)?;
+            tracing::debug!(?next, "CRIU");
+            match next {
                 Next::PagesEnd => {
                     downtime.state_dumped();
                     match self.last_round(round, &mut parts) {
@@ -276,10 +278,12 @@ impl Handover {
             .filter_map(|name| StateName::new(&name))
             .collect();
         names.sort_unstable();
+        tracing::debug!(images = names.len(), "sending the state");
         for name in names {
             let mut file = File::open(images.join(name.as_str()))?;
             receiver.state(&name, &mut file)?;
         }
+        tracing::debug!("restore");
         receiver.restore(self.options)?;
         Ok(())
     }
@@ -359,6 +363,7 @@ fn tempdir(id: MigrationId) -> io::Result<Dir> {
     Ok(Dir(path))
 }
 
+#[derive(Debug)]
 enum Next {
     Criu(Event),
     PagesEnd,
