@@ -152,7 +152,7 @@ impl Criu {
         let server = Program::start(&mut command);
         // Connecting, to see whether it listens, would be its one dump.
         until("the page server listens", || {
-            match listens(address.port()) {
+            match listens("/proc/net/tcp", address.port()) {
                 true => Ok(()),
                 false => Err("not yet".to_owned()),
             }
@@ -180,11 +180,11 @@ pub fn free_address() -> SocketAddr {
     listener.local_addr().expect("it is bound")
 }
 
-/// Whether somebody listens on a port of this host.
+/// Whether somebody listens on a port, by a network namespace's table of sockets.
 #[must_use]
-pub fn listens(port: u16) -> bool {
+pub fn listens(table: &str, port: u16) -> bool {
     const LISTENING: &str = "0A";
-    let table = fs::read_to_string("/proc/net/tcp").unwrap_or_default();
+    let table = fs::read_to_string(table).unwrap_or_default();
     let local = format!(":{port:04X}");
     table.lines().any(|line| {
         let mut fields = line.split_whitespace().skip(1);

@@ -1,6 +1,7 @@
 //! A second host on this machine, as far as CRIU is concerned: a PID namespace of its own, in which
 //! every number is free.
 
+use crate::criu::listens;
 use crate::daemon::{kill_tree, until};
 use crate::memory;
 use crate::pair::{Receiver, receive_command};
@@ -8,7 +9,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 /// What runs as its process 1: it mounts its `/proc`, and reaps whatever is left to it.
-const INIT: &str = "mount -t proc proc /proc && while :; do sleep 1000 & wait $!; done";
+const INIT: &str =
+    "mount -t proc proc /proc && mount -t tmpfs run /run && while :; do sleep 1000 & wait $!; done";
 
 /// The namespace. Dropped, everything in it is killed.
 #[derive(Debug)]
@@ -24,20 +26,17 @@ impl Host {
     /// If it does not come up; it takes root.
     #[must_use]
     pub fn start() -> Self {
-        Self::start_in(&[])
+        Self::start_in(Command::new("env"))
     }
 
-    /// The same, started through a program that becomes it, such as `nsenter --net=FILE`.
+    /// The same, started through a command whose next argument is a program to become.
     ///
     /// # Panics
     /// As [`Host::start`].
     #[must_use]
-    pub fn start_in(through: &[&str]) -> Self {
-        let words = [through, &["unshare", "--pid", "--fork", "--kill-child"]].concat();
-        let mut unshare = Command::new(words[0]);
-        unshare
-            .args(&words[1..])
-            .args(["--mount", "bash", "-c", INIT]);
+    pub fn start_in(mut unshare: Command) -> Self {
+        unshare.args(["unshare", "--pid", "--fork", "--kill-child"]);
+        unshare.args(["--mount", "bash", "-c", INIT]);
         let null = Stdio::null;
         let unshare = unshare.stdin(null()).stdout(null()).stderr(null()).spawn();
         let unshare = unshare.expect("unshare is there");
@@ -59,6 +58,18 @@ impl Host {
         let mut command = self.enter();
         command.arg(receive_command().get_program());
         Receiver::run(command, port, dir, options)
+    }
+
+    /// Waits until somebody listens there on a port.
+    ///
+    /// # Panics
+    /// If nobody comes to.
+    pub fn await_listener(&self, port: u16) {
+        let table = format!("/proc/{}/net/tcp", self.init);
+        until("somebody listens", || match listens(&table, port) {
+            true => Ok(()),
+            false => Err("not yet".to_owned()),
+        });
     }
 
     /// A command that runs there the program that is its next argument.

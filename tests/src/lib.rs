@@ -19,10 +19,13 @@ pub mod host;
 pub mod huge;
 pub mod images;
 pub mod memory;
+pub mod mover;
+pub mod net;
 pub mod pair;
 pub mod program;
 pub mod scenario;
 pub mod servers;
+pub mod service;
 pub mod victim;
 
 pub use images::{Mismatch, Stats, compare};

@@ -122,7 +122,19 @@ impl Program {
     /// # Panics
     /// If there is none before the program or our patience ends.
     pub fn await_stderr<T>(&mut self, wanted: impl Fn(&str) -> Option<T>) -> T {
-        let deadline = Instant::now() + PATIENCE;
+        self.await_stderr_within(PATIENCE, wanted)
+    }
+
+    /// The same with another patience.
+    ///
+    /// # Panics
+    /// As [`Program::await_stderr`].
+    pub fn await_stderr_within<T>(
+        &mut self,
+        patience: Duration,
+        wanted: impl Fn(&str) -> Option<T>,
+    ) -> T {
+        let deadline = Instant::now() + patience;
         loop {
             match self.stderr.next(deadline) {
                 Ok(Some(line)) => {
@@ -136,6 +148,12 @@ impl Program {
                 Err(DeadlinePassed) => panic!("{} hangs:\n{}", self.name, self.log),
             }
         }
+    }
+
+    /// Forgets what it has said on standard error up to now, so that what is awaited next is new.
+    pub fn skip_stderr(&mut self) {
+        let now = Instant::now();
+        while let Ok(Some(_)) = self.stderr.next(now) {}
     }
 
     /// Waits until it ends.

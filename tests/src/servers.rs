@@ -98,6 +98,17 @@ impl Postgres {
     /// If it does not come up.
     #[must_use]
     pub fn start() -> Self {
+        Self::start_in(&Command::new("env"), "", 64, 5)
+    }
+
+    /// The same through a command whose next argument is a program to become, listening on `address`
+    /// too and trusting whoever comes from there, with so many MiB of shared buffers and pgbench's
+    /// tables at this scale.
+    ///
+    /// # Panics
+    /// As [`Postgres::start`].
+    #[must_use]
+    pub fn start_in(through: &Command, address: &str, shared_mib: u32, scale: u32) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory can be made");
         // PostgreSQL does not run as root.
         let user = nix::unistd::User::from_name("postgres")
@@ -111,13 +122,19 @@ impl Postgres {
             .arg("-N")
             .status();
         assert!(initdb.expect("it is there: run scripts/setup").success());
-        let mut server = Command::new("unshare");
-        server.args(["--ipc", "setpriv", "--init-groups"]);
+        let rules = data.join("pg_hba.conf");
+        let trust = std::fs::read_to_string(&rules).expect("initdb wrote it");
+        let trust = trust + "host all all 10.0.0.0/8 trust\n";
+        std::fs::write(&rules, trust).expect("we are root");
+        let mut server = Command::new(through.get_program());
+        server.args(through.get_args());
+        server.args(["unshare", "--ipc", "setpriv", "--init-groups"]);
         server.arg(format!("--reuid={}", user.uid));
         server.arg(format!("--regid={}", user.gid));
         server.arg(Path::new(POSTGRES).join("postgres"));
         server.arg("-D").arg(&data).arg("-k").arg(dir.path());
-        server.args(["-h", "", "-c", "shared_buffers=64MB", "-c", "fsync=off"]);
+        server.args(["-h", address, "-c", "fsync=off", "-c"]);
+        server.arg(format!("shared_buffers={shared_mib}MB"));
         let daemon = Daemon::detached(server.current_dir("/"));
         let postgres = Self { daemon, dir, user };
         until("PostgreSQL comes up", || {
@@ -125,7 +142,7 @@ impl Postgres {
         });
         let filled = postgres
             .client("pgbench")
-            .args(["-i", "-s", "5", "postgres"])
+            .args(["-i", "-s", &scale.to_string(), "postgres"])
             .status();
         assert!(filled.expect("it is there: run scripts/setup").success());
         postgres

@@ -69,7 +69,7 @@ fn serve(criu: &Criu, dir: &Path, round: u32, address: SocketAddr) -> Program {
 
 fn await_listening(address: SocketAddr) {
     until("the page server listens", || {
-        match listens(address.port()) {
+        match listens("/proc/net/tcp", address.port()) {
             true => Ok(()),
             false => Err("not yet".to_owned()),
         }

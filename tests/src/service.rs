@@ -1,0 +1,399 @@
+//! Programs that work, at a steady rate, while they are moved to another host, and find out what it did
+//! to them: each knows the longest time for which nothing happened, and whether all is right.
+
+use crate::daemon::{Daemon, answered, output, until};
+use crate::net::{Net, SERVICE};
+use crate::program::Program;
+use crate::servers::Postgres;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use tempfile::TempDir;
+
+/// One of them, at host A.
+pub trait Service {
+    /// The root of what is to be moved.
+    fn daemon(&mut self) -> &mut Daemon;
+
+    /// What CRIU has to be told of it.
+    fn options(&self) -> &'static [&'static str];
+
+    /// Waits until it has done some more work; how long nothing happened at most, ms, up to then.
+    ///
+    /// # Panics
+    /// If it does not work any more, or something is wrong.
+    fn pause(&mut self) -> u64;
+
+    /// Looks whether everything it knows is right.
+    ///
+    /// # Panics
+    /// If not.
+    fn check(&mut self);
+}
+
+/// The names that [`start`] knows.
+pub const NAMES: [&str; 4] = ["redis", "postgresql", "jvm", "python"];
+
+/// Starts one of [`NAMES`] that has about `mib` MiB of memory; returns when it works.
+///
+/// # Panics
+/// If it does not come to work, or has another name.
+#[must_use]
+pub fn start(name: &str, net: &Net, mib: u32) -> Box<dyn Service> {
+    match name {
+        "redis" => Box::new(Redis::start(net, mib)),
+        "postgresql" => Box::new(Pgbench::start(net, mib)),
+        "jvm" => Box::new(Ticking::jvm(net, mib)),
+        "python" => Box::new(Ticking::python(net, mib)),
+        _ => panic!("there are {NAMES:?}, and no {name}"),
+    }
+}
+
+/// A redis with clients that come over the network.
+struct Redis {
+    daemon: Daemon,
+    client: Program,
+    _dir: TempDir,
+}
+
+/// Four connections, each of which writes a key and reads another, a thousand times a second in all; what
+/// is read must be what was last acknowledged. It says how many operations it has done, and the longest
+/// it has waited for one, ms.
+const REDIS_CLIENT: &str = r#"
+import random, socket, sys, time
+host, keys = sys.argv[1], int(sys.argv[2])
+connections = [socket.create_connection((host, 6379)) for _ in range(4)]
+for connection in connections: connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+connections = [(connection, connection.makefile('rb')) for connection in connections]
+def command(*words):
+    return b'*%d\r\n' % len(words) + b''.join(b'$%d\r\n%s\r\n' % (len(word), word) for word in words)
+def name(key): return b'key:%d' % key
+def value(key, version): return b'%d/%d ' % (key, version) * 64
+acked, known = {}, []
+done, longest, told, begin = 0, 0, 0, time.monotonic()
+while True:
+    for connection, answers in connections:
+        key, before = random.randrange(keys), time.monotonic()
+        connection.sendall(command(b'SET', name(key), value(key, done)))
+        if answers.readline() != b'+OK\r\n': sys.exit('WRONG: not stored')
+        if key not in acked: known.append(key)
+        acked[key] = done
+        key = random.choice(known)
+        connection.sendall(command(b'GET', name(key)))
+        length = int(answers.readline()[1:])
+        if answers.read(length + 2)[:-2] != value(key, acked[key]):
+            sys.exit('WRONG: write %d of key %d is lost' % (acked[key], key))
+        done += 1
+        now = time.monotonic()
+        longest = max(longest, now - before)
+    # No rush after a pause to make up for it.
+    begin = max(begin, now - done / 1000)
+    if now - told > 0.2:
+        told = now
+        print(done, int(longest * 1000), file=sys.stderr, flush=True)
+    time.sleep(max(0, begin + done / 1000 - now))
+"#;
+
+/// Bytes of a value at first.
+const VALUE: u32 = 4000;
+
+impl Redis {
+    fn start(net: &Net, mib: u32) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory can be made");
+        let mut server = net.enter("A");
+        server.args(["redis-server", "--bind", SERVICE, "--save", ""]);
+        server.args(["--protected-mode", "no", "--enable-debug-command", "yes"]);
+        server.arg("--dir").arg(dir.path());
+        server
+            .arg("--unixsocket")
+            .arg(dir.path().join("redis.sock"));
+        let daemon = Daemon::detached(&server);
+        let cli = |words: &[&str]| {
+            let mut cli = Command::new("redis-cli");
+            output(cli.arg("-s").arg(dir.path().join("redis.sock")).args(words))
+        };
+        until("redis comes up", || answered(cli(&["ping"]), "PONG"));
+        let (keys, size) = ((mib * 1024 / (VALUE / 1000)).to_string(), VALUE.to_string());
+        cli(&["debug", "populate", &keys, "key", &size]).expect("redis can be filled");
+        let mut client = net.enter("C");
+        client.args(["python3", "-c", REDIS_CLIENT, SERVICE, &keys]);
+        let client = Program::start(&mut client);
+        let mut redis = Self {
+            daemon,
+            client,
+            _dir: dir,
+        };
+        redis.pause();
+        redis
+    }
+}
+
+impl Service for Redis {
+    fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+
+    fn options(&self) -> &'static [&'static str] {
+        &["--tcp-established"]
+    }
+
+    fn pause(&mut self) -> u64 {
+        await_work(&mut self.client, 1000)
+    }
+
+    fn check(&mut self) {
+        // Most of the keys that it has written it will have read again.
+        await_work(&mut self.client, 10_000);
+    }
+}
+
+/// Waits until a program that tells how far it is has come `more` steps further; the longest pause of
+/// which it tells, ms.
+fn await_work(program: &mut Program, more: u64) -> u64 {
+    program.skip_stderr();
+    let mut next = || {
+        program.await_stderr(|line| {
+            assert!(!line.contains("WRONG"), "{line}");
+            let (count, pause) = line.split_once(' ')?;
+            Some((count.parse::<u64>().ok()?, pause.parse::<u64>().ok()?))
+        })
+    };
+    let (first, _) = next();
+    loop {
+        let (count, pause) = next();
+        if count >= first + more {
+            return pause;
+        }
+    }
+}
+
+/// A PostgreSQL whose shared buffers are full, with pgbench over the network.
+struct Pgbench {
+    postgres: Postgres,
+    client: Program,
+    logs: TempDir,
+}
+
+/// MiB of the database for each unit of pgbench's scale.
+const MIB_OF_SCALE: u32 = 15;
+
+impl Pgbench {
+    fn start(net: &Net, mib: u32) -> Self {
+        let scale = (mib / MIB_OF_SCALE).max(1);
+        let postgres = Postgres::start_in(&net.enter("A"), SERVICE, mib, scale);
+        let all = "create extension pg_prewarm; select sum(pg_prewarm(c.oid)) from pg_class c \
+                   where relname like 'pgbench%'";
+        postgres.sql(all).expect("the buffers can be filled");
+        let logs = tempfile::tempdir().expect("a temporary directory can be made");
+        let mut client = net.enter("C");
+        client.args(["pgbench", "-h", SERVICE, "-U", "postgres", "-n", "-c", "4"]);
+        client.args(["-R", "300", "-T", "3600", "-P", "1", "-l"]);
+        client.arg(format!("--log-prefix={}/log", logs.path().display()));
+        let client = Program::start(client.arg("postgres"));
+        let mut pgbench = Self {
+            postgres,
+            client,
+            logs,
+        };
+        pgbench.pause();
+        pgbench
+    }
+
+    /// What it has logged of each transaction: number, latency in µs.
+    fn log(&self) -> String {
+        let files = fs::read_dir(self.logs.path())
+            .expect("it is ours")
+            .flatten();
+        let texts = files.map(|file| fs::read_to_string(file.path()).unwrap_or_default());
+        texts.collect()
+    }
+}
+
+impl Service for Pgbench {
+    fn daemon(&mut self) -> &mut Daemon {
+        self.postgres.daemon()
+    }
+
+    fn options(&self) -> &'static [&'static str] {
+        &["--tcp-established"]
+    }
+
+    fn pause(&mut self) -> u64 {
+        // Its log comes in blocks.
+        let lines = self.log().lines().count();
+        until("pgbench works", || match self.log().lines().count() {
+            count if count > lines + 500 => Ok(()),
+            count => Err(format!("{count} transactions, {lines} before")),
+        });
+        let log = self.log();
+        let latencies = log.lines().filter_map(|line| {
+            let mut fields = line.split(' ').skip(2);
+            fields.next()?.parse::<u64>().ok()
+        });
+        latencies.max().unwrap_or_default() / 1000
+    }
+
+    fn check(&mut self) {
+        self.pause();
+        // No connection was lost, or it would have one client less.
+        let clients = "select count(*) from pg_stat_activity where application_name = 'pgbench'";
+        assert_eq!(
+            self.postgres.sql(clients).as_deref().map(str::trim),
+            Ok("4")
+        );
+        self.client.kill();
+        let acked = self.log().lines().count();
+        let booked = self.postgres.sql("select count(*) from pgbench_history");
+        let booked: usize = booked
+            .expect("it answers")
+            .trim()
+            .parse()
+            .expect("a number");
+        assert!(booked >= acked, "{acked} acknowledged, {booked} booked");
+        self.postgres.assert_balanced();
+    }
+}
+
+/// A program that up to a thousand times a second writes into one block of its memory, and finds some
+/// others to be as they should. It goes by the wall clock: CRIU has the others stand still meanwhile.
+struct Ticking {
+    daemon: Daemon,
+    dir: TempDir,
+}
+
+/// Its lines: ticks, the longest time between two of them, ms, and how often all was looked at.
+const PYTHON: &str = "
+import random, sys, time, zlib
+count, log = int(sys.argv[1]) * 16, open(sys.argv[2], 'w')
+memory = [bytearray(random.randbytes(65536)) for _ in range(count)]
+sums = [zlib.crc32(block) for block in memory]
+ticks, sweeps, at, longest, last = 0, 0, 0, 0, time.time()
+while True:
+    block = random.randrange(count)
+    page = random.randrange(16) * 4096
+    memory[block][page:page + 4096] = random.randbytes(4096)
+    sums[block] = zlib.crc32(memory[block])
+    for _ in range(8):
+        if zlib.crc32(memory[at]) != sums[at]: log.write('WRONG\\n')
+        at += 1
+        if at == count: at, sweeps = 0, sweeps + 1
+    now = time.time()
+    longest, last = max(longest, now - last), now
+    ticks += 1
+    if ticks % 100 == 0:
+        log.write('%d %d %d\\n' % (ticks, longest * 1000, sweeps))
+        log.flush()
+    time.sleep(0.001)
+";
+
+const JAVA: &str = r#"
+import java.io.*;
+import java.util.Random;
+import java.util.zip.CRC32;
+public class Ticking {
+    static long sum(byte[] block) {
+        CRC32 crc = new CRC32();
+        crc.update(block);
+        return crc.getValue();
+    }
+    public static void main(String[] args) throws Exception {
+        int count = Integer.parseInt(args[0]) * 16;
+        PrintWriter log = new PrintWriter(new FileWriter(args[1]));
+        Random random = new Random();
+        byte[][] memory = new byte[count][65536];
+        long[] sums = new long[count];
+        for (int i = 0; i < count; i++) {
+            random.nextBytes(memory[i]);
+            sums[i] = sum(memory[i]);
+        }
+        int at = 0;
+        long sweeps = 0, longest = 0, last = System.currentTimeMillis();
+        byte[] page = new byte[4096];
+        for (long ticks = 1; ; ticks++) {
+            int block = random.nextInt(count);
+            random.nextBytes(page);
+            System.arraycopy(page, 0, memory[block], 4096 * random.nextInt(16), 4096);
+            sums[block] = sum(memory[block]);
+            for (int i = 0; i < 8; i++) {
+                if (sum(memory[at]) != sums[at]) log.println("WRONG");
+                if (++at == count) { at = 0; sweeps++; }
+            }
+            long now = System.currentTimeMillis();
+            longest = Math.max(longest, now - last);
+            last = now;
+            if (ticks % 100 == 0) {
+                log.println(ticks + " " + longest + " " + sweeps);
+                log.flush();
+            }
+            Thread.sleep(1);
+        }
+    }
+}
+"#;
+
+impl Ticking {
+    fn python(net: &Net, mib: u32) -> Self {
+        let mut python = net.enter("A");
+        Self::start(python.args(["python3", "-c", PYTHON]), mib)
+    }
+
+    fn jvm(net: &Net, mib: u32) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory can be made");
+        let source = dir.path().join("Ticking.java");
+        fs::write(&source, JAVA).expect("it is ours");
+        let mut java = net.enter("A");
+        java.arg("java").arg(format!("-Xmx{}m", mib + mib / 4 + 64));
+        Self::start(java.arg(source), mib)
+    }
+
+    fn start(command: &mut Command, mib: u32) -> Self {
+        let dir = tempfile::tempdir().expect("a temporary directory can be made");
+        command.arg(mib.to_string()).arg(dir.path().join("log"));
+        let daemon = Daemon::detached(command);
+        let mut ticking = Self { daemon, dir };
+        ticking.pause();
+        ticking
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.path().join("log")
+    }
+
+    /// What it said last.
+    fn told(&self) -> Result<[u64; 3], String> {
+        let text = fs::read_to_string(self.log()).unwrap_or_default();
+        assert!(!text.contains("WRONG"), "{text}");
+        let whole = text.rsplit_once('\n').unwrap_or_default().0;
+        let numbers = whole.lines().last().unwrap_or_default().split(' ');
+        let numbers: Vec<_> = numbers.filter_map(|word| word.parse().ok()).collect();
+        numbers.try_into().map_err(|_| "nothing yet".to_owned())
+    }
+
+    /// Waits until one of the numbers that it tells is so much higher.
+    fn await_more(&self, which: usize, more: u64) -> u64 {
+        let first = until("it ticks", || self.told());
+        until("it goes on", || match self.told()? {
+            now if now[which] >= first[which] + more => Ok(now[1]),
+            now => Err(format!("{now:?}")),
+        })
+    }
+}
+
+impl Service for Ticking {
+    fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+
+    fn options(&self) -> &'static [&'static str] {
+        &[]
+    }
+
+    fn pause(&mut self) -> u64 {
+        self.await_more(0, 200)
+    }
+
+    fn check(&mut self) {
+        // The sweep under way began before.
+        self.await_more(2, 2);
+    }
+}
