@@ -17,6 +17,9 @@ use std::process::{Child, Command, Stdio};
 /// The oldest that will do.
 pub const OLDEST: (i32, i32) = (4, 1);
 
+/// How long CRIU may take to stop a tree, s. What has come to a stop stands still meanwhile.
+const FREEZE_TIMEOUT: u32 = 3;
+
 /// Longest message from CRIU, bytes.
 const ANSWER_MAX: usize = 1 << 16;
 
@@ -133,6 +136,7 @@ impl Criu {
             pid: Some(pid),
             log_file: Some("dump.log".to_owned()),
             network_lock: self.network_lock(options),
+            timeout: Some(FREEZE_TIMEOUT),
             ps: Some(PageServer {
                 fd: Some(pages.as_raw_fd()),
             }),
@@ -412,6 +416,8 @@ struct Opts {
     ps: Option<PageServer>,
     #[prost(bool, optional, tag = "12")]
     notify_scripts: Option<bool>,
+    #[prost(uint32, optional, tag = "45")]
+    timeout: Option<u32>,
     #[prost(bool, optional, tag = "48")]
     lazy_pages: Option<bool>,
     #[prost(int32, optional, tag = "64")]

@@ -39,6 +39,9 @@ static SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/shim.so"));
 /// Pages that CRIU sends all the same, for each process: its vDSO, asynchronous I/O rings.
 const SPECIAL_PAGES: u64 = 64;
 
+/// How often CRIU may try to stop the tree.
+const ATTEMPTS: u32 = 5;
+
 /// How often it is looked whether a dump is still wanted.
 const CHECK_MS: u8 = 100;
 
@@ -54,6 +57,9 @@ pub enum StateDump {
 /// Why a hand-over failed.
 #[derive(Debug, thiserror::Error)]
 pub enum HandoverError {
+    /// CRIU could not stop a thread. It waits in vain for one whose stop a signal has used up.
+    #[error("CRIU cannot stop the target: {0}")]
+    Stop(String),
     /// CRIU, before anything was decided.
     #[error("CRIU cannot dump the target: {0}")]
     Dump(String),
@@ -138,6 +144,21 @@ impl Handover {
         round: u32,
         mut parts: Parts<'_>,
     ) -> Result<HandedOver, HandoverError> {
+        for _ in 1..ATTEMPTS {
+            match self.attempt(root, round, &mut parts) {
+                Err(HandoverError::Stop(why)) => tracing::warn!(why, "trying again"),
+                result => return result,
+            }
+        }
+        self.attempt(root, round, &mut parts)
+    }
+
+    fn attempt(
+        &self,
+        root: i32,
+        round: u32,
+        parts: &mut Parts<'_>,
+    ) -> Result<HandedOver, HandoverError> {
         let images = tempdir(self.id)?;
         let shim = self.shim(images.path())?;
         let (ours, theirs) = UnixStream::pair()?;
@@ -159,9 +180,11 @@ impl Handover {
             let next = next(&mut work, &mut endpoint, parts.sink)?;
             tracing::debug!(?next, "CRIU");
             match next {
+                // CRIU ends so, too, when it could not stop the tree; it says so next.
+                Next::PagesEnd if !endpoint.opened => endpoint.status(-1)?,
                 Next::PagesEnd => {
                     downtime.state_dumped();
-                    match self.last_round(round, &mut parts) {
+                    match self.last_round(round, parts) {
                         Ok(sent) => {
                             last_round = Some(sent);
                             downtime.last_pages_sent();
@@ -188,7 +211,10 @@ impl Handover {
                 }
                 Next::Criu(Event::Failed(why)) => {
                     let said = last_errors(&images.path().join("dump.log"));
-                    return Err(HandoverError::Dump(format!("{why}: {said}")));
+                    return Err(match said.contains("Unseizable") {
+                        true => HandoverError::Stop(said),
+                        false => HandoverError::Dump(format!("{why}: {said}")),
+                    });
                 }
             }
         }
@@ -409,6 +435,8 @@ fn next(
 struct Endpoint {
     stream: UnixStream,
     width: Option<Width>,
+    /// Whether CRIU has come to dump any process.
+    opened: bool,
     /// Pages thrown away.
     pages: u64,
     ended: bool,
@@ -420,6 +448,7 @@ impl Endpoint {
         Self {
             stream,
             width: None,
+            opened: false,
             pages: 0,
             ended: false,
             scrap: vec![0; 1 << 20],
@@ -452,6 +481,7 @@ impl Endpoint {
         };
         match header.command {
             Command::Open { answered } => {
+                self.opened = true;
                 if answered {
                     self.stream.write_all(&[0])?;
                 }
@@ -467,7 +497,11 @@ impl Endpoint {
                 }
             }
             Command::Add(Place::Parent | Place::Elsewhere) | Command::Get => {}
-            Command::Close => return Ok(Some(Next::PagesEnd)),
+            Command::Close => {
+                // Of a dump of nothing, the rest of a wide header may follow.
+                self.ended = true;
+                return Ok(Some(Next::PagesEnd));
+            }
         }
         Ok(None)
     }

@@ -271,7 +271,8 @@ fn judge_handover(error: &HandoverError) -> (Exit, &'static str) {
         HandoverError::InDoubt { .. } => (Exit::InDoubt, "do not let it go on before that"),
         HandoverError::Sink(error)
         | HandoverError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
-        HandoverError::Dump(_)
+        HandoverError::Stop(_)
+        | HandoverError::Dump(_)
         | HandoverError::Io(_)
         | HandoverError::Pages(_)
         | HandoverError::Send(_)
