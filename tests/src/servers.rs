@@ -20,9 +20,19 @@ impl Redis {
     /// If it does not come up.
     #[must_use]
     pub fn start() -> Self {
+        Self::start_in(Command::new("env"), &["--port", "0"])
+    }
+
+    /// The same through a command whose next argument is a program to become, with more options.
+    ///
+    /// # Panics
+    /// As [`Redis::start`].
+    #[must_use]
+    pub fn start_in(mut command: Command, options: &[&str]) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory can be made");
-        let mut command = Command::new("redis-server");
-        command.args(["--port", "0", "--save", "", "--appendonly", "no", "--dir"]);
+        command.arg("redis-server").args(options);
+        command.args(["--enable-debug-command", "local"]);
+        command.args(["--save", "", "--appendonly", "no", "--dir"]);
         command.arg(dir.path()).arg("--unixsocket");
         let daemon = Daemon::detached(command.arg(dir.path().join("redis.sock")));
         let redis = Self { daemon, dir };
@@ -52,7 +62,8 @@ impl Redis {
     /// # Errors
     /// What `redis-cli` said if it failed.
     pub fn cli(&self, words: &[&str]) -> Result<String, String> {
-        output(self.client("redis-cli").args(words))
+        // Without -e, what redis refuses counts as done.
+        output(self.client("redis-cli").arg("-e").args(words))
     }
 
     fn benchmark(&self, options: &[&str]) -> Command {

@@ -1,10 +1,10 @@
 //! Programs that work, at a steady rate, while they are moved to another host, and find out what it did
 //! to them: each knows the longest time for which nothing happened, and whether all is right.
 
-use crate::daemon::{Daemon, answered, output, until};
+use crate::daemon::{Daemon, until};
 use crate::net::{Net, SERVICE};
 use crate::program::Program;
-use crate::servers::Postgres;
+use crate::servers::{self, Postgres};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -51,38 +51,38 @@ pub fn start(name: &str, net: &Net, mib: u32) -> Box<dyn Service> {
 
 /// A redis with clients that come over the network.
 struct Redis {
-    daemon: Daemon,
+    server: servers::Redis,
     client: Program,
-    _dir: TempDir,
 }
 
 /// Four connections, each of which writes a key and reads another, a thousand times a second in all; what
-/// is read must be what was last acknowledged. It says how many operations it has done, and the longest
+/// is read must be what was last acknowledged, or what redis was filled with. It says how many operations it has done, and the longest
 /// it has waited for one, ms.
 const REDIS_CLIENT: &str = r#"
 import random, socket, sys, time
-host, keys = sys.argv[1], int(sys.argv[2])
+host, keys, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 connections = [socket.create_connection((host, 6379)) for _ in range(4)]
 for connection in connections: connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 connections = [(connection, connection.makefile('rb')) for connection in connections]
 def command(*words):
     return b'*%d\r\n' % len(words) + b''.join(b'$%d\r\n%s\r\n' % (len(word), word) for word in words)
 def name(key): return b'key:%d' % key
+def first(key): return (b'value:%d' % key).ljust(size, b'\0')
 def value(key, version): return b'%d/%d ' % (key, version) * 64
-acked, known = {}, []
+acked = {}
 done, longest, told, begin = 0, 0, 0, time.monotonic()
 while True:
     for connection, answers in connections:
         key, before = random.randrange(keys), time.monotonic()
         connection.sendall(command(b'SET', name(key), value(key, done)))
         if answers.readline() != b'+OK\r\n': sys.exit('WRONG: not stored')
-        if key not in acked: known.append(key)
         acked[key] = done
-        key = random.choice(known)
+        key = random.randrange(keys)
+        known = value(key, acked[key]) if key in acked else first(key)
         connection.sendall(command(b'GET', name(key)))
         length = int(answers.readline()[1:])
-        if answers.read(length + 2)[:-2] != value(key, acked[key]):
-            sys.exit('WRONG: write %d of key %d is lost' % (acked[key], key))
+        if answers.read(length + 2)[:-2] != known:
+            sys.exit('WRONG: write %s of key %d is lost' % (acked.get(key), key))
         done += 1
         now = time.monotonic()
         longest = max(longest, now - before)
@@ -99,30 +99,15 @@ const VALUE: u32 = 4000;
 
 impl Redis {
     fn start(net: &Net, mib: u32) -> Self {
-        let dir = tempfile::tempdir().expect("a temporary directory can be made");
-        let mut server = net.enter("A");
-        server.args(["redis-server", "--bind", SERVICE, "--save", ""]);
-        server.args(["--protected-mode", "no", "--enable-debug-command", "yes"]);
-        server.arg("--dir").arg(dir.path());
-        server
-            .arg("--unixsocket")
-            .arg(dir.path().join("redis.sock"));
-        let daemon = Daemon::detached(&server);
-        let cli = |words: &[&str]| {
-            let mut cli = Command::new("redis-cli");
-            output(cli.arg("-s").arg(dir.path().join("redis.sock")).args(words))
-        };
-        until("redis comes up", || answered(cli(&["ping"]), "PONG"));
+        let options = ["--bind", SERVICE, "--protected-mode", "no"];
+        let server = servers::Redis::start_in(net.enter("A"), &options);
         let (keys, size) = ((mib * 1024 / (VALUE / 1000)).to_string(), VALUE.to_string());
-        cli(&["debug", "populate", &keys, "key", &size]).expect("redis can be filled");
+        let filled = server.cli(&["debug", "populate", &keys, "key", &size]);
+        filled.expect("redis can be filled");
         let mut client = net.enter("C");
-        client.args(["python3", "-c", REDIS_CLIENT, SERVICE, &keys]);
+        client.args(["python3", "-c", REDIS_CLIENT, SERVICE, &keys, &size]);
         let client = Program::start(&mut client);
-        let mut redis = Self {
-            daemon,
-            client,
-            _dir: dir,
-        };
+        let mut redis = Self { server, client };
         redis.pause();
         redis
     }
@@ -130,7 +115,7 @@ impl Redis {
 
 impl Service for Redis {
     fn daemon(&mut self) -> &mut Daemon {
-        &mut self.daemon
+        self.server.daemon()
     }
 
     fn options(&self) -> &'static [&'static str] {
@@ -142,7 +127,7 @@ impl Service for Redis {
     }
 
     fn check(&mut self) {
-        // Most of the keys that it has written it will have read again.
+        // Keys of every age it will have read.
         await_work(&mut self.client, 10_000);
     }
 }
