@@ -150,13 +150,7 @@ impl Criu {
         command.args(["--address", "127.0.0.1", "--port"]);
         command.arg(address.port().to_string()).args(options);
         let server = Program::start(&mut command);
-        // Connecting, to see whether it listens, would be its one dump.
-        until("the page server listens", || {
-            match listens("/proc/net/tcp", address.port()) {
-                true => Ok(()),
-                false => Err("not yet".to_owned()),
-            }
-        });
+        await_listener("/proc/net/tcp", address.port());
         (server, address)
     }
 }
@@ -180,9 +174,19 @@ pub fn free_address() -> SocketAddr {
     listener.local_addr().expect("it is bound")
 }
 
-/// Whether somebody listens on a port, by a network namespace's table of sockets.
-#[must_use]
-pub fn listens(table: &str, port: u16) -> bool {
+/// Waits until somebody listens on a port, by a network namespace's table of sockets. Connecting, to
+/// see whether it does, would be a page server's one dump.
+///
+/// # Panics
+/// If nobody comes to.
+pub fn await_listener(table: &str, port: u16) {
+    until("somebody listens", || match listens(table, port) {
+        true => Ok(()),
+        false => Err("not yet".to_owned()),
+    });
+}
+
+fn listens(table: &str, port: u16) -> bool {
     const LISTENING: &str = "0A";
     let table = fs::read_to_string(table).unwrap_or_default();
     let local = format!(":{port:04X}");

@@ -1,7 +1,7 @@
 //! A second host on this machine, as far as CRIU is concerned: a PID namespace of its own, in which
 //! every number is free.
 
-use crate::criu::listens;
+use crate::criu::await_listener;
 use crate::daemon::{kill_tree, until};
 use crate::memory;
 use crate::pair::{Receiver, receive_command};
@@ -65,11 +65,7 @@ impl Host {
     /// # Panics
     /// If nobody comes to.
     pub fn await_listener(&self, port: u16) {
-        let table = format!("/proc/{}/net/tcp", self.init);
-        until("somebody listens", || match listens(&table, port) {
-            true => Ok(()),
-            false => Err("not yet".to_owned()),
-        });
+        await_listener(&format!("/proc/{}/net/tcp", self.init), port);
     }
 
     /// A command that runs there the program that is its next argument.

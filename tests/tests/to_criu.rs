@@ -1,7 +1,7 @@
 //! `send --dialect criu`: rounds into the real `criu page-server` are, byte by byte, the memory of
 //! the frozen victim, and CRIU restores it from them.
 
-use pageferry_tests::criu::{Criu, await_gone, free_address, listens, merge};
+use pageferry_tests::criu::{Criu, await_gone, await_listener, free_address, merge};
 use pageferry_tests::daemon::until;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::memory::{Frozen, Snapshot};
@@ -67,20 +67,11 @@ fn serve(criu: &Criu, dir: &Path, round: u32, address: SocketAddr) -> Program {
     Program::start(&mut command)
 }
 
-fn await_listening(address: SocketAddr) {
-    until("the page server listens", || {
-        match listens("/proc/net/tcp", address.port()) {
-            true => Ok(()),
-            false => Err("not yet".to_owned()),
-        }
-    });
-}
-
 fn assert_sent_and_restored(criu: &Criu, features: &str) {
     let mut victim = Victim::detached(features);
     let (pid, tree) = (victim.pid(), victim.tree());
     let mut servers = PageServers::start(criu);
-    await_listening(servers.address);
+    await_listener("/proc/net/tcp", servers.address.port());
     let options = ["--dialect", "criu", "--max-downtime", "0ms"];
     let options = [&options[..], &["--max-rounds", "2", "--then", "stop"]].concat();
     let mut send = Send::start(servers.address, pid, &options);
