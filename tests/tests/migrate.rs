@@ -94,7 +94,7 @@ fn assert_moved(criu: &Criu, features: &str, how: &str, options: &[&str]) {
     }
 }
 
-/// That CRIU was given little of the memory, or there would be nothing to fill in.
+/// That CRIU was not given all of the memory, or there would be nothing to fill in.
 fn assert_ahead_of_memory(report: &pageferry_tests::Report) {
     let home = Path::new(report.totals["directory"].as_str().unwrap());
     let pages = |dir: String| -> u64 {
@@ -105,9 +105,9 @@ fn assert_ahead_of_memory(report: &pageferry_tests::Report) {
             .flat_map(|(_, pagemap)| &pagemap.entries);
         private.map(|entry| entry.pages).sum()
     };
-    let (last, given) = (report.rounds.len(), pages);
-    let (all, given) = (given(last.to_string()), given(format!("restore-{last}")));
-    assert!(given < all, "{given} of {all}");
+    let last = report.rounds.len();
+    let (all, given) = (pages(last.to_string()), pages(format!("restore-{last}")));
+    assert!(given + 500 < all, "{given} of {all}");
 }
 
 #[test]
