@@ -28,6 +28,8 @@ const ANSWER_MAX: usize = 1 << 16;
 pub struct Criu {
     path: PathBuf,
     version: (i32, i32),
+    /// How it locks connections; `None` for its default.
+    network_lock: Option<i32>,
 }
 
 /// Why there is none.
@@ -71,6 +73,7 @@ impl Criu {
             Ok(Version { major, minor }) if (major, minor) >= OLDEST => Ok(Self {
                 path,
                 version: (major, minor),
+                network_lock: None,
             }),
             Ok(Version { major, minor }) => {
                 let version = (major, minor);
@@ -96,19 +99,17 @@ impl Criu {
         features.and_then(|features| features.lazy_pages) == Some(true)
     }
 
-    /// How it is to keep packets from the connections that it dumps, and let them through when they are
-    /// restored. Its default runs `iptables` twice for each, while nothing runs; with nftables, it takes
-    /// no time. `None` for the default.
-    fn network_lock(&self, options: &Options) -> Option<i32> {
+    /// Has it keep packets from the connections that it dumps with nftables, if it and the kernel can.
+    /// Its default runs `iptables` twice for each, while nothing runs.
+    #[must_use]
+    pub fn prefer_nftables(mut self) -> Self {
         const NFTABLES: i32 = 2;
-        if !options.tcp_established {
-            return None;
-        }
         let mut check = Command::new(&self.path);
         check.args(["check", "--feature", "network_lock_nftables"]);
         check.stdin(Stdio::null());
         let can = check.stdout(Stdio::null()).stderr(Stdio::null()).status();
-        can.is_ok_and(|status| status.success()).then_some(NFTABLES)
+        self.network_lock = can.is_ok_and(|status| status.success()).then_some(NFTABLES);
+        self
     }
 
     /// Its version, major and minor.
@@ -135,7 +136,7 @@ impl Criu {
         request.opts = Some(Opts {
             pid: Some(pid),
             log_file: Some("dump.log".to_owned()),
-            network_lock: self.network_lock(options),
+            network_lock: self.network_lock,
             timeout: Some(FREEZE_TIMEOUT),
             ps: Some(PageServer {
                 fd: Some(pages.as_raw_fd()),

@@ -138,7 +138,10 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     let id = random_id().map_err(Failure::Prepare)?;
     let handover = match cli.migrate {
         true => Some(Handover {
-            criu: Criu::find(cli.criu.as_deref())?,
+            criu: match Criu::find(cli.criu.as_deref())? {
+                criu if cli.tcp_established => criu.prefer_nftables(),
+                criu => criu,
+            },
             options: cli.criu_options(),
             state_dump: cli.state_dump,
             to: to.to_owned(),
