@@ -8,6 +8,7 @@ use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, 
 use pageferry_common::{BUFFER_PAGES, BUFFER_SIZE, ImageId, PAGE_SIZE};
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 
 /// The private memory of every process in a directory of images.
@@ -76,11 +77,7 @@ impl Served {
     ///
     /// # Errors
     /// [`ServeError`].
-    pub fn serve<'a, S>(&self, stream: &'a S) -> Result<(u64, bool), ServeError>
-    where
-        &'a S: Read + Write,
-    {
-        let mut stream = stream;
+    pub fn serve(&self, mut stream: &TcpStream) -> Result<(u64, bool), ServeError> {
         let mut reader = BufReader::new(stream);
         let mut buffer = vec![0; HEADER_MAX + BUFFER_SIZE];
         let mut width = None;

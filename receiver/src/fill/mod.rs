@@ -5,6 +5,7 @@
 //! the descriptors are closed, and nothing depends on us any more. Until then everything does: so this
 //! runs as a process of its own, in a session of its own, which outlives `receive`.
 
+use crate::image::index::Index;
 use crate::image::lazy::{Awaited, awaited};
 use crate::image::{FileError, failed};
 use crate::sys::uffd::{Event, Uffd};
@@ -19,6 +20,7 @@ use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -95,7 +97,7 @@ struct Filler {
 /// What one process has of memory, or will have.
 struct Space {
     uffd: Uffd,
-    image: Rc<crate::image::index::Index>,
+    image: Rc<Index>,
     missing: Missing,
     /// What is to be filled next; what is missing may not be in it.
     queue: VecDeque<PageRange>,
@@ -368,18 +370,18 @@ impl Space {
 }
 
 /// On standard error, if anybody still reads it.
-fn complain(error: &FileError) {
+fn complain(error: &dyn std::error::Error) {
     let _ = writeln!(io::stderr(), "receive: {}", with_causes(error));
 }
 
 /// Runs [`run`] as a process of its own does.
 #[must_use]
-pub fn main(round: &Path, restored: &Path) -> std::process::ExitCode {
+pub fn main(round: &Path, restored: &Path) -> ExitCode {
     match run(round, restored) {
-        Ok(()) => std::process::ExitCode::SUCCESS,
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(io::stderr(), "receive: {}", with_causes(&error));
-            std::process::ExitCode::FAILURE
+            complain(&error);
+            ExitCode::FAILURE
         }
     }
 }
