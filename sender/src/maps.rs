@@ -57,6 +57,15 @@ impl Vma {
         matches!(self.class, Class::Private { .. })
     }
 
+    /// Whether a page that userfaultfd write-protection calls clean may have changed all the same.
+    /// A protected page of a private file mapping that is given back leaves a marker; a write to it
+    /// faults twice, first for a copy of the file's page, protected like what was there before, then
+    /// to unprotect it. A thread that is stopped between the two leaves a page that looks clean.
+    #[must_use]
+    pub fn is_doubtful(&self) -> bool {
+        self.class == Class::Private { hugetlb: false } && self.inode != 0
+    }
+
     /// All of it, to be scanned.
     #[must_use]
     pub fn part(&self) -> Part {

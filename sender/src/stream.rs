@@ -36,7 +36,7 @@ pub struct ImageStream<'a> {
     pool: &'a BufferPool,
     /// What the receiver holds from the previous round.
     parent: &'a PageSet,
-    hashes: Option<&'a mut ContentHashes>,
+    hashes: &'a mut ContentHashes,
     /// How to say "unchanged" of what is batched now; `None` if it is to be sent all the same.
     kept_kind: Option<EntryKind>,
     /// To be read: ascending, together at most a buffer.
@@ -71,7 +71,7 @@ impl<'a> ImageStream<'a> {
         sink: &'a mut dyn PageSink,
         pool: &'a BufferPool,
         parent: &'a PageSet,
-        hashes: Option<&'a mut ContentHashes>,
+        hashes: &'a mut ContentHashes,
     ) -> Self {
         Self {
             sink,
@@ -197,7 +197,7 @@ impl<'a> ImageStream<'a> {
         self.wanted.clear();
         self.wanted_pages = 0;
         let len = self.judge(&mut buffer, entries);
-        if self.hashes.is_some() {
+        if self.hashes.has_everything() {
             self.compare_time += begun.elapsed();
         }
         Ok(buffer.freeze(len))
@@ -237,10 +237,7 @@ impl<'a> ImageStream<'a> {
     }
 
     fn kind_of(&mut self, address: u64, page: &[u8]) -> EntryKind {
-        let unchanged = self
-            .hashes
-            .as_mut()
-            .is_some_and(|hashes| hashes.unchanged(address, page));
+        let unchanged = self.hashes.unchanged(address, page);
         match self.kept_kind {
             Some(kept) if unchanged && self.parent.contains(address) => kept,
             _ if page == ZERO_PAGE => EntryKind::Zero,

@@ -23,8 +23,8 @@ pub struct Task {
     pub vmas: Vec<Vma>,
     /// What the receiver holds of it since the last round: only these can be in-parent entries.
     pub announced: PageSet,
-    /// Content hashes of what the receiver holds, if contents are compared.
-    pub hashes: Option<ContentHashes>,
+    /// Content hashes of what the receiver holds, where contents are compared.
+    pub hashes: ContentHashes,
     /// Its page table, opened at the last freeze: stays with that memory even if it execs.
     pub pagemap: File,
     /// Its memory, opened at the last freeze: reads what it may not read itself.
@@ -46,7 +46,7 @@ impl Task {
             vpid: pid_in_namespace(tid, namespace_depth)?,
             vmas: Vec::new(),
             announced: PageSet::new(),
-            hashes: None,
+            hashes: ContentHashes::of_nothing(),
             pagemap: open_pagemap(tid)?,
             memory: open_memory(tid)?,
             direct_io: false,
@@ -151,7 +151,7 @@ impl Segment {
         Self {
             file,
             announced: PageSet::new(),
-            hashes: ContentHashes::default(),
+            hashes: ContentHashes::of_everything(),
         }
     }
 

@@ -1,10 +1,10 @@
 //! The tree's memory as remembered from round to round: processes and shared segments.
 
-use crate::dirty::{DirtyTracker, Part, Run, TrackError};
+use crate::dirty::{ContentHashes, DirtyTracker, Part, Run, TrackError};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::maps::{Class, KernelMounts, list};
 use crate::sink::PageSink;
-use crate::source::{SegmentSource, TaskSource};
+use crate::source::{PageSource, SegmentSource, TaskSource};
 use crate::stream::{ImageStream, Sent, StreamError};
 use crate::task::{Segment, SegmentKey, Task, descriptors, namespace_depth};
 use nix::unistd::{Whence, lseek64};
@@ -149,8 +149,11 @@ impl Tree {
             }
             let task = self.tasks.get_mut(&pid).expect("just looked at");
             end_epoch(tracker, task)?;
-            if self.skip_unchanged || tracker.untracked(pid) {
-                task.hashes.get_or_insert_default();
+            if self.skip_unchanged || task.direct_io || tracker.untracked(pid) {
+                task.hashes.compare_everything();
+            } else {
+                let doubtful = task.vmas.iter().filter(|vma| vma.is_doubtful());
+                task.hashes.compare_only(doubtful.map(|vma| vma.range));
             }
             for vma in task.vmas.iter().filter(|vma| vma.class == Class::Segment) {
                 let key = SegmentKey {
@@ -226,7 +229,7 @@ impl Tree {
                     "it does direct I/O, which write-protection does not see: comparing contents"
                 );
                 task.direct_io = true;
-                task.hashes.get_or_insert_default();
+                task.hashes.compare_everything();
             }
         }
         self.segments.retain(|key, _| held.contains(key));
@@ -255,7 +258,7 @@ impl Tree {
                 &mut self.runs,
                 &mut scanned,
             )?;
-            if task.hashes.is_some() {
+            if task.hashes.has_everything() {
                 self.untracked_sent += sent;
             }
         }
@@ -274,7 +277,8 @@ impl Tree {
     #[must_use]
     pub fn pending_pages(&self, tracker: &mut dyn DirtyTracker) -> u64 {
         let mut pages = self.untracked_sent;
-        for task in self.tasks.values().filter(|task| task.hashes.is_none()) {
+        let tracked = |task: &&Task| !task.hashes.has_everything();
+        for task in self.tasks.values().filter(tracked) {
             for vma in task.vmas.iter().filter(|vma| vma.is_private()) {
                 // Memory that is gone has nothing dirty.
                 pages += tracker.pending(task, vma).ok().flatten().unwrap_or(0);
@@ -332,12 +336,12 @@ fn send_task(
 ) -> Result<u64, StreamError> {
     sink.open(task.image()).map_err(StreamError::Sink)?;
     let parent = std::mem::take(&mut task.announced);
-    let mut hashes = task.hashes.take();
+    let mut hashes = std::mem::replace(&mut task.hashes, ContentHashes::of_nothing());
     let result = (|| {
         let task = &*task;
         let mut source = TaskSource::new(task);
         let copy = sink.copies().then_some(EntryKind::Copy);
-        let mut stream = ImageStream::new(sink, pool, &parent, hashes.as_mut());
+        let mut stream = ImageStream::new(sink, pool, &parent, &mut hashes);
         for vma in &task.vmas {
             let kept = match (vma.class, kind) {
                 (Class::Foreign | Class::Segment, _) => continue,
@@ -350,6 +354,8 @@ fn send_task(
                 (Class::Private { hugetlb: true }, RoundKind::Final) => copy,
                 (Class::Private { .. }, _) => Some(EntryKind::Parent),
             };
+            // In a running round a doubt resolves itself: the write that is under way shows later.
+            let suspect = task.direct_io || kind == RoundKind::Final && vma.is_doubtful();
             let mut rest = Some(vma.range);
             while let Some(range) = rest {
                 let (part, later) = range.split_at(SCAN_WINDOW_PAGES);
@@ -363,9 +369,12 @@ fn send_task(
                 tracker
                     .scan(task, part, runs)
                     .map_err(StreamError::Source)?;
+                if vma.class == (Class::Private { hugetlb: true }) && kind == RoundKind::Final {
+                    suspect_new_huge_pages(&mut source, runs).map_err(StreamError::Source)?;
+                }
                 scanned.scan_time += asked.elapsed();
                 for run in &*runs {
-                    let written = run.written || task.direct_io;
+                    let written = run.written || suspect;
                     stream.run(&mut source, Run { written, ..*run }, kept)?;
                 }
             }
@@ -395,6 +404,28 @@ fn send_task(
     }
 }
 
+/// Of [`Vma::is_doubtful`]'s doubt for huge pages that are set aside: the page that looks clean and is
+/// new is all zero, so its first 4 KiB are, and it is not necessary to read the others to tell.
+fn suspect_new_huge_pages(source: &mut TaskSource<'_>, runs: &mut Vec<Run>) -> io::Result<()> {
+    /// The smallest huge page where write-protection can be tracked.
+    const HUGE_PAGE: u64 = (2 << 20) / PAGE_SIZE;
+    let mut head = [0; PAGE_SIZE as usize];
+    for run in std::mem::take(runs) {
+        let mut rest = Some(run.range).filter(|_| !run.written);
+        runs.extend(rest.is_none().then_some(run));
+        while let Some(range) = rest {
+            let (huge, later) = range.split_at(HUGE_PAGE);
+            rest = later;
+            let range = huge.expect("a range is not empty");
+            head.fill(0);
+            source.read(range.split_at(1).0.as_slice(), &mut head, &mut Vec::new())?;
+            let written = head == [0; PAGE_SIZE as usize];
+            runs.push(Run { range, written });
+        }
+    }
+    Ok(())
+}
+
 /// Sends one shared segment's image. Returns how many pages had changed.
 fn send_segment(
     key: SegmentKey,
@@ -408,7 +439,7 @@ fn send_segment(
     let parent = std::mem::take(&mut segment.announced);
     let file = &segment.file;
     let mut source = SegmentSource { file };
-    let mut stream = ImageStream::new(sink, pool, &parent, Some(&mut segment.hashes));
+    let mut stream = ImageStream::new(sink, pool, &parent, &mut segment.hashes);
     let mut at = 0;
     while let Some(range) = next_data(file, at).map_err(StreamError::Source)? {
         let written = true;

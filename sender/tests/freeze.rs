@@ -100,6 +100,20 @@ fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
         frozen.thaw(Then::Run).unwrap();
         processes
     };
+    let asleep = |pid: i32| until("asleep", || state(pid) == 'S');
+    // The last of them has just been started: it loads its libraries first, in other calls.
+    let called = |pid: i32| waits_in(pid).split(' ').next().and_then(|n| n.parse().ok());
+    let waits = [
+        libc::SYS_wait4,
+        libc::SYS_rt_sigsuspend,
+        libc::SYS_clock_nanosleep,
+        libc::SYS_restart_syscall,
+    ];
+    for process in &before {
+        until("waiting", || {
+            state(process.pid) == 'S' && called(process.pid).is_some_and(|n| waits.contains(&n))
+        });
+    }
     let descriptors = |pid: i32| {
         let mut names: Vec<_> = fs::read_dir(format!("/proc/{pid}/fd"))
             .unwrap()
@@ -116,8 +130,6 @@ fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
     };
     let fds: Vec<_> = before.iter().map(|p| descriptors(p.pid)).collect();
     let masks: Vec<_> = before.iter().map(|p| status(p.pid, "SigBlk")).collect();
-    let asleep = |pid: i32| until("asleep", || state(pid) == 'S');
-    before.iter().for_each(|p| asleep(p.pid));
     let calls: Vec<_> = before.iter().map(|p| waits_in(p.pid)).collect();
     for _ in 0..20 {
         let mut frozen = freezer.freeze(tree.pid()).unwrap();

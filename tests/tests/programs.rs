@@ -2,6 +2,7 @@
 //! compared, frozen, with what arrived; and they go on serving.
 
 use pageferry_tests::daemon::{Daemon, until};
+use pageferry_tests::huge::HugePages;
 use pageferry_tests::memory;
 use pageferry_tests::scenario::{assert_arrived, go_on};
 use pageferry_tests::servers::{Postgres, Redis};
@@ -186,26 +187,27 @@ fn a_target_that_ends_in_the_middle() {
     assert_eq!(sent.status.code(), Some(3), "{}", sent.stderr);
 }
 
-/// Protected pages of a file mapping that are given back leave markers, which the kernel reports
-/// like pages in swap.
-#[test]
-fn pages_of_a_file_mapping_that_are_given_back() {
-    const PROGRAM: &str = "
-import mmap, random, sys, tempfile
-file = tempfile.TemporaryFile()
-file.write(b'F' * (8 << 20))
-file.flush()
-memory = mmap.mmap(file.fileno(), 8 << 20, flags=mmap.MAP_PRIVATE)
+/// Sends a Python program three times over that gives back pages of the mapping that `setup` makes
+/// (`memory`, of pages of `page` bytes), and writes to others. Protected pages that are given back
+/// leave markers, which the kernel reports like pages in swap; and a thread may be stopped when it
+/// has made a new page, and has not yet written to it.
+fn assert_given_back(setup: &str) {
+    let program = format!(
+        "
+import mmap, random, tempfile
+{setup}
+pages = len(memory) // page
 for at in range(0, len(memory), 4096): memory[at:at + 4096] = b'A' * 4096
 print('ready', flush=True)
 while True:
-    memory.madvise(mmap.MADV_DONTNEED, random.randrange(2048) * 4096, 4096)
-    at = random.randrange(2048) * 4096
+    memory.madvise(mmap.MADV_DONTNEED, random.randrange(pages) * page, page)
+    at = random.randrange(pages) * page
     memory[at:at + 8] = b'changed!'
-";
+"
+    );
     let mut python = Daemon::start(
         Command::new("python3")
-            .args(["-c", PROGRAM])
+            .args(["-c", &program])
             .stdout(Stdio::piped()),
     );
     let mut lines = BufReader::new(python.child().stdout.take().unwrap()).lines();
@@ -213,4 +215,27 @@ while True:
     for _ in 0..3 {
         assert_precopied(python.pid(), &[]);
     }
+}
+
+#[test]
+fn pages_of_a_file_mapping_that_are_given_back() {
+    assert_given_back(
+        "
+file = tempfile.TemporaryFile()
+file.write(b'F' * (8 << 20))
+file.flush()
+page = 4096
+memory = mmap.mmap(file.fileno(), 8 << 20, flags=mmap.MAP_PRIVATE)",
+    );
+}
+
+#[test]
+fn huge_pages_that_are_given_back() {
+    let _pages = HugePages::reserve(128);
+    assert_given_back(
+        "
+MAP_HUGETLB = 0x40000
+page = 2 << 20
+memory = mmap.mmap(-1, 256 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_HUGETLB)",
+    );
 }
