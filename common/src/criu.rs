@@ -148,17 +148,18 @@ impl Criu {
     }
 
     /// Begins a restore from the directory `images`. If `lazy`, somebody must listen on the socket
-    /// `lazy-pages.socket` there.
+    /// `lazy-pages.socket` there. `preload` is a library that CRIU is to load.
     ///
     /// # Errors
     /// The kernel's, or CRIU's death.
     pub fn restore(
         &self,
         images: BorrowedFd<'_>,
+        preload: Option<&Path>,
         options: &Options,
         lazy: bool,
     ) -> io::Result<Work> {
-        let mut work = Work::start(&self.path, &[], None)?;
+        let mut work = Work::start(&self.path, &[], preload)?;
         let mut request = Request::of(Kind::Restore);
         request.opts = Some(Opts {
             log_file: Some("restore.log".to_owned()),

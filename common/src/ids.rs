@@ -71,6 +71,28 @@ impl StateName {
     }
 }
 
+/// The name of a memfd: what the kernel takes, if it is UTF-8.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemfdName(String);
+
+impl MemfdName {
+    /// Longest name, bytes: `memfd_create(2)`.
+    pub const MAX: usize = 249;
+
+    /// Takes a name if it can be one.
+    #[must_use]
+    pub fn new(name: &str) -> Option<Self> {
+        let fine = name.len() <= Self::MAX && !name.contains('\0');
+        fine.then(|| Self(name.to_owned()))
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
 /// Names one migration among all that a receiver holds: 128 random bits, printed as 32 hex digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
@@ -114,6 +136,17 @@ mod tests {
             &long,
         ] {
             assert_eq!(StateName::new(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn memfds_have_names_that_the_kernel_takes() {
+        let longest = "a".repeat(MemfdName::MAX);
+        for good in ["", "/dev/zero", "../x (deleted)", "käse", &longest] {
+            assert_eq!(MemfdName::new(good).unwrap().as_str(), good);
+        }
+        for bad in ["a\0", &(longest + "a")] {
+            assert_eq!(MemfdName::new(bad), None);
         }
     }
 

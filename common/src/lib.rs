@@ -14,11 +14,12 @@ pub mod ids;
 pub mod page_set;
 pub mod process;
 pub mod psi;
+pub mod shim;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod wire;
 
 pub use addr::{PAGE_SIZE, PageRange};
 pub use buffer::{BUFFER_PAGES, BUFFER_SIZE, BufferPool, PageBuf};
-pub use ids::{ImageId, MigrationId, StateName};
+pub use ids::{ImageId, MemfdName, MigrationId, StateName};
 pub use page_set::PageSet;

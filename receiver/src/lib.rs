@@ -10,6 +10,7 @@ pub mod fill;
 pub mod image;
 pub mod restore;
 pub mod run;
+pub mod segments;
 pub mod server;
 pub mod store;
 #[allow(unsafe_code)]

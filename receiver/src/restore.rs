@@ -7,17 +7,20 @@
 
 use crate::fill;
 use crate::image::{FileError, failed};
+use crate::segments::Prefilled;
 use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_common::criu::{Criu, Event, Options, last_errors};
 use pageferry_common::process::Process;
+use pageferry_common::shim;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::sync::mpsc as blocking;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -95,6 +98,8 @@ pub struct Images {
     pub dir: PathBuf,
     /// The round whose pages are filled in once it runs, if they are.
     pub pages: Option<PathBuf>,
+    /// Shared segments that are not read from the images.
+    pub segments: Arc<Prefilled>,
 }
 
 /// The process that fills the memory of what runs ahead of it ([`crate::fill`]). It outlives us.
@@ -240,8 +245,17 @@ fn restore(
     let filler = images.pages.as_ref();
     let filler = filler.map(|pages| Filler::start(pages, &images.dir));
     let mut filler = filler.transpose()?;
-    let work = criu.restore(dir.as_fd(), &options, filler.is_some());
-    let mut work = work.inspect_err(|_| {
+    let start = || {
+        let (mut server, mut library) = (None, None);
+        if !images.segments.is_empty() {
+            server = Some(images.segments.serve(&images.dir)?);
+            library = Some(shim::write(shim::RESTORE, &images.dir)?);
+        }
+        let lazy = filler.is_some();
+        let work = criu.restore(dir.as_fd(), library.as_deref(), &options, lazy)?;
+        Ok((server, work))
+    };
+    let (server, mut work) = start().inspect_err(|_: &io::Error| {
         // Nobody would ever connect to it.
         filler.iter_mut().for_each(Filler::kill);
     })?;
@@ -254,6 +268,11 @@ fn restore(
                 // Everything is in its place; a no now takes all of it away again.
                 Event::Stage { name, pid } if name == "post-restore" => {
                     restored = pid.and_then(Process::find);
+                    if server.as_ref().is_some_and(|server| !server.all_fetched()) {
+                        let what = "the library loaded into CRIU had no effect, which shared memory \
+                                    needs; receive --restore eager does without";
+                        return Err(io::Error::other(what));
+                    }
                     // The time that it is held back is well used.
                     filler.iter_mut().for_each(Filler::go);
                     let _ = tell.send(Progress::Restored {
@@ -334,6 +353,7 @@ pub async fn complete(
     let images = Images {
         dir: images.to_owned(),
         pages: None,
+        segments: Arc::default(),
     };
     let restoring = Restoring::start(criu.clone(), images, again);
     let mut restoring = restoring.map_err(|error| error.to_string())?;

@@ -20,21 +20,19 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use pageferry_common::criu::{Criu, Event, Options, Work, last_errors};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
+use pageferry_common::shim;
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, MigrationId, PAGE_SIZE, StateName};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 mod record;
 
 pub use record::{Record, RecordError};
-
-/// The library that keeps CRIU from reading memory (`shim/shim.rs`).
-static SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/shim.so"));
 
 /// Pages that CRIU sends all the same, for each process: its vDSO, asynchronous I/O rings.
 const SPECIAL_PAGES: u64 = 64;
@@ -160,7 +158,10 @@ impl Handover {
         parts: &mut Parts<'_>,
     ) -> Result<HandedOver, HandoverError> {
         let images = tempdir(self.id)?;
-        let shim = self.shim(images.path())?;
+        let shim = match self.state_dump {
+            StateDump::Plain => None,
+            StateDump::Preload => Some(shim::write(shim::DUMP, images.path())?),
+        };
         let (ours, theirs) = UnixStream::pair()?;
         let dir = File::open(images.path())?;
         let mut work = self.criu.dump(
@@ -255,21 +256,6 @@ impl Handover {
             scanned,
             downtime,
         })
-    }
-
-    /// Writes the library where CRIU can load it.
-    fn shim(&self, dir: &Path) -> io::Result<Option<PathBuf>> {
-        if self.state_dump == StateDump::Plain {
-            return Ok(None);
-        }
-        let path = dir.join("shim.so");
-        let mut file = fs::OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o700)
-            .open(&path)?;
-        file.write_all(SHIM)?;
-        Ok(Some(path))
     }
 
     /// The last round, of a tree that CRIU keeps frozen.

@@ -159,6 +159,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
         root_pid,
         stall: cli.timeout,
         compression: cli.compress,
+        moves: cli.migrate,
     };
     let sink = cli.dialect.connect(connect, &pool);
     let mut sink = sink.map_err(MigrateError::from)?;

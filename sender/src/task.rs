@@ -3,10 +3,10 @@
 use crate::dirty::ContentHashes;
 use crate::maps::{Device, KernelMounts, Vma};
 use crate::sys::pidfd;
-use pageferry_common::{ImageId, PageSet};
+use pageferry_common::{ImageId, MemfdName, PAGE_SIZE, PageSet};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 /// One process of the tree.
@@ -137,6 +137,8 @@ pub struct SegmentKey {
 pub struct Segment {
     /// The object itself.
     pub file: File,
+    /// The name of the memfd that it is, or that CRIU makes of it: `None` if of neither.
+    pub memfd: Option<MemfdName>,
     /// What the receiver holds of it since the last round.
     pub announced: PageSet,
     /// Content hashes of what the receiver holds. Always: it can be written through descriptors
@@ -149,6 +151,7 @@ impl Segment {
     #[must_use]
     pub fn meet(file: File) -> Self {
         Self {
+            memfd: memfd_name(&file),
             file,
             announced: PageSet::new(),
             hashes: ContentHashes::of_everything(),
@@ -162,6 +165,20 @@ impl Segment {
     pub fn open_mapped(pid: i32, vma: &Vma) -> io::Result<File> {
         let (start, end) = (vma.range.start(), vma.range.end());
         File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
+    }
+}
+
+/// The name of a memfd. Anonymous shared memory is `/dev/zero` to the kernel, and CRIU makes a memfd of
+/// that name of it. One of huge pages is of no kind that can be filled page by page.
+fn memfd_name(file: &File) -> Option<MemfdName> {
+    if file.metadata().ok()?.blksize() > PAGE_SIZE {
+        return None;
+    }
+    let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
+    let path = path.to_str()?.strip_suffix(" (deleted)")?;
+    match path.strip_prefix("/memfd:") {
+        Some(name) => MemfdName::new(name),
+        None => (path == "/dev/zero").then(|| MemfdName::new(path))?,
     }
 }
 
@@ -245,6 +262,8 @@ mod tests {
         let inode = memfd.metadata().unwrap().ino();
         let found = descriptors(std::process::id() as i32, &mounts);
         assert!(found.segments.iter().any(|(key, _)| key.inode == inode));
+        let name = Segment::meet(memfd).memfd.unwrap();
+        assert_eq!(name.as_str(), "x");
     }
 
     #[test]

@@ -434,8 +434,10 @@ fn send_segment(
     pool: &BufferPool,
     scanned: &mut Scanned,
 ) -> Result<u64, StreamError> {
-    sink.open(ImageId::Shmem(key.inode))
-        .map_err(StreamError::Sink)?;
+    sink.open(ImageId::Shmem(key.inode))?;
+    if let Some(name) = &segment.memfd {
+        sink.memfd(name)?;
+    }
     let parent = std::mem::take(&mut segment.announced);
     let file = &segment.file;
     let mut source = SegmentSource { file };

@@ -90,24 +90,30 @@ fn assert_moved(criu: &Criu, features: &str, how: &str, options: &[&str]) {
         receiver.program().await_stderr(there);
         let verdict = victim.report().verdict(root);
         verdict.unwrap_or_else(|error| panic!("{what}, later: {error}"));
-        assert_ahead_of_memory(&report);
+        assert_ahead_of_memory(&report, features.contains("memfd"));
     }
 }
 
-/// That CRIU was not given all of the memory, or there would be nothing to fill in.
-fn assert_ahead_of_memory(report: &pageferry_tests::Report) {
+/// That CRIU was not given all of the memory, or there would be nothing to fill in; and of shared memory
+/// nothing, if there are only segments that CRIU can take as they are.
+fn assert_ahead_of_memory(report: &pageferry_tests::Report, has_memfds: bool) {
     let home = Path::new(report.totals["directory"].as_str().unwrap());
-    let pages = |dir: String| -> u64 {
+    let pages = |dir: &str, shared: bool| -> u64 {
         let pagemaps = images::pagemaps(&home.join(dir)).unwrap();
-        let private = pagemaps
+        let entries = pagemaps
             .iter()
-            .filter(|(name, _)| !name.contains("shmem"))
+            .filter(|(name, _)| name.contains("shmem") == shared)
             .flat_map(|(_, pagemap)| &pagemap.entries);
-        private.map(|entry| entry.pages).sum()
+        entries.map(|entry| entry.pages).sum()
     };
-    let last = report.rounds.len();
-    let (all, given) = (pages(last.to_string()), pages(format!("restore-{last}")));
+    let last = report.rounds.len().to_string();
+    let restored = format!("restore-{last}");
+    let (all, given) = (pages(&last, false), pages(&restored, false));
     assert!(given + 500 < all, "{given} of {all}");
+    if has_memfds {
+        assert!(pages(&last, true) > 1000);
+        assert_eq!(pages(&restored, true), 0);
+    }
 }
 
 #[test]

@@ -2,11 +2,12 @@
 
 use nix::cmsg_space;
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, socketpair,
+    AddressFamily, Backlog, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType,
+    UnixAddr, accept4, bind, recvmsg, sendmsg, socket, socketpair,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
 
 /// A connected pair of sockets that keep message boundaries; closed on exec.
 ///
@@ -19,6 +20,36 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
         None,
         SockFlag::SOCK_CLOEXEC,
     )?)
+}
+
+/// Listens at a path of a file system, for sockets that keep message boundaries; closed on exec.
+///
+/// # Errors
+/// The kernel's.
+pub fn listen(path: &Path) -> io::Result<OwnedFd> {
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )?;
+    bind(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    nix::sys::socket::listen(&socket, Backlog::MAXCONN)?;
+    Ok(socket)
+}
+
+/// Waits for the next to connect.
+///
+/// # Errors
+/// The kernel's; `EINVAL` once the socket is shut down.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    loop {
+        match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+            Err(nix::Error::EINTR) => {}
+            // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+            other => return Ok(unsafe { OwnedFd::from_raw_fd(other?) }),
+        }
+    }
 }
 
 /// Sends one message, perhaps with a descriptor.

@@ -73,6 +73,8 @@ frame_kinds! {
     Resolve = 18,
     /// Receiver: whether it runs here; if not, it never will.
     Outcome = 19,
+    /// Sender: the image is of a segment that a memfd of this name could be.
+    Memfd = 20,
 }
 
 /// A decoded and bounds-checked frame header.

@@ -2,7 +2,7 @@
 
 use super::frame::FrameKind;
 use crate::addr::{BadRange, PAGE_SIZE, PageRange};
-use crate::ids::{ImageId, MigrationId, StateName};
+use crate::ids::{ImageId, MemfdName, MigrationId, StateName};
 use crate::{BUFFER_PAGES, BUFFER_SIZE};
 
 /// Most entries one chunk may have.
@@ -180,6 +180,8 @@ pub enum Message {
     Resolve { root_pid: u32, id: MigrationId },
     /// See [`FrameKind::Outcome`].
     Outcome { running: bool },
+    /// See [`FrameKind::Memfd`].
+    Memfd(MemfdName),
 }
 
 /// Why metadata is not a message.
@@ -202,6 +204,9 @@ pub enum MessageError {
     /// A name that no state image has, or too long a piece of one.
     #[error("this is no piece of a state image")]
     State,
+    /// A name that no memfd has.
+    #[error("this is no name of a memfd")]
+    Memfd,
     /// A string is too long or not UTF-8.
     #[error("a string is longer than {STRING_MAX} bytes or not UTF-8")]
     Text,
@@ -245,6 +250,7 @@ impl Message {
             Self::Running => FrameKind::Running,
             Self::Resolve { .. } => FrameKind::Resolve,
             Self::Outcome { .. } => FrameKind::Outcome,
+            Self::Memfd(_) => FrameKind::Memfd,
         }
     }
 
@@ -322,6 +328,9 @@ impl Message {
             Self::Resolve { root_pid, id } => {
                 out.u32(*root_pid);
                 out.0.extend_from_slice(&id.0);
+            }
+            Self::Memfd(name) => {
+                out.text(name.as_str());
             }
             Self::Outcome { running } => {
                 out.u8(u8::from(*running));
@@ -414,6 +423,9 @@ impl Message {
                 root_pid: input.u32()?,
                 id: MigrationId(input.array()?),
             },
+            FrameKind::Memfd => {
+                Self::Memfd(MemfdName::new(&input.text()?).ok_or(MessageError::Memfd)?)
+            }
             FrameKind::Outcome => Self::Outcome {
                 running: input.flag()?,
             },
@@ -681,6 +693,7 @@ mod tests {
                 id: MigrationId(id),
             }),
             any::<bool>().prop_map(|running| Message::Outcome { running }),
+            "[^\0]{0,40}".prop_map(|name| Message::Memfd(MemfdName::new(&name).unwrap())),
         ]
     }
 
@@ -698,7 +711,7 @@ mod tests {
         }
 
         #[test]
-        fn foreign_bytes_do_no_harm(kind in 0usize..12, meta in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn foreign_bytes_do_no_harm(kind in 0..FrameKind::ALL.len(), meta in prop::collection::vec(any::<u8>(), 0..200)) {
             let _ = Message::decode(FrameKind::ALL[kind], &meta);
         }
     }

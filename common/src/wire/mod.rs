@@ -59,6 +59,7 @@
 //! | 2 | Welcome | R | version u16, features u64 (those both ends have), directory string |
 //! | 3 | RoundBegin | S | round u32 (from 1, ascending), kind u8 (1 pre-dump, 2 final), uptime u64 µs |
 //! | 4 | ImageOpen | S | kind u8 (1 process, 2 segment), id u64 |
+//! | 20 | Memfd | S | name string; of the segment that was just opened, if the process is to move |
 //! | 5 | Chunk | S | raw length u32, entries u32, digest u64, then the entries |
 //! | 6 | RoundEnd | S | totals: images u32, data, zero and parent pages u64 each, digest u64 |
 //! | 7 | RoundAck | R | round u32, the same totals |

@@ -56,7 +56,7 @@ impl Phase {
             (Self::Greeting, K::Welcome) => Some(Self::Ready),
             (Self::Ready, K::RoundBegin) => Some(Self::Round),
             (Self::Round | Self::Image, K::ImageOpen) => Some(Self::Image),
-            (Self::Image, K::Chunk) => Some(Self::Image),
+            (Self::Image, K::Memfd | K::Chunk) => Some(Self::Image),
             (Self::Round | Self::Image, K::RoundEnd) => Some(Self::Sealing),
             (Self::Sealing, K::RoundAck) => Some(Self::Ready),
             (Self::Ready, K::Finish) => Some(Self::Finishing),
@@ -101,7 +101,8 @@ impl Phase {
                 | K::Commit
                 | K::Running
                 | K::Resolve
-                | K::Outcome,
+                | K::Outcome
+                | K::Memfd,
             ) => None,
         };
         next.ok_or(OutOfPhase { phase: self, kind })
@@ -125,6 +126,7 @@ mod tests {
             K::Working,
             K::Chunk,
             K::ImageOpen,
+            K::Memfd,
             K::RoundEnd,
             K::Working,
             K::RoundAck,
@@ -149,7 +151,7 @@ mod tests {
         /// Whatever comes: no chunk without an image, no image without a round, no round before
         /// the welcome, and nothing after the end.
         #[test]
-        fn no_order_of_frames_breaks_the_structure(order in prop::collection::vec(0usize..19, 0..60)) {
+        fn no_order_of_frames_breaks_the_structure(order in prop::collection::vec(0..FrameKind::ALL.len(), 0..60)) {
             let mut phase = Phase::Fresh;
             let (mut welcomed, mut in_round, mut image, mut over) = (false, false, false, false);
             let (mut restoring, mut restored, mut committed) = (false, false, false);
@@ -160,7 +162,7 @@ mod tests {
                     K::Welcome => welcomed = true,
                     K::RoundBegin => { prop_assert!(welcomed && !in_round); in_round = true; image = false; }
                     K::ImageOpen => { prop_assert!(in_round); image = true; }
-                    K::Chunk => prop_assert!(in_round && image),
+                    K::Memfd | K::Chunk => prop_assert!(in_round && image),
                     K::RoundEnd => { prop_assert!(in_round); }
                     K::RoundAck => { prop_assert!(in_round); in_round = false; }
                     K::Refuse | K::Abort | K::FinishAck | K::Outcome => over = true,

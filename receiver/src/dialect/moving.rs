@@ -3,11 +3,12 @@
 //! Whatever goes wrong before the sender's commit is on the disk, nothing runs here, and the sender
 //! lets its copy go on. From then on it runs here, whatever happens to the connection.
 
-use super::native::{Session, WORKING_INTERVAL};
+use super::native::{Session, SharedSegments, WORKING_INTERVAL};
 use super::{Failure, Refusal};
+use crate::image::DirName;
 use crate::image::chain::newest_round;
+use crate::image::lazy::{self, Prepared};
 use crate::image::writer::sync_all;
-use crate::image::{DirName, lazy};
 use crate::restore::{Images, Outcome, Progress, Restorer, Restoring, complete};
 use crate::store::Store;
 use crate::with_causes;
@@ -15,6 +16,7 @@ use pageferry_common::MigrationId;
 use pageferry_common::criu::{Criu, Options};
 use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::Path;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{sleep, timeout};
@@ -30,23 +32,29 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         restorer: &Restorer,
         home: &Path,
         round: u32,
+        segments: &SharedSegments,
         options: Options,
     ) -> Result<(), Failure> {
         let round_dir = home.join(DirName::Round(round).to_string());
         tracing::debug!("restore");
         let ahead = match restorer.lazy {
-            true => lazy::prepare(home, round).map_err(Refusal::from)?,
+            true => {
+                let mut segments = segments.lock().unwrap_or_else(PoisonError::into_inner);
+                lazy::prepare(home, round, &mut segments).map_err(Refusal::from)?
+            }
             false => None,
         };
         tracing::debug!("the images are prepared");
         let images = match ahead {
-            Some(dir) => Images {
+            Some(Prepared { dir, segments }) => Images {
                 dir,
                 pages: Some(round_dir.clone()),
+                segments: Arc::new(segments),
             },
             None => Images {
                 dir: round_dir.clone(),
                 pages: None,
+                segments: Arc::default(),
             },
         };
         // Nothing is decided until the commit; who dies before has not decided.

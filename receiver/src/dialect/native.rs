@@ -7,6 +7,7 @@ use crate::disk::Disk;
 use crate::image::DirName;
 use crate::image::writer::{DirWriter, write_state};
 use crate::restore::Restorer;
+use crate::segments::Segments;
 use crate::store::{Store, is_taken};
 use crate::with_causes;
 use bytes::Bytes;
@@ -16,8 +17,9 @@ use pageferry_common::wire::{
     self, Chunk, FrameReader, FrameWriter, Incoming, Message, RefuseCode, RoundKind, SharedPhase,
     Totals, WireError,
 };
-use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, PAGE_SIZE, StateName};
+use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, MemfdName, PAGE_SIZE, StateName};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
@@ -84,10 +86,15 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             }
             hello => self.greet(hello, store, restorer.is_some()).await?,
         };
+        let (home, moves) = home;
+        let segments = SharedSegments::default();
+        let kept = restorer.filter(|restorer| moves && restorer.lazy);
+        let kept = kept.map(|_| Arc::clone(&segments));
         migration.directory.clone_from(&home);
         let _taken = store.take(&home);
-        let mut disk = Disk::start(limits.buffers, move |jobs| work(&home, jobs))?;
-        let result = self.rounds(&mut disk, restorer, migration).await;
+        let mut disk = Disk::start(limits.buffers, move |jobs| work(&home, kept, jobs))?;
+        let result = self.rounds(&mut disk, restorer, &segments, migration);
+        let result = result.await;
         // A torn round is gone when the sender hears of it.
         disk.end().await;
         result
@@ -97,6 +104,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         &mut self,
         disk: &mut Disk<Job>,
         restorer: Option<&Restorer>,
+        segments: &SharedSegments,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
         // The state image whose pieces are coming.
@@ -151,7 +159,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     };
                     let home = &migration.directory;
                     let round = migration.rounds;
-                    self.take_over(restorer, home, round, options).await?;
+                    self.take_over(restorer, home, round, segments, options)
+                        .await?;
                     migration.restored = true;
                 }
                 Message::Finish => {
@@ -163,12 +172,13 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         }
     }
 
+    /// Returns the migration's directory, and whether the process itself is to follow its memory.
     async fn greet(
         &mut self,
         hello: Message,
         store: &Store,
         restores: bool,
-    ) -> Result<PathBuf, Failure> {
+    ) -> Result<(PathBuf, bool), Failure> {
         let Message::Hello {
             version,
             page_size,
@@ -205,7 +215,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             directory: directory.display().to_string(),
         };
         self.writer.send(&welcome).await?;
-        Ok(directory)
+        Ok((directory, features & wire::FEATURE_RESTORE != 0))
     }
 
     /// The next message other than "still working".
@@ -236,6 +246,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     digest.open(image);
                     disk.give(Job::Open(image)).await?;
                 }
+                Incoming::Message(Message::Memfd(name)) => disk.give(Job::Memfd(name)).await?,
                 Incoming::Chunk {
                     chunk,
                     meta,
@@ -324,6 +335,7 @@ enum Job {
         uptime_us: u64,
     },
     Open(ImageId),
+    Memfd(MemfdName),
     Put {
         chunk: Chunk,
         compressed: bool,
@@ -332,8 +344,21 @@ enum Job {
     Commit(oneshot::Sender<()>),
 }
 
-/// The writing thread.
-fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), Refusal> {
+/// Shared segments that are kept in memory, too: filled by the thread that writes, given to who restores.
+pub(super) type SharedSegments = Arc<Mutex<Segments>>;
+
+/// The writing thread. `kept` if the process itself is to follow its memory.
+fn work(
+    home: &Path,
+    kept: Option<SharedSegments>,
+    mut jobs: mpsc::Receiver<Job>,
+) -> Result<(), Refusal> {
+    let keep = |kept: &Option<SharedSegments>, what: &mut dyn FnMut(&mut Segments)| {
+        if let Some(segments) = kept {
+            what(&mut segments.lock().unwrap_or_else(PoisonError::into_inner));
+        }
+    };
+    let mut has_parent = false;
     let mut round: Option<DirWriter> = None;
     let mut decompressor = zstd::bulk::Decompressor::new()
         .map_err(|error| Refusal::new(RefuseCode::Limit, error.to_string()))?;
@@ -351,7 +376,11 @@ fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), Refusal> {
                 round = Some(writer);
             }
             Job::Open(image) => {
-                in_round(&mut round).open(image)?;
+                has_parent = in_round(&mut round).open(image)?;
+                keep(&kept, &mut |segments| segments.open(image, has_parent));
+            }
+            Job::Memfd(name) => {
+                keep(&kept, &mut |segments| segments.name(&name, has_parent));
             }
             Job::Put {
                 chunk,
@@ -367,6 +396,7 @@ fn work(home: &Path, mut jobs: mpsc::Receiver<Job>) -> Result<(), Refusal> {
                     return Err(Refusal::new(RefuseCode::Protocol, what));
                 }
                 in_round(&mut round).put(&chunk.entries, pages)?;
+                keep(&kept, &mut |segments| segments.put(&chunk.entries, pages));
             }
             Job::Commit(done) => {
                 let round = round.take().expect("the phase table begins rounds");

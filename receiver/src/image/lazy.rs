@@ -7,20 +7,17 @@
 use super::chain::{Cursor, Levels, images, levels};
 use super::format::PagemapEntry;
 use super::index::Index;
+use super::state::record;
 use super::writer::{DirWriter, WriteError};
 use super::{DirName, FileError, failed};
+use crate::segments::{Prefilled, Segments};
 use pageferry_common::psi::Place;
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
 use prost::Message;
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Read};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-
-/// Longest record of an image of state that is looked into, bytes: a process with a million mappings
-/// has less.
-const RECORD_MAX: u32 = 64 << 20;
 
 /// Most pages that are copied for a restore, 16 MiB. Of more, CRIU is told that they are in the parent, for
 /// which it reads all pagemaps of the chain, time that grows with memory.
@@ -86,17 +83,37 @@ struct Registers {
     sp: u64,
 }
 
-/// Makes the directory beside `round`, a complete final round that CRIU's images of state are in.
-/// Returns its path; `None` if these images do not tell where the stacks are (not x86-64).
+/// A directory to restore from.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its path.
+    pub dir: PathBuf,
+    /// Segments that CRIU is to take instead of reading their images, which are empty.
+    pub segments: Prefilled,
+}
+
+/// Makes the directory beside `round`, a complete final round that CRIU's images of state are in;
+/// `segments` are those of its shared segments that are in memory already. `None` if these images do
+/// not tell where the stacks are (not x86-64).
 ///
 /// # Errors
 /// [`WriteError`].
-pub fn prepare(home: &Path, round: u32) -> Result<Option<PathBuf>, WriteError> {
+pub fn prepare(
+    home: &Path,
+    round: u32,
+    segments: &mut Segments,
+) -> Result<Option<Prepared>, WriteError> {
     let top = home.join(DirName::Round(round).to_string());
     let chain = levels(&top)?;
-    let Some(images) = split(&top, &chain)? else {
+    let Some(mut images) = split(&top, &chain)? else {
         return Ok(None);
     };
+    let segments = segments.finish(&top, &chain)?;
+    for image in &mut images {
+        if matches!(image.id, ImageId::Shmem(id) if segments.has(id)) {
+            image.at_once.clear();
+        }
+    }
     let mut writer = DirWriter::begin(home, DirName::Restore(round))?;
     let at_once = images.iter().flat_map(|image| &image.at_once);
     let copied = at_once.map(|(range, _)| range.pages()).sum::<u64>() <= COPIED_MAX;
@@ -116,14 +133,14 @@ pub fn prepare(home: &Path, round: u32) -> Result<Option<PathBuf>, WriteError> {
             }
         }
     }
-    let path = writer.publish()?;
+    let dir = writer.publish()?;
     for name in super::chain::names(&top)? {
         if StateName::new(&name).is_some() {
-            let link = path.join(&name);
+            let link = dir.join(&name);
             fs::hard_link(top.join(&name), &link).map_err(failed("create", &link))?;
         }
     }
-    Ok(Some(path))
+    Ok(Some(Prepared { dir, segments }))
 }
 
 /// What a process that was restored from the directory of [`prepare`] waits for.
@@ -260,28 +277,6 @@ fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
         }
     }
     Ok(Some(stacks))
-}
-
-/// The one record of an image of state; `None` if there is no such image.
-fn record<M: Message + Default>(path: &Path) -> Result<Option<M>, FileError> {
-    let mut file = match File::open(path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed("open", path)(error)),
-    };
-    let mut read = || {
-        // Two magic words, and the record's length.
-        let mut head = [0; 12];
-        file.read_exact(&mut head)?;
-        let len = u32::from_le_bytes(head[8..].try_into().expect("four bytes"));
-        if len > RECORD_MAX {
-            return Err(io::Error::other(format!("a record of {len} bytes")));
-        }
-        let mut bytes = Vec::new();
-        (&mut file).take(len.into()).read_to_end(&mut bytes)?;
-        M::decode(&bytes[..]).map_err(io::Error::other)
-    };
-    read().map(Some).map_err(failed("understand", path))
 }
 
 #[cfg(test)]

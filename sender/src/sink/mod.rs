@@ -11,7 +11,7 @@ use crate::progress::Counters;
 use bytes::Bytes;
 use pageferry_common::criu::Options;
 use pageferry_common::wire::{Entry, RoundKind, Totals, WireError};
-use pageferry_common::{BufferPool, ImageId, StateName};
+use pageferry_common::{BufferPool, ImageId, MemfdName, StateName};
 use std::io;
 use std::sync::Arc;
 
@@ -144,6 +144,14 @@ pub trait PageSink {
     /// # Errors
     /// [`SinkError`].
     fn open(&mut self, image: ImageId) -> Result<(), SinkError>;
+
+    /// The image is of a segment that a memfd of this name could be. For who restores it.
+    ///
+    /// # Errors
+    /// [`SinkError`].
+    fn memfd(&mut self, _name: &MemfdName) -> Result<(), SinkError> {
+        Ok(())
+    }
 
     /// Entries, ascending through all calls of an image, and the pages of those that have data.
     ///

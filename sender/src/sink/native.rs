@@ -11,7 +11,7 @@ use pageferry_common::wire::{
     self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Phase, RoundKind, SharedPhase,
     Totals, WireError,
 };
-use pageferry_common::{BufferPool, ImageId, MigrationId, PAGE_SIZE, StateName};
+use pageferry_common::{BufferPool, ImageId, MemfdName, MigrationId, PAGE_SIZE, StateName};
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -51,6 +51,8 @@ pub struct Connect {
     pub stall: Duration,
     /// What to do with pages.
     pub compression: Compression,
+    /// Whether the process itself is to follow its memory.
+    pub moves: bool,
 }
 
 enum Outgoing {
@@ -92,7 +94,12 @@ impl NativeSink {
                 Some(zstd::bulk::Compressor::new(level).map_err(SinkError::Io)?)
             }
         };
-        let features = wire::FEATURE_RESTORE
+        let moves = if connect.moves {
+            wire::FEATURE_RESTORE
+        } else {
+            0
+        };
+        let features = moves
             | match compressor {
                 Some(_) => wire::FEATURE_ZSTD,
                 None => 0,
@@ -180,6 +187,13 @@ impl PageSink for NativeSink {
         self.totals.images += 1;
         self.digest.open(image);
         self.say(Message::ImageOpen(image))
+    }
+
+    fn memfd(&mut self, name: &MemfdName) -> Result<(), SinkError> {
+        match self.restores {
+            true => self.say(Message::Memfd(name.clone())),
+            false => Ok(()),
+        }
     }
 
     fn put(&mut self, entries: Vec<Entry>, pages: Bytes) -> Result<(), SinkError> {

@@ -5,10 +5,11 @@
 //! CRIU finds pages in two ways, and both are answered with "none": `PAGEMAP_SCAN` on a process's
 //! pagemap, and `SEEK_DATA` on a shared segment. Everything else goes to the kernel as it is.
 //!
-//! Built on its own (`build.rs`), without the standard library: it must load into whatever libc
-//! CRIU has. It runs as part of CRIU, not of `send`.
+//! It runs as part of CRIU, not of `send`.
 
 #![no_std]
+
+mod base;
 
 use core::ffi::{c_int, c_long, c_ulong, c_void};
 
@@ -41,7 +42,6 @@ unsafe extern "C" {
     fn syscall(number: c_long, ...) -> c_long;
     fn __errno_location() -> *mut c_int;
     fn readlink(path: *const u8, buffer: *mut u8, size: usize) -> isize;
-    fn abort() -> !;
 }
 
 /// In C it takes any number of arguments; no ABI of Linux tells that apart from three.
@@ -115,14 +115,4 @@ fn is_segment(fd: c_int) -> bool {
     ]
     .iter()
     .any(|prefix| target.starts_with(prefix))
-}
-
-/// Named by the compiled core library, and never called: panics abort.
-#[unsafe(no_mangle)]
-pub extern "C" fn rust_eh_personality() {}
-
-#[panic_handler]
-fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // SAFETY: it takes nothing and does not return.
-    unsafe { abort() }
 }

@@ -1,14 +1,18 @@
-//! Builds the library that is loaded into CRIU (`shim/shim.rs`) and that `send` carries inside
-//! itself: a shared library, which Cargo has no way to depend on.
+//! Builds the libraries that are loaded into CRIU (`shim/`) and that the programs carry inside
+//! themselves: shared libraries, which Cargo has no way to depend on.
 
 use std::env;
 use std::path::PathBuf;
 use std::process::Command;
 
 fn main() {
-    println!("cargo::rerun-if-changed=shim/shim.rs");
+    println!("cargo::rerun-if-changed=shim");
+    ["dump", "restore"].into_iter().for_each(build);
+}
+
+fn build(name: &str) {
     let variable = |name| env::var(name).expect("Cargo sets it for build scripts");
-    let out = PathBuf::from(variable("OUT_DIR")).join("shim.so");
+    let out = PathBuf::from(variable("OUT_DIR")).join(format!("{name}.so"));
     let mut rustc = Command::new(variable("RUSTC"));
     rustc.args([
         "--edition",
@@ -16,7 +20,7 @@ fn main() {
         "--crate-type",
         "cdylib",
         "--crate-name",
-        "shim",
+        name,
     ]);
     rustc.args([
         "-C",
@@ -29,7 +33,7 @@ fn main() {
     rustc
         .args(["--target", &variable("TARGET"), "-o"])
         .arg(&out)
-        .arg("shim/shim.rs");
+        .arg(format!("shim/{name}.rs"));
     if let Ok(linker) = env::var("RUSTC_LINKER") {
         rustc.arg("-C").arg(format!("linker={linker}"));
     }
