@@ -15,6 +15,7 @@ pub mod page_set;
 pub mod process;
 pub mod psi;
 pub mod shim;
+pub mod state;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod wire;

@@ -4,12 +4,12 @@
 //! They are memory that the restored processes need anyway. Any that cannot be kept (no memory, no name)
 //! is read from the images.
 
-use crate::image::FileError;
 use crate::image::chain::{Cursor, Levels};
-use crate::image::state::records;
+use crate::image::{FileError, failed};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{Shutdown, shutdown};
+use pageferry_common::state::records;
 use pageferry_common::sys::fdpass;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{ImageId, MemfdName, PageRange};
@@ -124,7 +124,9 @@ impl Segments {
     /// [`FileError`].
     pub fn finish(&mut self, round: &Path, chain: &Levels) -> Result<Prefilled, FileError> {
         let mut ready = BTreeMap::new();
-        for memfd in records::<MemfdInode>(&round.join(MEMFDS))? {
+        let path = round.join(MEMFDS);
+        let records = records::<MemfdInode>(&path).map_err(failed("understand", &path))?;
+        for memfd in records {
             let id = u64::from(memfd.shmid);
             let ours = self.memfds.remove(&id);
             let Some(ours) = ours.filter(|ours| ours.name.as_str() == memfd.name) else {

@@ -21,6 +21,7 @@ use nix::sys::signal::Signal;
 use pageferry_common::criu::{Criu, Event, Options, Work, last_errors};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
 use pageferry_common::shim;
+use pageferry_common::state::children_are_waited_for;
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, MigrationId, PAGE_SIZE, StateName};
 use std::fs::{self, DirBuilder, File};
@@ -185,7 +186,7 @@ impl Handover {
                 Next::PagesEnd if !endpoint.opened => endpoint.status(-1)?,
                 Next::PagesEnd => {
                     downtime.state_dumped();
-                    match self.last_round(round, parts) {
+                    match self.last_round(images.path(), round, parts) {
                         Ok(sent) => {
                             last_round = Some(sent);
                             downtime.last_pages_sent();
@@ -261,6 +262,7 @@ impl Handover {
     /// The last round, of a tree that CRIU keeps frozen.
     fn last_round(
         &self,
+        images: &Path,
         round: u32,
         parts: &mut Parts<'_>,
     ) -> Result<(crate::sink::Receipt, Scanned), HandoverError> {
@@ -271,7 +273,9 @@ impl Handover {
             pool,
         } = parts;
         let processes = process_list(tree.root());
-        tree.collect_stopped(&processes, *tracker)?;
+        // Only CRIU knows, by code in each process.
+        let children_told = children_are_waited_for(images)?;
+        tree.collect_stopped(&processes, *tracker, children_told)?;
         let uptime = crate::migrate::uptime_us()?;
         sink.begin(round, RoundKind::Final, uptime)?;
         tree.survey_descriptors();

@@ -16,6 +16,7 @@ pub mod migrate;
 pub mod progress;
 pub mod report;
 pub mod run;
+pub mod segment;
 pub mod sink;
 pub mod source;
 pub mod stream;

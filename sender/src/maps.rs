@@ -44,6 +44,8 @@ pub struct Vma {
     pub class: Class,
     /// Code of a file: its pages are the file's but for a debugger's breakpoints.
     pub file_code: bool,
+    /// Offset in the mapped object, bytes.
+    pub offset: u64,
     /// Device of the mapped object.
     pub device: Device,
     /// Inode number of the mapped object; of a segment, CRIU's `shmid`.
@@ -186,7 +188,7 @@ fn parse_line(line: &str, mounts: &KernelMounts) -> Option<Line> {
     let mut fields = line.splitn(6, ' ');
     let (start, end) = fields.next()?.split_once('-')?;
     let permissions = fields.next()?.as_bytes();
-    let _offset = fields.next()?;
+    let offset = fields.next()?;
     let (major, minor) = fields.next()?.split_once(':')?;
     let inode = fields.next()?.parse().ok()?;
     let name = fields.next().unwrap_or("").trim_start();
@@ -203,6 +205,7 @@ fn parse_line(line: &str, mounts: &KernelMounts) -> Option<Line> {
         range: PageRange::from_bounds(hex(start)?, hex(end)?)?,
         class: mounts.classify(sharing == b's', device, name),
         file_code: execute == b'x' && write != b'w' && inode != 0,
+        offset: hex(offset)?,
         device,
         inode,
     }))

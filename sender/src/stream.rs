@@ -48,6 +48,7 @@ pub struct ImageStream<'a> {
     announced: PageSet,
     scanned_pages: u64,
     changed_pages: u64,
+    compared_pages: u64,
     compare_time: Duration,
 }
 
@@ -60,6 +61,8 @@ pub struct Sent {
     pub scanned_pages: u64,
     /// Pages that the receiver did not have so.
     pub changed_pages: u64,
+    /// Pages that were read only to see whether they changed.
+    pub compared_pages: u64,
     /// Time spent reading and comparing pages only to see whether they changed: a frozen round will
     /// spend it again, however little has.
     pub compare_time: Duration,
@@ -86,6 +89,7 @@ impl<'a> ImageStream<'a> {
             announced: PageSet::new(),
             scanned_pages: 0,
             changed_pages: 0,
+            compared_pages: 0,
             compare_time: Duration::ZERO,
         }
     }
@@ -198,6 +202,7 @@ impl<'a> ImageStream<'a> {
         self.wanted_pages = 0;
         let len = self.judge(&mut buffer, entries);
         if self.hashes.has_everything() {
+            self.compared_pages += self.arrived.iter().map(|range| range.pages()).sum::<u64>();
             self.compare_time += begun.elapsed();
         }
         Ok(buffer.freeze(len))
@@ -255,6 +260,7 @@ impl<'a> ImageStream<'a> {
             announced: self.announced,
             scanned_pages: self.scanned_pages,
             changed_pages: self.changed_pages,
+            compared_pages: self.compared_pages,
             compare_time: self.compare_time,
         })
     }

@@ -1,12 +1,13 @@
-//! One process of the tree, and one shared segment, as remembered from round to round.
+//! One process of the tree, as remembered from round to round.
 
 use crate::dirty::ContentHashes;
 use crate::maps::{Device, KernelMounts, Vma};
+use crate::segment::SegmentKey;
 use crate::sys::pidfd;
-use pageferry_common::{ImageId, MemfdName, PAGE_SIZE, PageSet};
+use pageferry_common::{ImageId, PageRange, PageSet};
 use std::fs::{self, File};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 
 /// One process of the tree.
@@ -21,6 +22,11 @@ pub struct Task {
     pub vpid: u32,
     /// Its mappings at the last freeze, ascending.
     pub vmas: Vec<Vma>,
+    /// Where it maps segments whose writes are to be tracked, ascending.
+    pub shared: Vec<PageRange>,
+    /// Page faults of its children that it has waited for, at the last freeze; `None` if it need not wait
+    /// for them.
+    pub children_faults: Option<u64>,
     /// What the receiver holds of it since the last round: only these can be in-parent entries.
     pub announced: PageSet,
     /// Content hashes of what the receiver holds, where contents are compared.
@@ -45,6 +51,8 @@ impl Task {
             tid,
             vpid: pid_in_namespace(tid, namespace_depth)?,
             vmas: Vec::new(),
+            shared: Vec::new(),
+            children_faults: None,
             announced: PageSet::new(),
             hashes: ContentHashes::of_nothing(),
             pagemap: open_pagemap(tid)?,
@@ -63,6 +71,17 @@ impl Task {
         self.pagemap = open_pagemap(tid)?;
         self.memory = open_memory(tid)?;
         Ok(())
+    }
+
+    /// Looks at what tells of children that it had: any child has page faults, which are added up here when
+    /// the parent has waited for it. Returns whether there was none to tell of since the last time.
+    ///
+    /// # Errors
+    /// As [`Task::meet`].
+    pub fn look_at_children(&mut self) -> io::Result<bool> {
+        let now = children_faults(self.pid)?;
+        let before = std::mem::replace(&mut self.children_faults, now);
+        Ok(now.is_some() && now == before)
     }
 
     /// Whether it still is the process it was (not a later one of the same number).
@@ -84,6 +103,35 @@ fn open_pagemap(tid: i32) -> io::Result<File> {
 
 fn open_memory(tid: i32) -> io::Result<File> {
     File::open(format!("/proc/{tid}/mem"))
+}
+
+/// See [`Task::look_at_children`].
+fn children_faults(pid: i32) -> io::Result<Option<u64>> {
+    let bad =
+        |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("no {what} in /proc"));
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let ignored = ignored.ok_or_else(|| bad("SigIgn"))?;
+    // Who ignores the signal is not told of its children, and need not wait for them.
+    if ignored >> (libc::SIGCHLD - 1) & 1 != 0 {
+        return Ok(None);
+    }
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // Behind the name, which may hold anything: state first, cminflt and cmajflt as 9th and 11th.
+    let fields: Vec<_> = stat
+        .rsplit_once(") ")
+        .map(|(_, rest)| rest.split(' ').collect())
+        .unwrap_or_default();
+    let number = |index: usize| {
+        fields
+            .get(index)
+            .and_then(|field: &&str| field.parse::<u64>().ok())
+    };
+    match (number(8), number(10)) {
+        (Some(minor), Some(major)) => Ok(Some(minor + major)),
+        _ => Err(bad("cminflt")),
+    }
 }
 
 /// The PIDs of a process in the nested PID namespaces from ours inwards.
@@ -121,65 +169,6 @@ pub fn pid_in_namespace(tid: i32, depth: usize) -> io::Result<u32> {
     let pids = nested_pids(tid)?;
     // A process of the tree cannot be outside the root's namespace, only deeper.
     Ok(pids[(depth - 1).min(pids.len() - 1)])
-}
-
-/// Names a shared segment: inode numbers are only unique on their device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct SegmentKey {
-    /// Device of the kernel's mount.
-    pub device: Device,
-    /// Inode number there.
-    pub inode: u64,
-}
-
-/// One shared segment: anonymous shared memory, a memfd, or System V shared memory.
-#[derive(Debug)]
-pub struct Segment {
-    /// The object itself.
-    pub file: File,
-    /// The name of the memfd that it is, or that CRIU makes of it: `None` if of neither.
-    pub memfd: Option<MemfdName>,
-    /// What the receiver holds of it since the last round.
-    pub announced: PageSet,
-    /// Content hashes of what the receiver holds. Always: it can be written through descriptors
-    /// and by processes that come and go, which no page table of the tree remembers.
-    pub hashes: ContentHashes,
-}
-
-impl Segment {
-    /// A segment met for the first time.
-    #[must_use]
-    pub fn meet(file: File) -> Self {
-        Self {
-            memfd: memfd_name(&file),
-            file,
-            announced: PageSet::new(),
-            hashes: ContentHashes::of_everything(),
-        }
-    }
-
-    /// Opens the object behind a mapping.
-    ///
-    /// # Errors
-    /// `EPERM` without `CAP_CHECKPOINT_RESTORE` (or `CAP_SYS_ADMIN`), `NotFound` if unmapped.
-    pub fn open_mapped(pid: i32, vma: &Vma) -> io::Result<File> {
-        let (start, end) = (vma.range.start(), vma.range.end());
-        File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
-    }
-}
-
-/// The name of a memfd. Anonymous shared memory is `/dev/zero` to the kernel, and CRIU makes a memfd of
-/// that name of it. One of huge pages is of no kind that can be filled page by page.
-fn memfd_name(file: &File) -> Option<MemfdName> {
-    if file.metadata().ok()?.blksize() > PAGE_SIZE {
-        return None;
-    }
-    let path = fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).ok()?;
-    let path = path.to_str()?.strip_suffix(" (deleted)")?;
-    match path.strip_prefix("/memfd:") {
-        Some(name) => MemfdName::new(name),
-        None => (path == "/dev/zero").then(|| MemfdName::new(path))?,
-    }
 }
 
 /// What a process's descriptors tell of its memory.
@@ -243,7 +232,7 @@ fn writes_past_page_tables(info: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{BufRead, Write};
 
     #[test]
     fn direct_io_shows_in_fdinfo() {
@@ -262,8 +251,56 @@ mod tests {
         let inode = memfd.metadata().unwrap().ino();
         let found = descriptors(std::process::id() as i32, &mounts);
         assert!(found.segments.iter().any(|(key, _)| key.inode == inode));
-        let name = Segment::meet(memfd).memfd.unwrap();
-        assert_eq!(name.as_str(), "x");
+    }
+
+    #[test]
+    fn a_child_that_came_and_went_shows() {
+        let script = "read a; true & wait; echo; read a";
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", &format!("echo; {script}")])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = shell.id() as i32;
+        let depth = namespace_depth(pid).unwrap();
+        let mut task = Task::meet(pid, pid, depth).unwrap();
+        let mut lines = std::io::BufReader::new(shell.stdout.take().unwrap()).lines();
+        lines.next().unwrap().unwrap();
+        assert!(!task.look_at_children().unwrap());
+        assert!(task.look_at_children().unwrap());
+        let mut stdin = shell.stdin.take().unwrap();
+        writeln!(stdin).unwrap();
+        lines.next().unwrap().unwrap();
+        assert!(!task.look_at_children().unwrap());
+        assert!(task.look_at_children().unwrap());
+        drop(stdin);
+        shell.wait().unwrap();
+    }
+
+    #[test]
+    fn who_ignores_its_children_need_not_tell_of_them() {
+        assert!(
+            children_faults(std::process::id() as i32)
+                .unwrap()
+                .is_some()
+        );
+        let mut cat = std::process::Command::new("env")
+            .args(["--ignore-signal=CHLD", "cat"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut stdin, stdout) = (cat.stdin.take().unwrap(), cat.stdout.take().unwrap());
+        writeln!(stdin).unwrap();
+        std::io::BufReader::new(stdout)
+            .lines()
+            .next()
+            .unwrap()
+            .unwrap();
+        assert_eq!(children_faults(cat.id() as i32).unwrap(), None);
+        drop(stdin);
+        cat.wait().unwrap();
     }
 
     #[test]

@@ -3,16 +3,17 @@
 use crate::dirty::{ContentHashes, DirtyTracker, Part, Run, TrackError};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::maps::{Class, KernelMounts, list};
+use crate::segment::{Mapping, Segment, SegmentKey};
 use crate::sink::PageSink;
 use crate::source::{PageSource, SegmentSource, TaskSource};
 use crate::stream::{ImageStream, Sent, StreamError};
-use crate::task::{Segment, SegmentKey, Task, descriptors, namespace_depth};
+use crate::task::{Task, descriptors, namespace_depth};
 use nix::unistd::{Whence, lseek64};
 use pageferry_common::wire::{EntryKind, RoundKind};
-use pageferry_common::{BufferPool, ImageId, PAGE_SIZE, PageRange};
+use pageferry_common::{BufferPool, ImageId, PAGE_SIZE, PageRange, PageSet};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -54,6 +55,8 @@ pub enum TreeFault {
 pub struct Scanned {
     /// Populated pages.
     pub pages: u64,
+    /// Pages that were read only to see whether they changed.
+    pub compared: u64,
     /// Time spent asking the kernel for them, and comparing contents.
     pub scan_time: Duration,
 }
@@ -71,6 +74,11 @@ pub struct Tree {
     segments: BTreeMap<SegmentKey, Segment>,
     /// Segments that some process mapped at the last freeze.
     mapped: BTreeSet<SegmentKey>,
+    /// Whether it is known that no process has itself not told of its children's ends. Those that come
+    /// and go would not be noticed.
+    children_told: bool,
+    /// Processes without memory at the last freeze: they have ended, and are not waited for.
+    unseen: BTreeSet<i32>,
     /// Pages sent in the last round of images whose writes are not tracked: the best guess at what
     /// they will have dirty next time.
     untracked_sent: u64,
@@ -92,6 +100,8 @@ impl Tree {
             tasks: BTreeMap::new(),
             segments: BTreeMap::new(),
             mapped: BTreeSet::new(),
+            children_told: false,
+            unseen: BTreeSet::new(),
             untracked_sent: 0,
             maps_text: Vec::with_capacity(1 << 20),
             runs: Vec::with_capacity(1 << 16),
@@ -114,7 +124,8 @@ impl Tree {
         })
     }
 
-    /// The same for a last round, of a tree that somebody else keeps stopped.
+    /// The same for a last round, of a tree that somebody else keeps stopped. `children_told`: no process
+    /// of it has asked not to be told of its children's ends (`SA_NOCLDWAIT`).
     ///
     /// # Errors
     /// [`TreeFault`]; a process that is gone is none.
@@ -122,7 +133,9 @@ impl Tree {
         &mut self,
         processes: &[FrozenProcess],
         tracker: &mut dyn DirtyTracker,
+        children_told: bool,
     ) -> Result<(), TreeFault> {
+        self.children_told = children_told;
         self.collect_with(processes.to_vec(), tracker, |tracker, task| {
             tracker.conclude(task)
         })
@@ -134,13 +147,21 @@ impl Tree {
         tracker: &mut dyn DirtyTracker,
         mut end_epoch: impl FnMut(&mut dyn DirtyTracker, &Task) -> Result<(), TrackError>,
     ) -> Result<(), TreeFault> {
+        let before = self.tasks.len();
         self.forget_the_gone(&processes, tracker);
-        let mut mapped = BTreeSet::new();
+        let mut same_processes = self.tasks.len() == before;
+        let unseen = std::mem::take(&mut self.unseen);
+        let mut mappings: BTreeMap<SegmentKey, Vec<Mapping>> = BTreeMap::new();
+        // A page table of 4 KiB for 2 MiB, that the target may not have needed.
+        let mut tables_left = memory_available() / 8;
         for process in processes {
             let pid = process.pid;
+            let known = self.tasks.contains_key(&pid);
             match self.look_at(process) {
-                Ok(()) => {}
+                Ok(()) => same_processes &= known,
                 Err(error) if is_gone(&error) => {
+                    same_processes &= unseen.contains(&pid);
+                    self.unseen.insert(pid);
                     self.tasks.remove(&pid);
                     tracker.forget(pid);
                     continue;
@@ -148,19 +169,13 @@ impl Tree {
                 Err(source) => return Err(TreeFault::Proc { pid, source }),
             }
             let task = self.tasks.get_mut(&pid).expect("just looked at");
-            end_epoch(tracker, task)?;
-            if self.skip_unchanged || task.direct_io || tracker.untracked(pid) {
-                task.hashes.compare_everything();
-            } else {
-                let doubtful = task.vmas.iter().filter(|vma| vma.is_doubtful());
-                task.hashes.compare_only(doubtful.map(|vma| vma.range));
-            }
             for vma in task.vmas.iter().filter(|vma| vma.class == Class::Segment) {
-                let key = SegmentKey {
-                    device: vma.device,
-                    inode: vma.inode,
-                };
-                mapped.insert(key);
+                let key = SegmentKey::of(vma);
+                mappings.entry(key).or_default().push(Mapping {
+                    pid,
+                    range: vma.range,
+                    offset: vma.offset,
+                });
                 if let Entry::Vacant(unknown) = self.segments.entry(key) {
                     match Segment::open_mapped(process.tid, vma) {
                         Ok(file) => drop(unknown.insert(Segment::meet(file))),
@@ -171,9 +186,29 @@ impl Tree {
                         }
                     }
                 }
+                let tables = vma.range.pages() * 8;
+                let segment = self.segments.get(&key);
+                if segment.is_some_and(Segment::trackable) && tables <= tables_left {
+                    tables_left -= tables;
+                    task.shared.push(vma.range);
+                }
+            }
+            same_processes &= task.look_at_children().unwrap_or(false);
+            end_epoch(tracker, task)?;
+            if self.skip_unchanged || task.direct_io || tracker.untracked(pid) {
+                task.hashes.compare_everything();
+            } else {
+                let doubtful = task.vmas.iter().filter(|vma| vma.is_doubtful());
+                task.hashes.compare_only(doubtful.map(|vma| vma.range));
             }
         }
-        self.mapped = mapped;
+        self.mapped = mappings.keys().copied().collect();
+        for (key, segment) in &mut self.segments {
+            let mappings = mappings.remove(key).unwrap_or_default();
+            segment.look(mappings, same_processes);
+            let tracked = segment.tracked;
+            tracing::debug!(segment = key.inode, tracked, same_processes, "shared");
+        }
         Ok(())
     }
 
@@ -200,6 +235,7 @@ impl Tree {
             Some(task) => {
                 task.reopen(tid)?;
                 task.vmas = vmas;
+                task.shared.clear();
             }
             None => {
                 let mut task = Task::meet(pid, tid, depth)?;
@@ -219,9 +255,8 @@ impl Tree {
             let found = descriptors(task.tid, &self.mounts);
             for (key, file) in found.segments {
                 held.insert(key);
-                self.segments
-                    .entry(key)
-                    .or_insert_with(|| Segment::meet(file));
+                let segment = self.segments.entry(key);
+                segment.or_insert_with(|| Segment::meet(file)).held = true;
             }
             if found.direct_io && !task.direct_io {
                 tracing::info!(
@@ -262,14 +297,49 @@ impl Tree {
                 self.untracked_sent += sent;
             }
         }
+        if kind == RoundKind::PreDump {
+            self.look_outside();
+        }
         let mut ids = BTreeSet::new();
         for (key, segment) in &mut self.segments {
             if !ids.insert(key.inode) {
                 return Err(TreeFault::Ambiguous(key.inode).into());
             }
-            self.untracked_sent += send_segment(*key, segment, sink, pool, &mut scanned)?;
+            let asked = Instant::now();
+            let last = kind == RoundKind::Final;
+            let written = match segment.tracked && (self.children_told || !last) {
+                true => written(segment, &self.tasks, tracker),
+                // Asked for all the same, for the next round.
+                false if !last && segment.trackable() => {
+                    written(segment, &self.tasks, tracker).and(None)
+                }
+                false => None,
+            };
+            tracing::debug!(
+                segment = key.inode,
+                written = written.as_ref().map(PageSet::pages),
+                seconds = asked.elapsed().as_secs_f64(),
+                "asked what was written"
+            );
+            scanned.scan_time += asked.elapsed();
+            self.untracked_sent += send_segment(*key, segment, written, sink, pool, &mut scanned)?;
         }
         Ok(scanned)
+    }
+
+    /// Finds out which segments processes map that are not of the tree, where that is not known.
+    fn look_outside(&mut self) {
+        let unknown = |segment: &Segment| segment.trackable() && segment.shared_outside.is_none();
+        if !self.segments.values().any(unknown) {
+            return;
+        }
+        let outside = mapped_outside(&self.tasks, &self.mounts, &mut self.maps_text);
+        for (key, segment) in &mut self.segments {
+            if unknown(segment) {
+                let outside = outside.as_ref();
+                segment.shared_outside = Some(!outside.is_ok_and(|keys| !keys.contains(key)));
+            }
+        }
     }
 
     /// How many pages would have to be sent now: what the trackers tell, and for the rest what the
@@ -387,9 +457,11 @@ fn send_task(
             announced,
             scanned_pages,
             changed_pages,
+            compared_pages,
             compare_time,
         }) => {
             scanned.scan_time += compare_time;
+            scanned.compared += compared_pages;
             task.announced = announced;
             scanned.pages += scanned_pages;
             Ok(changed_pages)
@@ -426,10 +498,82 @@ fn suspect_new_huge_pages(source: &mut TaskSource<'_>, runs: &mut Vec<Run>) -> i
     Ok(())
 }
 
-/// Sends one shared segment's image. Returns how many pages had changed.
+/// What was written of a segment through its mappings since the tracker's last rearm; `None` if that cannot
+/// be told. Asking begins the next epoch.
+fn written(
+    segment: &Segment,
+    tasks: &BTreeMap<i32, Task>,
+    tracker: &mut dyn DirtyTracker,
+) -> Option<PageSet> {
+    let (mut ranges, mut known) = (Vec::new(), true);
+    let mut found = Vec::new();
+    for mapping in &segment.mappings {
+        let Some(task) = tasks.get(&mapping.pid) else {
+            known = false;
+            continue;
+        };
+        found.clear();
+        known &= !task.direct_io && task.shared.binary_search(&mapping.range).is_ok();
+        known &= tracker.scan_shared(task, mapping.range, &mut found).is_ok();
+        for &range in &found {
+            let offsets = mapping.offsets(range);
+            known &= offsets.is_some();
+            ranges.extend(offsets);
+        }
+    }
+    ranges.extend(segment.taken_away());
+    ranges.sort_unstable();
+    let mut written = PageSet::new();
+    ranges.into_iter().for_each(|range| written.insert(range));
+    known.then_some(written)
+}
+
+/// The segments that processes outside of the tree map.
+fn mapped_outside(
+    tasks: &BTreeMap<i32, Task>,
+    mounts: &KernelMounts,
+    text: &mut Vec<u8>,
+) -> io::Result<BTreeSet<SegmentKey>> {
+    let mut keys = BTreeSet::new();
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let name = entry.file_name();
+        let pid = name.to_str().and_then(|name| name.parse().ok());
+        // (We do, to see what is taken away.)
+        let own = std::process::id().cast_signed();
+        let Some(pid) = pid.filter(|pid| *pid != own && !tasks.contains_key(pid)) else {
+            continue;
+        };
+        match list(pid, mounts, text) {
+            Ok(vmas) => {
+                let segments = vmas.iter().filter(|vma| vma.class == Class::Segment);
+                keys.extend(segments.map(SegmentKey::of));
+            }
+            Err(error) if is_gone(&error) => {}
+            Err(error) => {
+                // Who we may not look at is not of the tree's kind: what they share ends with the move.
+                tracing::debug!(pid, %error, "it is not known what it maps");
+            }
+        }
+    }
+    Ok(keys)
+}
+
+/// Memory that could be had without swapping, bytes; 0 if the kernel does not say.
+fn memory_available() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
+    kib.unwrap_or(0u64) << 10
+}
+
+/// Sends one shared segment's image; only what was `written`, if that is known, may have changed. Returns how
+/// many pages had.
 fn send_segment(
     key: SegmentKey,
     segment: &mut Segment,
+    written: Option<PageSet>,
     sink: &mut dyn PageSink,
     pool: &BufferPool,
     scanned: &mut Scanned,
@@ -439,20 +583,76 @@ fn send_segment(
         sink.memfd(name)?;
     }
     let parent = std::mem::take(&mut segment.announced);
-    let file = &segment.file;
-    let mut source = SegmentSource { file };
-    let mut stream = ImageStream::new(sink, pool, &parent, &mut segment.hashes);
-    let mut at = 0;
-    while let Some(range) = next_data(file, at).map_err(StreamError::Source)? {
-        let written = true;
-        stream.run(&mut source, Run { range, written }, Some(EntryKind::Parent))?;
-        at = range.end();
+    let file = segment.file.try_clone().map_err(StreamError::Source)?;
+    let size = file.metadata().map_err(StreamError::Source)?.len();
+    let all = PageRange::from_bounds(0, size.next_multiple_of(PAGE_SIZE));
+    let mut runs = Vec::new();
+    match written {
+        Some(written) => {
+            for range in parent.union(&written).iter() {
+                written.split(range, |range, written| runs.push(Run { range, written }));
+            }
+        }
+        None => runs.extend(all.map(|range| Run {
+            range,
+            written: true,
+        })),
     }
-    let sent = stream.finish(&mut source)?;
+    let kept = Some(EntryKind::Parent);
+    let mut hashes = std::mem::replace(&mut segment.hashes, ContentHashes::of_everything());
+    let result = (|| {
+        let mut source = SegmentSource { file: &file };
+        let mut data = Populated {
+            file: &file,
+            last: None,
+        };
+        let mut stream = ImageStream::new(sink, pool, &parent, &mut hashes);
+        for run in runs {
+            if !run.written {
+                stream.run(&mut source, run, kept)?;
+                continue;
+            }
+            // What is not there must not be made by looking at it.
+            let mut rest = Some(run.range);
+            while let Some(wanted) = rest {
+                let Some(found) = data.at(wanted.start()).map_err(StreamError::Source)? else {
+                    break;
+                };
+                if let Some(range) = found.intersect(wanted) {
+                    segment.watch(range);
+                    stream.run(&mut source, Run { range, ..run }, kept)?;
+                }
+                rest = PageRange::from_bounds(found.end().max(wanted.start()), wanted.end());
+            }
+        }
+        stream.finish(&mut source)
+    })();
+    segment.hashes = hashes;
+    let sent = result?;
     segment.announced = sent.announced;
     scanned.pages += sent.scanned_pages;
+    scanned.compared += sent.compared_pages;
     scanned.scan_time += sent.compare_time;
     Ok(sent.changed_pages)
+}
+
+/// Finds the populated ranges of a segment, in ascending order: asking the kernel for one takes it time for
+/// each page in it.
+struct Populated<'a> {
+    file: &'a File,
+    last: Option<PageRange>,
+}
+
+impl Populated<'_> {
+    /// The first populated range that ends behind `offset`.
+    fn at(&mut self, offset: u64) -> io::Result<Option<PageRange>> {
+        let still = self.last.filter(|last| offset < last.end());
+        self.last = match still {
+            Some(last) => Some(last),
+            None => next_data(self.file, offset)?,
+        };
+        Ok(self.last)
+    }
 }
 
 /// The next populated range of a segment at or behind offset `at`.

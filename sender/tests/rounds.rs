@@ -10,13 +10,13 @@ use pageferry_sender::migrate::{Parts, Plan, migrate};
 use pageferry_sender::progress::{Counters, Progress};
 use pageferry_sender::report::Report;
 use pageferry_sender::sink::{PageSink, Receipt, SinkError};
-use pageferry_sender::tree::Tree;
+use pageferry_sender::tree::{Scanned, Tree};
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Lines, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,25 +34,26 @@ print('ready', flush=True)
 sys.stdin.read()
 ";
 
-struct Program(
-    Child,
-    #[expect(dead_code, reason = "kept open: its end ends the program")] ChildStdin,
-);
+struct Program(Child, ChildStdin, Lines<BufReader<ChildStdout>>);
 
 impl Program {
-    fn start() -> Self {
+    fn start(program: &str) -> Self {
         let mut child = Command::new("python3")
-            .args(["-c", PROGRAM])
+            .args(["-c", program])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        let mut line = String::new();
-        let stdout = child.stdout.as_mut().unwrap();
-        BufReader::new(stdout).read_line(&mut line).unwrap();
-        assert_eq!(line, "ready\n");
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert_eq!(lines.next().unwrap().unwrap(), "ready");
         let stdin = child.stdin.take().unwrap();
-        Self(child, stdin)
+        Self(child, stdin, lines)
+    }
+
+    /// Has it do something, to the end.
+    fn tell(&mut self, what: &str) {
+        writeln!(self.1, "{what}").unwrap();
+        assert_eq!(self.2.next().unwrap().unwrap(), "done");
     }
 }
 
@@ -127,7 +128,7 @@ impl PageSink for MemorySink {
 }
 
 fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool) {
-    let program = Program::start();
+    let program = Program::start(PROGRAM);
     let pid = program.0.id() as i32;
     let mut freezer = Freezer::start(Path::new(env!("CARGO_BIN_EXE_send"))).unwrap();
     let mut tracker = match dirty::probe(choice) {
@@ -195,4 +196,156 @@ fn rounds_with_soft_dirty() {
 #[test]
 fn rounds_with_content_hashes() {
     rounds_are_right(TrackerChoice::Hash, false);
+}
+
+/// Three processes that share memory: the first tells the others what to do, each when the one before is
+/// done. `p` is a page, `w` a process.
+const SHARING: &str = "
+import mmap, os, signal, sys
+pages, size = 2048, 4096
+memory = mmap.mmap(-1, pages * size)
+for p in range(pages): memory[p * size] = 1 + p % 255
+def write(p, value): memory[p * size + p % size] = value % 256
+def remove(p): memory.madvise(9, p * size, size)
+def forget(): memory.madvise(mmap.MADV_DONTNEED)
+def child(p, value):
+    # Writes, and is gone.
+    pid = os.fork()
+    if pid == 0:
+        write(p, value)
+        os._exit(0)
+    try: os.waitpid(pid, 0)
+    except ChildProcessError: pass
+def worker(read, answer):
+    for line in os.fdopen(read):
+        exec(line, globals())
+        os.write(answer, b'x')
+    os._exit(0)
+answers, answer = os.pipe()
+tell = []
+for w in range(2):
+    read, write_end = os.pipe()
+    if os.fork() == 0:
+        os.close(write_end)
+        worker(read, answer)
+    os.close(read)
+    tell.append(write_end)
+print('ready', flush=True)
+for line in sys.stdin:
+    w, _, what = line.partition(' ')
+    if w == '0':
+        exec(what)
+    else:
+        os.write(tell[int(w) - 1], what.encode())
+        os.read(answers, 1)
+    print('done', flush=True)
+";
+
+/// What the processes of [`SHARING`] do to a page.
+#[derive(Debug, Clone, Copy)]
+enum Step {
+    Write,
+    /// The object has no such page any more.
+    Remove,
+    /// And has it again, all zero, when somebody looks.
+    RemoveAndRead,
+    /// The process has no page tables of it any more.
+    WriteAndForget,
+    /// By a process that comes and goes.
+    WriteByChild,
+    /// The same, and its parent is not told of its end.
+    WriteByUnnoticedChild,
+}
+
+const STEPS: [Step; 6] = [
+    Step::Write,
+    Step::Remove,
+    Step::RemoveAndRead,
+    Step::WriteAndForget,
+    Step::WriteByChild,
+    Step::WriteByUnnoticedChild,
+];
+
+fn code(step: Step, page: u64, value: u64) -> String {
+    let ignore = "signal.signal(signal.SIGCHLD, signal.SIG_IGN)";
+    match step {
+        Step::Write => format!("write({page}, {value})"),
+        Step::Remove => format!("remove({page})"),
+        Step::RemoveAndRead => format!("remove({page}); memory[{page} * size]"),
+        Step::WriteAndForget => format!("write({page}, {value}); forget()"),
+        Step::WriteByChild => format!("child({page}, {value})"),
+        Step::WriteByUnnoticedChild => format!("{ignore}; child({page}, {value})"),
+    }
+}
+
+/// One running round after the other of processes that do nothing meanwhile: what has arrived is what
+/// they have, whichever of them did whatever in between.
+#[test]
+fn shared_memory_is_right_after_every_round() {
+    let mut program = Program::start(SHARING);
+    let pid = program.0.id() as i32;
+    let mut freezer = Freezer::start(Path::new(env!("CARGO_BIN_EXE_send"))).unwrap();
+    let mut tracker = match dirty::probe(TrackerChoice::Uffd) {
+        Ok(tracker) => tracker,
+        Err(none) => {
+            eprintln!("SKIPPED: {none}");
+            return;
+        }
+    };
+    let (mut tree, mut sink) = (Tree::new(pid, false).unwrap(), MemorySink::default());
+    let pool = BufferPool::new(2);
+    let mut round = |number: u32, what: &str| -> Scanned {
+        let mut frozen = freezer.freeze(pid).unwrap();
+        tree.collect(&mut frozen, tracker.as_mut()).unwrap();
+        frozen.thaw(Then::Run).unwrap();
+        sink.begin(number, RoundKind::PreDump, 0).unwrap();
+        tree.survey_descriptors();
+        let kind = RoundKind::PreDump;
+        let scanned = tree.send(kind, tracker.as_mut(), &mut sink, &pool).unwrap();
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let line = maps.lines().find(|line| line.contains("/dev/zero"));
+        let fields: Vec<_> = line.unwrap().split(' ').collect();
+        let inode = fields.iter().rev().find_map(|field| field.parse().ok());
+        let object = File::open(format!("/proc/{pid}/map_files/{}", fields[0])).unwrap();
+        let image = &sink.images[&ImageId::Shmem(inode.unwrap())];
+        let (mut page, zero) = (vec![0; PAGE_SIZE as usize], vec![0; PAGE_SIZE as usize]);
+        for at in (0..2048 * PAGE_SIZE).step_by(PAGE_SIZE as usize) {
+            object.read_exact_at(&mut page, at).unwrap();
+            let arrived = image.get(&at).unwrap_or(&zero);
+            assert!(*arrived == page, "after {what}: page {}", at / PAGE_SIZE);
+        }
+        scanned
+    };
+    assert!(round(1, "the beginning").compared >= 2048);
+    // Nothing happened: nothing is read.
+    assert!(round(2, "nothing").compared < 100);
+    let mut number = 2;
+    let mut page = 0;
+    for last in STEPS {
+        let steps: Vec<_> = match last {
+            // From then on contents are compared; before that, any step may come before any other.
+            Step::WriteByUnnoticedChild => vec![last, Step::Write, last],
+            _ => STEPS[..5].iter().flat_map(|&first| [first, last]).collect(),
+        };
+        for (index, step) in steps.into_iter().enumerate() {
+            for process in 0..3 {
+                page = (page + 31) % 2048;
+                number += 1;
+                let what = code(step, page, u64::from(number));
+                program.tell(&format!("{process} {what}"));
+                // The same page again, by another.
+                if index % 2 == 1 {
+                    let what = code(last, page, u64::from(number) + 1);
+                    program.tell(&format!("{} {what}", (process + 1) % 3));
+                }
+                let scanned = round(number, &format!("{step:?} by {process}, {last:?}"));
+                let tracked = [step, last]
+                    .iter()
+                    .all(|step| matches!(step, Step::Write | Step::Remove | Step::RemoveAndRead));
+                if tracked {
+                    assert!(scanned.compared < 100, "{step:?}, {last:?}: {scanned:?}");
+                }
+            }
+        }
+    }
 }

@@ -7,11 +7,11 @@
 use super::chain::{Cursor, Levels, images, levels};
 use super::format::PagemapEntry;
 use super::index::Index;
-use super::state::record;
 use super::writer::{DirWriter, WriteError};
 use super::{DirName, FileError, failed};
 use crate::segments::{Prefilled, Segments};
 use pageferry_common::psi::Place;
+use pageferry_common::state::records;
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
 use prost::Message;
 use std::collections::BTreeMap;
@@ -277,6 +277,12 @@ fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
         }
     }
     Ok(Some(stacks))
+}
+
+/// The one record of an image of state; `None` if there is no such image.
+fn record<M: Message + Default>(path: &Path) -> Result<Option<M>, FileError> {
+    let records = records(path).map_err(failed("understand", path))?;
+    Ok(records.into_iter().next())
 }
 
 #[cfg(test)]

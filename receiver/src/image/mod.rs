@@ -5,7 +5,6 @@ pub mod flatten;
 pub mod format;
 pub mod index;
 pub mod lazy;
-pub(crate) mod state;
 pub mod verify;
 pub mod writer;
 

@@ -85,6 +85,21 @@ pub trait DirtyTracker {
     /// `ESRCH` if that memory is gone.
     fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()>;
 
+    /// Lists the parts of a mapping of a shared segment ([`Task::shared`]) through which this process may
+    /// have written, ascending; the tree may run.
+    ///
+    /// # Errors
+    /// `ESRCH` if that memory is gone.
+    fn scan_shared(
+        &mut self,
+        _task: &Task,
+        range: PageRange,
+        written: &mut Vec<PageRange>,
+    ) -> io::Result<()> {
+        written.push(range);
+        Ok(())
+    }
+
     /// How many pages of a mapping were written so far in the current epoch, if that can be told
     /// without ending it.
     ///

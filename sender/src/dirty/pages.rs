@@ -80,6 +80,25 @@ impl Scanner {
         }
     }
 
+    /// All pages of `range`, there or not, each run with its categories out of `report`. By `PAGEMAP_SCAN`
+    /// only.
+    pub fn all_pages(
+        &mut self,
+        pagemap: &File,
+        range: PageRange,
+        report: u64,
+        protect: bool,
+        each: impl FnMut(PageRange, u64),
+    ) -> io::Result<()> {
+        let query = Query {
+            any: 0,
+            none: 0,
+            report,
+            protect,
+        };
+        self.scan(pagemap, range, query, each)
+    }
+
     fn scan(
         &mut self,
         pagemap: &File,

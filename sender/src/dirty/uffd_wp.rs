@@ -41,7 +41,9 @@ impl Armed {
     fn new(uffd: Uffd, task: &Task) -> Option<Self> {
         let mut untracked = Vec::new();
         let (mut tried, mut gone) = (0, 0);
-        for vma in task.vmas.iter().filter(|vma| vma.is_private()) {
+        let shared = |vma: &Vma| task.shared.binary_search(&vma.range).is_ok();
+        let tracked = |vma: &&Vma| vma.is_private() || shared(vma);
+        for vma in task.vmas.iter().filter(tracked) {
             // Registered, a file's code would lose the kernel's fault-around, and its pages are
             // hardly ever the process's own. What is, is sent.
             if vma.file_code {
@@ -146,6 +148,40 @@ impl DirtyTracker for UffdWp {
                 let written = !tracked || marker || !clean;
                 runs.push(Run { range, written });
             })
+    }
+
+    fn scan_shared(
+        &mut self,
+        task: &Task,
+        range: PageRange,
+        written: &mut Vec<PageRange>,
+    ) -> io::Result<()> {
+        if !self.tracks(task.pid, range) {
+            written.push(range);
+            return Ok(());
+        }
+        let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
+        let mut end = range.start();
+        // Protecting leaves a marker for every page that is not there. So one without has been there since,
+        // written or not, and is gone again; or the mapping is a new one. What the kernel leaves out is not
+        // protected.
+        let protect = !self.concluded;
+        self.scanner.all_pages(
+            &task.pagemap,
+            range,
+            report,
+            protect,
+            |found, categories| {
+                written.extend(PageRange::from_bounds(end, found.start()));
+                end = found.end();
+                let protected = categories & (WRITTEN | WPALLOWED) == WPALLOWED;
+                if !protected || categories & (PRESENT | SWAPPED) == 0 {
+                    written.push(found);
+                }
+            },
+        )?;
+        written.extend(PageRange::from_bounds(end, range.end()));
+        Ok(())
     }
 
     fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>> {

@@ -8,6 +8,7 @@ pub mod ptrace;
 pub mod sched;
 pub mod signals;
 pub mod uffd;
+pub mod witness;
 
 use std::io;
 
