@@ -6,13 +6,17 @@
 //! no.
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
 use prost::Message;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 
 /// The oldest that will do.
 pub const OLDEST: (i32, i32) = (4, 1);
@@ -30,6 +34,85 @@ pub struct Criu {
     version: (i32, i32),
     /// How it locks connections; `None` for its default.
     network_lock: Option<i32>,
+    /// Its configuration file with options that we do not know: a memfd.
+    config: Option<Arc<File>>,
+}
+
+/// Options that would take the work out of our hands.
+const OURS: [&str; 24] = [
+    "action-script",
+    "address",
+    "auto-dedup",
+    "config",
+    "daemon",
+    "deprecated",
+    "images-dir",
+    "lazy-pages",
+    "leave-running",
+    "leave-stopped",
+    "log-file",
+    "no-default-config",
+    "page-server",
+    "pidfile",
+    "port",
+    "pre-dump-mode",
+    "prev-images-dir",
+    "ps-socket",
+    "restore-detached",
+    "restore-sibling",
+    "status-fd",
+    "stream",
+    "track-mem",
+    "tree",
+];
+
+/// Why an option is not passed on to CRIU.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadOption {
+    /// It would take the work out of our hands.
+    #[error("--{0} is not for you to choose: it is how Pageferry works with CRIU")]
+    Ours(String),
+    /// It is no option.
+    #[error("{0:?} is no option of CRIU's by its long name, with a value of plain characters")]
+    Unclear(String),
+}
+
+/// The text of a configuration file for CRIU with these options, as on its command line.
+fn config_of(options: &[String]) -> Result<String, BadOption> {
+    let plain = |text: &str| !text.contains(['"', '\\', '\n', '\0', '#']);
+    let mut text = String::new();
+    let mut takes_value = false;
+    for option in options {
+        let unclear = || BadOption::Unclear(option.clone());
+        let (name, value) = match option.strip_prefix("--") {
+            Some(option) => match option.split_once('=') {
+                Some((name, value)) => (Some(name), Some(value)),
+                None => (Some(option), None),
+            },
+            None if takes_value => (None, Some(option.as_str())),
+            None => return Err(unclear()),
+        };
+        if let Some(name) = name {
+            let fine =
+                |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+            if name.is_empty() || !name.bytes().all(fine) {
+                return Err(unclear());
+            }
+            if OURS.contains(&name) {
+                return Err(BadOption::Ours(name.to_owned()));
+            }
+            text += "\n";
+            text += name;
+        }
+        takes_value = value.is_none();
+        if let Some(value) = value {
+            if !plain(value) {
+                return Err(unclear());
+            }
+            text += &format!(" \"{value}\"");
+        }
+    }
+    Ok(text + "\n")
 }
 
 /// Why there is none.
@@ -74,6 +157,7 @@ impl Criu {
                 path,
                 version: (major, minor),
                 network_lock: None,
+                config: None,
             }),
             Ok(Version { major, minor }) => {
                 let version = (major, minor);
@@ -112,6 +196,33 @@ impl Criu {
         self
     }
 
+    /// Gives it more options, as on its command line.
+    ///
+    /// # Errors
+    /// [`BadOption`].
+    ///
+    /// # Panics
+    /// If the kernel has no memfd.
+    pub fn with_options(mut self, options: &[String]) -> Result<Self, BadOption> {
+        if options.is_empty() {
+            return Ok(self);
+        }
+        let text = config_of(options)?;
+        let memfd =
+            memfd_create("criu.conf", MFdFlags::MFD_CLOEXEC).expect("the kernel has memfds");
+        let file = File::from(memfd);
+        file.write_all_at(text.as_bytes(), 0)
+            .expect("there is memory for a few bytes");
+        self.config = Some(Arc::new(file));
+        Ok(self)
+    }
+
+    fn config_file(&self) -> Option<String> {
+        let config = self.config.as_ref()?;
+        let fd = config.as_raw_fd();
+        Some(format!("/proc/{}/fd/{fd}", std::process::id()))
+    }
+
     /// Its version, major and minor.
     #[must_use]
     pub fn version(&self) -> (i32, i32) {
@@ -137,6 +248,7 @@ impl Criu {
             pid: Some(pid),
             log_file: Some("dump.log".to_owned()),
             network_lock: self.network_lock,
+            config_file: self.config_file(),
             timeout: Some(FREEZE_TIMEOUT),
             ps: Some(PageServer {
                 fd: Some(pages.as_raw_fd()),
@@ -164,6 +276,7 @@ impl Criu {
         request.opts = Some(Opts {
             log_file: Some("restore.log".to_owned()),
             lazy_pages: Some(lazy),
+            config_file: self.config_file(),
             ..options.opts(images)
         });
         work.ask(&request)?;
@@ -180,24 +293,28 @@ pub struct Options {
     pub shell_job: bool,
     /// Let go of Unix sockets that are connected to others.
     pub ext_unix_sk: bool,
+    /// Dump and restore the tree's cgroups, too.
+    pub manage_cgroups: bool,
 }
 
 impl Options {
-    /// As bits: 1, 2, 4 in the order of the fields.
+    /// As bits: 1, 2, 4, 8 in the order of the fields.
     #[must_use]
     pub fn bits(self) -> u32 {
         u32::from(self.tcp_established)
             | u32::from(self.shell_job) << 1
             | u32::from(self.ext_unix_sk) << 2
+            | u32::from(self.manage_cgroups) << 3
     }
 
     /// From bits; `None` if there are others.
     #[must_use]
     pub fn from_bits(bits: u32) -> Option<Self> {
-        (bits < 8).then_some(Self {
+        (bits < 16).then_some(Self {
             tcp_established: bits & 1 != 0,
             shell_job: bits & 2 != 0,
             ext_unix_sk: bits & 4 != 0,
+            manage_cgroups: bits & 8 != 0,
         })
     }
 
@@ -207,9 +324,11 @@ impl Options {
             images_dir_fd: images.as_raw_fd(),
             notify_scripts: Some(true),
             log_level: Some(1),
-            tcp_established: Some(self.tcp_established),
-            shell_job: Some(self.shell_job),
-            ext_unix_sk: Some(self.ext_unix_sk),
+            // A no would overrule what the configuration file says.
+            tcp_established: self.tcp_established.then_some(true),
+            shell_job: self.shell_job.then_some(true),
+            ext_unix_sk: self.ext_unix_sk.then_some(true),
+            manage_cgroups: self.manage_cgroups.then_some(true),
             ..Opts::default()
         }
     }
@@ -418,10 +537,14 @@ struct Opts {
     ps: Option<PageServer>,
     #[prost(bool, optional, tag = "12")]
     notify_scripts: Option<bool>,
+    #[prost(bool, optional, tag = "24")]
+    manage_cgroups: Option<bool>,
     #[prost(uint32, optional, tag = "45")]
     timeout: Option<u32>,
     #[prost(bool, optional, tag = "48")]
     lazy_pages: Option<bool>,
+    #[prost(string, optional, tag = "51")]
+    config_file: Option<String>,
     #[prost(int32, optional, tag = "64")]
     network_lock: Option<i32>,
 }
@@ -478,10 +601,36 @@ mod tests {
 
     #[test]
     fn options_are_bits() {
-        for bits in 0..8 {
+        for bits in 0..16 {
             assert_eq!(Options::from_bits(bits).unwrap().bits(), bits);
         }
-        assert_eq!(Options::from_bits(8), None);
+        assert_eq!(Options::from_bits(16), None);
+    }
+
+    #[test]
+    fn options_become_a_configuration() {
+        let config = |options: &[&str]| {
+            let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
+            config_of(&options)
+        };
+        let text = config(&["--tcp-close", "--external", "mnt[/a b]:x", "--timeout=5"]);
+        let expected = "\ntcp-close\nexternal \"mnt[/a b]:x\"\ntimeout \"5\"\n";
+        assert_eq!(text.unwrap(), expected);
+        for ours in ["--leave-running", "--images-dir=/tmp"] {
+            assert!(matches!(config(&[ours]), Err(BadOption::Ours(_))), "{ours}");
+        }
+        for unclear in [
+            &["-R"][..],
+            &["word"],
+            &["--"],
+            &["--a", "b", "c"],
+            &["--a=b", "c"],
+            &["--a", "b\"\nleave-running"],
+            &["--a\nleave-running"],
+        ] {
+            let unclear = config(unclear);
+            assert!(matches!(unclear, Err(BadOption::Unclear(_))), "{unclear:?}");
+        }
     }
 
     #[test]

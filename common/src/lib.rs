@@ -11,6 +11,7 @@ pub mod buffer;
 pub mod criu;
 pub mod digest;
 pub mod ids;
+pub mod needed;
 pub mod page_set;
 pub mod process;
 pub mod psi;

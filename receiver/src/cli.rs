@@ -129,6 +129,10 @@ pub struct Serve {
     #[arg(long, value_name = "PATH", requires = "restore")]
     pub criu: Option<PathBuf>,
 
+    /// More options for `criu restore`, by their long names
+    #[arg(last = true, value_name = "CRIU OPTIONS", requires = "restore")]
+    pub criu_args: Vec<String>,
+
     /// Take one migration (or dump by CRIU), and exit with its result
     #[arg(long)]
     pub once: bool,

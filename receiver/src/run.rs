@@ -214,7 +214,7 @@ fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ende
         let at = listener.local_addr().map_err(|error| complain(error, ""))?;
         eprintln!("listening on {at}");
         let restorer = match serve.restore {
-            Some(how) => Some(restorer(how, serve.criu.as_deref())?),
+            Some(how) => Some(restorer(how, serve)?),
             None => None,
         };
         let options = Options {
@@ -233,11 +233,15 @@ fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ende
     })
 }
 
-fn restorer(how: RestoreHow, criu: Option<&Path>) -> Result<Restorer, Exit> {
-    let criu = Criu::find(criu).map_err(|error| {
+fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Exit> {
+    let criu = Criu::find(serve.criu.as_deref()).map_err(|error| {
         let advice = "--restore takes CRIU 4.1 or later: scripts/install-criu installs one";
         complain(error, advice);
         Exit::Unusable
+    })?;
+    let criu = criu.with_options(&serve.criu_args).map_err(|error| {
+        complain(error, "what follows -- is for CRIU");
+        Exit::Usage
     })?;
     let can = how != RestoreHow::Eager && criu.has_lazy_pages();
     if how == RestoreHow::Lazy && !can {

@@ -55,6 +55,14 @@ pub struct Cli {
     #[arg(long, requires = "migrate")]
     pub ext_unix_sk: bool,
 
+    /// Move the process's cgroups too
+    #[arg(long, requires = "migrate")]
+    pub manage_cgroups: bool,
+
+    /// More options for the `criu dump` of a move, by their long names
+    #[arg(last = true, value_name = "CRIU OPTIONS", requires = "migrate")]
+    pub criu_args: Vec<String>,
+
     /// How to find out which pages were written
     #[arg(long, value_enum, default_value = "auto")]
     pub tracker: TrackerChoice,
@@ -126,6 +134,8 @@ Examples:
 
   send --to 127.0.0.1:7700 --migrate $(pidof redis-server)
       move it, to `receive --restore`: it runs on there, and is gone here
+  send --to 127.0.0.1:7700 --migrate 4711 -- --tcp-close --ghost-limit 8M
+      the same, with more options for CRIU; those for its restore are receive's
 
 Exit codes:
   0 done, 1 failed, 2 usage, 3 target gone, 4 receiver refused, 5 not permitted,
@@ -139,6 +149,7 @@ impl Cli {
             tcp_established: self.tcp_established,
             shell_job: self.shell_job,
             ext_unix_sk: self.ext_unix_sk,
+            manage_cgroups: self.manage_cgroups,
         }
     }
 

@@ -12,6 +12,7 @@
 //! (`send --resolve`), and until it does the tree stays stopped.
 
 use crate::dirty::DirtyTracker;
+use crate::files::needed_files;
 use crate::freeze::process_list;
 use crate::report::Downtime;
 use crate::sink::{Destination, Lost, PageSink, SinkError};
@@ -77,6 +78,14 @@ pub enum HandoverError {
     /// The receiver.
     #[error("cannot hand over")]
     Sink(#[from] SinkError),
+    /// Files are not there, or others.
+    #[error("the receiver's host lacks what process {root} needs: {}", .lacks.join(", "))]
+    Files {
+        /// The root.
+        root: i32,
+        /// What is wrong with which.
+        lacks: Vec<String>,
+    },
     /// The record of what is decided.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -132,6 +141,19 @@ pub struct Parts<'a> {
 }
 
 impl Handover {
+    /// Asks the receiver whether its host has the executables and libraries of the tree under `root`.
+    ///
+    /// # Errors
+    /// [`HandoverError::Files`] names all that it lacks.
+    pub fn check_files(&self, root: i32, sink: &mut dyn PageSink) -> Result<(), HandoverError> {
+        let pids = process_list(root).into_iter().map(|process| process.pid);
+        let lacks = destination(sink)?.check_files(needed_files(pids))?;
+        match lacks.is_empty() {
+            true => Ok(()),
+            false => Err(HandoverError::Files { root, lacks }),
+        }
+    }
+
     /// Hands over the tree under `root` with its last round, number `round`. Afterwards it runs at
     /// the receiver, and nothing of it is left here.
     ///

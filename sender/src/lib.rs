@@ -9,6 +9,7 @@
 pub mod cli;
 pub mod converge;
 pub mod dirty;
+pub mod files;
 pub mod freeze;
 pub mod handover;
 pub mod maps;

@@ -89,6 +89,9 @@ pub fn migrate(
         progress,
     } = parts;
     let began = Instant::now();
+    if let Some(handover) = &plan.handover {
+        handover.check_files(plan.root, sink)?;
+    }
     let mut history = Vec::new();
     loop {
         let round = history.len() as u32 + 1;

@@ -13,7 +13,7 @@ use crate::stream::StreamError;
 use crate::task::namespace_depth;
 use crate::tree::{SendError, Tree, TreeFault};
 use nix::sys::signal::Signal;
-use pageferry_common::criu::{Criu, NoCriu};
+use pageferry_common::criu::{BadOption, Criu, NoCriu};
 use pageferry_common::wire::WireError;
 use pageferry_common::{BufferPool, MigrationId};
 use std::io::{self, IsTerminal, Read};
@@ -90,6 +90,8 @@ enum Failure {
     Migrate(#[from] MigrateError),
     #[error(transparent)]
     Criu(#[from] NoCriu),
+    #[error("an option for CRIU")]
+    Option(#[from] BadOption),
     #[error(transparent)]
     Record(#[from] RecordError),
     #[error("the record of process {0} is damaged")]
@@ -138,7 +140,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     let id = random_id().map_err(Failure::Prepare)?;
     let handover = match cli.migrate {
         true => Some(Handover {
-            criu: match Criu::find(cli.criu.as_deref())? {
+            criu: match Criu::find(cli.criu.as_deref())?.with_options(&cli.criu_args)? {
                 criu if cli.tcp_established => criu.prefer_nftables(),
                 criu => criu,
             },
@@ -242,6 +244,7 @@ fn judge(failure: &Failure) -> (Exit, &'static str) {
             Exit::Failed,
             "--migrate takes CRIU 4.1 or later: scripts/install-criu installs one, --criu names it",
         ),
+        Failure::Option(_) => (Exit::Usage, "what follows -- is for CRIU"),
         Failure::Record(_) => (
             Exit::Failed,
             "without a record, no move of this process was lost sight of",
@@ -275,6 +278,10 @@ fn judge_handover(error: &HandoverError) -> (Exit, &'static str) {
         HandoverError::InDoubt { .. } => (Exit::InDoubt, "do not let it go on before that"),
         HandoverError::Sink(error)
         | HandoverError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
+        HandoverError::Files { .. } => (
+            Exit::Refused,
+            "install them there, the same builds; the target runs",
+        ),
         HandoverError::Stop(_)
         | HandoverError::Dump(_)
         | HandoverError::Io(_)

@@ -93,15 +93,16 @@ impl From<Finished> for Sent {
 pub struct Send(Program);
 
 impl Send {
-    /// Starts `send --to TO OPTIONS PID --json`; the binary is `$PAGEFERRY_SEND` or the workspace's.
+    /// Starts `send --to TO PID --json OPTIONS`; the binary is `$PAGEFERRY_SEND` or the workspace's.
     ///
     /// # Panics
     /// If the binary is not built.
     #[must_use]
     pub fn start(to: SocketAddr, pid: i32, options: &[&str]) -> Self {
         let mut command = send_command();
-        command.arg("--to").arg(to.to_string()).args(options);
-        Self(Program::start(command.arg(pid.to_string()).arg("--json")))
+        command.arg("--to").arg(to.to_string());
+        command.arg(pid.to_string()).arg("--json").args(options);
+        Self(Program::start(&mut command))
     }
 
     /// The running program: to watch or kill.

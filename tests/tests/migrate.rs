@@ -2,7 +2,7 @@
 //! whatever step, exactly one copy of it runs.
 
 use pageferry_tests::criu::{Criu, free_address};
-use pageferry_tests::daemon::until;
+use pageferry_tests::daemon::{Daemon, until};
 use pageferry_tests::host::Host;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::images;
@@ -14,6 +14,7 @@ use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 
@@ -599,4 +600,94 @@ fn what_cannot_move_is_said_before_anything_is_frozen() {
     );
     tied.assert_unharmed();
     assert_eq!(resolve(tied.pid()).status.code(), Some(1));
+}
+
+/// What the process needs and the destination has not is named before anything is sent, all of it.
+#[test]
+fn files_that_are_not_there_or_others_are_named() {
+    let Some(criu) = Criu::stable("files that are not there") else {
+        return;
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let copy = |of: &str, sub: &str| {
+        let sub = dir.path().join(sub);
+        fs::create_dir(&sub).unwrap();
+        let path = sub.join("program");
+        fs::copy(of, &path).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let (missing, other) = (copy("/bin/sh", "a"), copy("/bin/sleep", "b"));
+    let script = format!("{other} 1000 & wait");
+    let tree = Daemon::start(Command::new(&missing).args(["-c", &script]));
+    until("both run", || match memory::tree(tree.pid())[..] {
+        [_, sleep] if fs::read_link(format!("/proc/{sleep}/exe")).unwrap() == Path::new(&other) => {
+            Ok(())
+        }
+        ref tree => Err(format!("{tree:?}")),
+    });
+    let (host, images) = (Host::start(), tempfile::tempdir().unwrap());
+    let a = dir.path().join("a");
+    for mount in [
+        ["-t", "tmpfs", "none", a.to_str().unwrap()],
+        ["--bind", "--", "/bin/true", &other],
+    ] {
+        assert!(
+            host.enter()
+                .arg("mount")
+                .args(mount)
+                .status()
+                .unwrap()
+                .success()
+        );
+    }
+    let receiver = restoring(&host, &criu, "0", images.path());
+    let refused = migrate(&criu, receiver.address(), tree.pid(), &[]).finish();
+    assert_eq!(refused.status.code(), Some(4), "{}", refused.stderr);
+    for what in [
+        format!("{missing} is missing"),
+        format!("{other} has another size"),
+    ] {
+        assert!(refused.stderr.contains(&what), "{}", refused.stderr);
+    }
+    assert!(!refused.stderr.contains("libc"), "{}", refused.stderr);
+    // Nothing was sent, and nothing is stopped.
+    let homes = fs::read_dir(images.path()).unwrap().flatten();
+    for home in homes.filter(|home| home.path().is_dir()) {
+        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
+    }
+    assert!(memory::tree(tree.pid()).len() == 2);
+}
+
+#[test]
+fn other_options_are_for_criu() {
+    let Some(criu) = Criu::stable("options for CRIU") else {
+        return;
+    };
+    let host = Host::start();
+    let path = criu.path().to_str().unwrap();
+    let restoring_with = |option: &str, dir: &Path| {
+        let options = ["--restore", "--criu", path, "--", option];
+        host.receiver("0", dir, &options)
+    };
+    let dirs = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let wrong = restoring_with("--no-such-option", dirs[0].path());
+    let receiver = restoring_with("--tcp-close", dirs[1].path());
+    let mut victim = Victim::detached("heap=4 dirty=20");
+    let tree = victim.tree();
+    for (to, option, code, words) in [
+        (&receiver, "--leave-running", 2, "not for you to choose"),
+        (&receiver, "nonsense", 2, "no option"),
+        (&receiver, "--no-such-option", 1, "CRIU"),
+        (&wrong, "--tcp-close", 4, "CRIU"),
+    ] {
+        let failed = migrate(&criu, to.address(), victim.pid(), &["--", option]).finish();
+        assert_eq!(failed.status.code(), Some(code), "{}", failed.stderr);
+        assert!(failed.stderr.contains(words), "{}", failed.stderr);
+        victim.report().verdict(tree[0]).unwrap();
+    }
+    let options = ["--manage-cgroups", "--", "--ghost-limit", "8M"];
+    let sent = migrate(&criu, receiver.address(), victim.pid(), &options).finish();
+    assert!(sent.status.success(), "{}", sent.stderr);
+    victim.await_end();
+    the_one_copy(&tree);
 }

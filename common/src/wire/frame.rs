@@ -75,6 +75,14 @@ frame_kinds! {
     Outcome = 19,
     /// Sender: the image is of a segment that a memfd of this name could be.
     Memfd = 20,
+    /// Sender: the process needs this file.
+    File = 21,
+    /// Sender: those were all. Are they there?
+    Check = 22,
+    /// Receiver: what is wrong with one of them.
+    Lacks = 23,
+    /// Receiver: that was all.
+    Checked = 24,
 }
 
 /// A decoded and bounds-checked frame header.

@@ -3,6 +3,7 @@
 use super::frame::FrameKind;
 use crate::addr::{BadRange, PAGE_SIZE, PageRange};
 use crate::ids::{ImageId, MemfdName, MigrationId, StateName};
+use crate::needed::{BUILD_ID_MAX, NeededFile};
 use crate::{BUFFER_PAGES, BUFFER_SIZE};
 
 /// Most entries one chunk may have.
@@ -182,6 +183,14 @@ pub enum Message {
     Outcome { running: bool },
     /// See [`FrameKind::Memfd`].
     Memfd(MemfdName),
+    /// See [`FrameKind::File`].
+    File(NeededFile),
+    /// See [`FrameKind::Check`].
+    Check,
+    /// See [`FrameKind::Lacks`].
+    Lacks { what: String },
+    /// See [`FrameKind::Checked`].
+    Checked,
 }
 
 /// Why metadata is not a message.
@@ -251,6 +260,10 @@ impl Message {
             Self::Resolve { .. } => FrameKind::Resolve,
             Self::Outcome { .. } => FrameKind::Outcome,
             Self::Memfd(_) => FrameKind::Memfd,
+            Self::File(_) => FrameKind::File,
+            Self::Check => FrameKind::Check,
+            Self::Lacks { .. } => FrameKind::Lacks,
+            Self::Checked => FrameKind::Checked,
         }
     }
 
@@ -315,6 +328,8 @@ impl Message {
             | Self::FinishAck
             | Self::Working
             | Self::Restored
+            | Self::Check
+            | Self::Checked
             | Self::Commit
             | Self::Running => {}
             Self::State { name, last, piece } => {
@@ -331,6 +346,18 @@ impl Message {
             }
             Self::Memfd(name) => {
                 out.text(name.as_str());
+            }
+            Self::File(NeededFile {
+                path,
+                size,
+                build_id,
+            }) => {
+                out.u64(*size).text(path);
+                out.u8(u8::try_from(build_id.len()).expect("build ids are bounded"));
+                out.0.extend_from_slice(build_id);
+            }
+            Self::Lacks { what } => {
+                out.text(what);
             }
             Self::Outcome { running } => {
                 out.u8(u8::from(*running));
@@ -423,6 +450,16 @@ impl Message {
                 root_pid: input.u32()?,
                 id: MigrationId(input.array()?),
             },
+            FrameKind::File => Self::File(NeededFile {
+                size: input.u64()?,
+                path: input.text()?,
+                build_id: input.build_id()?,
+            }),
+            FrameKind::Check => Self::Check,
+            FrameKind::Lacks => Self::Lacks {
+                what: input.text()?,
+            },
+            FrameKind::Checked => Self::Checked,
             FrameKind::Memfd => {
                 Self::Memfd(MemfdName::new(&input.text()?).ok_or(MessageError::Memfd)?)
             }
@@ -513,6 +550,19 @@ impl Decoder<'_> {
 
     fn u64(&mut self) -> Result<u64, MessageError> {
         Ok(u64::from_le_bytes(self.array()?))
+    }
+
+    fn build_id(&mut self) -> Result<Vec<u8>, MessageError> {
+        let len = usize::from(self.u8()?);
+        if len > BUILD_ID_MAX {
+            return Err(bad("length of a build id", len as u64));
+        }
+        let (head, rest) = self
+            .rest
+            .split_at_checked(len)
+            .ok_or(MessageError::Short(self.kind))?;
+        self.rest = rest;
+        Ok(head.to_vec())
     }
 
     fn text(&mut self) -> Result<String, MessageError> {
@@ -693,6 +743,19 @@ mod tests {
                 id: MigrationId(id),
             }),
             any::<bool>().prop_map(|running| Message::Outcome { running }),
+            (
+                ".{0,40}",
+                any::<u64>(),
+                prop::collection::vec(any::<u8>(), 0..=BUILD_ID_MAX)
+            )
+                .prop_map(|(path, size, build_id)| Message::File(NeededFile {
+                    path,
+                    size,
+                    build_id,
+                })),
+            Just(Message::Check),
+            ".{0,40}".prop_map(|what| Message::Lacks { what }),
+            Just(Message::Checked),
             "[^\0]{0,40}".prop_map(|name| Message::Memfd(MemfdName::new(&name).unwrap())),
         ]
     }

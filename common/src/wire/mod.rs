@@ -27,6 +27,11 @@
 //!  |            Welcome {version, features, directory}  or  Refuse
 //!  | <--------------------------------------------------------- |
 //!  |                                                            |
+//!  | File {path, size, build id} ..., Check                     |  if the process moves:
+//!  | ---------------------------------------------------------> |  compared with its own
+//!  |                                 Lacks {what} ..., Checked  |
+//!  | <--------------------------------------------------------- |
+//!  |                                                            |
 //!  | RoundBegin {round, final?, uptime}                         |  .N.tmp/ created
 //!  | ImageOpen {process or segment}                             |  once for each image
 //!  | Chunk {entries, digest} + pages                            |  pages-N.img appended to
@@ -59,6 +64,10 @@
 //! | 2 | Welcome | R | version u16, features u64 (those both ends have), directory string |
 //! | 3 | RoundBegin | S | round u32 (from 1, ascending), kind u8 (1 pre-dump, 2 final), uptime u64 µs |
 //! | 4 | ImageOpen | S | kind u8 (1 process, 2 segment), id u64 |
+//! | 21 | File | S | size u64, path string, build id: its length u8 (at most 64) and that many bytes |
+//! | 22 | Check | S | |
+//! | 23 | Lacks | R | what is wrong with which file, string |
+//! | 24 | Checked | R | |
 //! | 20 | Memfd | S | name string; of the segment that was just opened, if the process is to move |
 //! | 5 | Chunk | S | raw length u32, entries u32, digest u64, then the entries |
 //! | 6 | RoundEnd | S | totals: images u32, data, zero and parent pages u64 each, digest u64 |

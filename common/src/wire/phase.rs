@@ -27,6 +27,8 @@ pub enum Phase {
     Committing,
     /// Asked about an earlier migration; the receiver answers.
     Resolving,
+    /// The receiver compares files.
+    Checking,
     /// Over.
     Closed,
 }
@@ -62,7 +64,10 @@ impl Phase {
             (Self::Ready, K::Finish) => Some(Self::Finishing),
             (Self::Finishing, K::FinishAck) => Some(Self::Closed),
 
-            (Self::Ready, K::State) => Some(Self::Ready),
+            (Self::Ready, K::File | K::State) => Some(Self::Ready),
+            (Self::Ready, K::Check) => Some(Self::Checking),
+            (Self::Checking, K::Lacks) => Some(Self::Checking),
+            (Self::Checking, K::Checked) => Some(Self::Ready),
             (Self::Ready, K::Restore) => Some(Self::Restoring),
             (Self::Restoring, K::Restored) => Some(Self::Restored),
             (Self::Restored, K::Commit) => Some(Self::Committing),
@@ -77,6 +82,7 @@ impl Phase {
                 | Self::Image
                 | Self::Sealing
                 | Self::Finishing
+                | Self::Checking
                 | Self::Restoring
                 | Self::Restored
                 | Self::Committing
@@ -102,7 +108,11 @@ impl Phase {
                 | K::Running
                 | K::Resolve
                 | K::Outcome
-                | K::Memfd,
+                | K::Memfd
+                | K::File
+                | K::Check
+                | K::Lacks
+                | K::Checked,
             ) => None,
         };
         next.ok_or(OutOfPhase { phase: self, kind })
@@ -120,6 +130,10 @@ mod tests {
         let frames = [
             K::Hello,
             K::Welcome,
+            K::File,
+            K::Check,
+            K::Lacks,
+            K::Checked,
             K::RoundBegin,
             K::ImageOpen,
             K::Chunk,
@@ -174,7 +188,8 @@ mod tests {
                         (restoring, restored, committed) = (false, false, false);
                     }
                     K::State => prop_assert!(welcomed && !in_round),
-                    K::Hello | K::Finish | K::Working | K::Resolve => {}
+                    K::File | K::Check => prop_assert!(welcomed && !in_round),
+                    K::Lacks | K::Checked | K::Hello | K::Finish | K::Working | K::Resolve => {}
                 }
                 phase = next;
             }

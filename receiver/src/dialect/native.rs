@@ -31,6 +31,9 @@ pub(super) const WORKING_INTERVAL: Duration = Duration::from_secs(1);
 /// the connection and destroy our reason on its way.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// Most files that are looked for.
+const FILES_MAX: u32 = 10_000;
+
 /// Highest round number taken: bounds chains that a reader must follow.
 const ROUNDS_MAX: u32 = 1000;
 
@@ -107,6 +110,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         segments: &SharedSegments,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
+        // Files asked for, and what is wrong with them.
+        let (mut files, mut lacks) = (0, Vec::new());
         // The state image whose pieces are coming.
         let mut state: Option<StateName> = None;
         loop {
@@ -143,6 +148,21 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         seconds = began.elapsed().as_secs_f64(),
                         "round complete"
                     );
+                }
+                Message::File(file) => {
+                    if restorer.is_none() || files == FILES_MAX {
+                        let what = "this receiver does not look for so many files, or any";
+                        return Err(Refusal::new(RefuseCode::Limit, what).into());
+                    }
+                    files += 1;
+                    let problem = file.problem_here();
+                    lacks.extend(problem.map(|problem| format!("{} {problem}", file.path)));
+                }
+                Message::Check => {
+                    for what in lacks.drain(..) {
+                        self.writer.send(&Message::Lacks { what }).await?;
+                    }
+                    self.writer.send(&Message::Checked).await?;
                 }
                 Message::State { name, last, piece } => {
                     let first = state.as_ref() != Some(&name);

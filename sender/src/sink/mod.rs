@@ -10,6 +10,7 @@ pub use native::{Compression, Connect, NativeSink, resolve};
 use crate::progress::Counters;
 use bytes::Bytes;
 use pageferry_common::criu::Options;
+use pageferry_common::needed::NeededFile;
 use pageferry_common::wire::{Entry, RoundKind, Totals, WireError};
 use pageferry_common::{BufferPool, ImageId, MemfdName, StateName};
 use std::io;
@@ -96,6 +97,12 @@ pub enum Lost {
 /// Where a process goes on: after the last round `state` for each image of CRIU's, `restore`,
 /// `commit`.
 pub trait Destination {
+    /// Asks whether these files are there, before the first round. Returns what is wrong, all of it.
+    ///
+    /// # Errors
+    /// [`SinkError`].
+    fn check_files(&mut self, files: Vec<NeededFile>) -> Result<Vec<String>, SinkError>;
+
     /// Sends one of CRIU's images.
     ///
     /// # Errors

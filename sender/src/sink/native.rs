@@ -6,6 +6,7 @@ use crate::progress::Counters;
 use bytes::Bytes;
 use pageferry_common::criu::Options;
 use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::needed::NeededFile;
 use pageferry_common::wire::message::PIECE_MAX;
 use pageferry_common::wire::{
     self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Phase, RoundKind, SharedPhase,
@@ -257,6 +258,22 @@ impl PageSink for NativeSink {
 }
 
 impl Destination for NativeSink {
+    fn check_files(&mut self, files: Vec<NeededFile>) -> Result<Vec<String>, SinkError> {
+        let most = files.len();
+        for file in files {
+            self.say(Message::File(file))?;
+        }
+        self.say(Message::Check)?;
+        let mut lacks = Vec::new();
+        loop {
+            match self.link.hear()? {
+                Message::Lacks { what } if lacks.len() < most => lacks.push(what),
+                Message::Checked => return Ok(lacks),
+                _ => return Err(SinkError::Disagreement),
+            }
+        }
+    }
+
     fn state(&mut self, name: &StateName, image: &mut dyn io::Read) -> Result<(), SinkError> {
         let mut last = false;
         while !last {
@@ -416,6 +433,7 @@ async fn talk(
                 | Phase::Image
                 | Phase::Sealing
                 | Phase::Finishing
+                | Phase::Checking
                 | Phase::Restoring
                 | Phase::Restored
                 | Phase::Committing
@@ -436,6 +454,8 @@ async fn listen(
             Incoming::Message(Message::Working) => {}
             Incoming::Message(
                 message @ (Message::Welcome { .. }
+                | Message::Lacks { .. }
+                | Message::Checked
                 | Message::RoundAck { .. }
                 | Message::Restored
                 | Message::Running
