@@ -505,27 +505,26 @@ fn written(
     tasks: &BTreeMap<i32, Task>,
     tracker: &mut dyn DirtyTracker,
 ) -> Option<PageSet> {
-    let (mut ranges, mut known) = (Vec::new(), true);
-    let mut found = Vec::new();
+    let (mut asked, mut known) = (Vec::new(), true);
     for mapping in &segment.mappings {
-        let Some(task) = tasks.get(&mapping.pid) else {
-            known = false;
-            continue;
-        };
-        found.clear();
-        known &= !task.direct_io && task.shared.binary_search(&mapping.range).is_ok();
-        known &= tracker.scan_shared(task, mapping.range, &mut found).is_ok();
-        for &range in &found {
-            let offsets = mapping.offsets(range);
-            known &= offsets.is_some();
-            ranges.extend(offsets);
+        let task = tasks.get(&mapping.pid);
+        let tracked =
+            |task: &&Task| !task.direct_io && task.shared.binary_search(&mapping.range).is_ok();
+        known &= task.as_ref().is_some_and(tracked);
+        asked.extend(task.map(|task| (task, mapping.range)));
+    }
+    let found = tracker.scan_shared(&asked).ok().filter(|_| known)?;
+    let mut ranges = Vec::new();
+    for (mapping, found) in segment.mappings.iter().zip(found) {
+        for range in found {
+            ranges.push(mapping.offsets(range)?);
         }
     }
     ranges.extend(segment.taken_away());
     ranges.sort_unstable();
     let mut written = PageSet::new();
     ranges.into_iter().for_each(|range| written.insert(range));
-    known.then_some(written)
+    Some(written)
 }
 
 /// The segments that processes outside of the tree map.

@@ -85,19 +85,13 @@ pub trait DirtyTracker {
     /// `ESRCH` if that memory is gone.
     fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()>;
 
-    /// Lists the parts of a mapping of a shared segment ([`Task::shared`]) through which this process may
-    /// have written, ascending; the tree may run.
+    /// For each of these mappings of shared segments ([`Task::shared`]), lists the parts through which its
+    /// process may have written, ascending; the tree may run.
     ///
     /// # Errors
-    /// `ESRCH` if that memory is gone.
-    fn scan_shared(
-        &mut self,
-        _task: &Task,
-        range: PageRange,
-        written: &mut Vec<PageRange>,
-    ) -> io::Result<()> {
-        written.push(range);
-        Ok(())
+    /// `ESRCH` if the memory of one is gone.
+    fn scan_shared(&mut self, mappings: &[(&Task, PageRange)]) -> io::Result<Vec<Vec<PageRange>>> {
+        Ok(mappings.iter().map(|&(_, range)| vec![range]).collect())
     }
 
     /// How many pages of a mapping were written so far in the current epoch, if that can be told

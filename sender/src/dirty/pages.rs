@@ -35,7 +35,7 @@ fn own_pages(file: bool) -> Query {
 }
 
 /// Scratch space for scans.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Scanner {
     room: Vec<Region>,
     has_scan: bool,

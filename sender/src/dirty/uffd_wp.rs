@@ -12,6 +12,8 @@ use crate::task::Task;
 use pageferry_common::PageRange;
 use std::collections::HashMap;
 use std::io;
+use std::num::NonZero;
+use std::thread;
 
 /// See the module.
 #[derive(Debug)]
@@ -90,6 +92,34 @@ impl UffdWp {
         }
     }
 
+    fn scan_one_shared(
+        &self,
+        task: &Task,
+        range: PageRange,
+        scanner: &mut Scanner,
+    ) -> io::Result<Vec<PageRange>> {
+        if !self.tracks(task.pid, range) {
+            return Ok(vec![range]);
+        }
+        let mut written = Vec::new();
+        let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
+        let mut end = range.start();
+        // Protecting leaves a marker for every page that is not there. So one without has been there since,
+        // written or not, and is gone again; or the mapping is a new one. What the kernel leaves out is not
+        // protected.
+        let protect = !self.concluded;
+        scanner.all_pages(&task.pagemap, range, report, protect, |found, bits| {
+            written.extend(PageRange::from_bounds(end, found.start()));
+            end = found.end();
+            let protected = bits & (WRITTEN | WPALLOWED) == WPALLOWED;
+            if !protected || bits & (PRESENT | SWAPPED) == 0 {
+                written.push(found);
+            }
+        })?;
+        written.extend(PageRange::from_bounds(end, range.end()));
+        Ok(written)
+    }
+
     fn tracks(&self, pid: i32, part: PageRange) -> bool {
         self.armed.get(&pid).is_some_and(|armed| armed.tracks(part))
     }
@@ -150,38 +180,28 @@ impl DirtyTracker for UffdWp {
             })
     }
 
-    fn scan_shared(
-        &mut self,
-        task: &Task,
-        range: PageRange,
-        written: &mut Vec<PageRange>,
-    ) -> io::Result<()> {
-        if !self.tracks(task.pid, range) {
-            written.push(range);
-            return Ok(());
-        }
-        let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
-        let mut end = range.start();
-        // Protecting leaves a marker for every page that is not there. So one without has been there since,
-        // written or not, and is gone again; or the mapping is a new one. What the kernel leaves out is not
-        // protected.
-        let protect = !self.concluded;
-        self.scanner.all_pages(
-            &task.pagemap,
-            range,
-            report,
-            protect,
-            |found, categories| {
-                written.extend(PageRange::from_bounds(end, found.start()));
-                end = found.end();
-                let protected = categories & (WRITTEN | WPALLOWED) == WPALLOWED;
-                if !protected || categories & (PRESENT | SWAPPED) == 0 {
-                    written.push(found);
-                }
-            },
-        )?;
-        written.extend(PageRange::from_bounds(end, range.end()));
-        Ok(())
+    fn scan_shared(&mut self, mappings: &[(&Task, PageRange)]) -> io::Result<Vec<Vec<PageRange>>> {
+        // Processes that share much are many.
+        let threads = thread::available_parallelism().map_or(1, NonZero::get);
+        let share = mappings.len().div_ceil(threads).max(1);
+        let this = &*self;
+        thread::scope(|scope| {
+            let mut workers = Vec::new();
+            for mappings in mappings.chunks(share) {
+                let mut scanner = this.scanner.clone();
+                workers.push(scope.spawn(move || {
+                    let scan = |&(task, range): &(&Task, PageRange)| {
+                        this.scan_one_shared(task, range, &mut scanner)
+                    };
+                    mappings.iter().map(scan).collect::<io::Result<Vec<_>>>()
+                }));
+            }
+            let mut written = Vec::with_capacity(mappings.len());
+            for worker in workers {
+                written.extend(worker.join().expect("a scan does not panic")?);
+            }
+            Ok(written)
+        })
     }
 
     fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>> {
