@@ -111,9 +111,7 @@ impl Segment {
     #[must_use]
     pub fn trackable(&self) -> bool {
         let anonymous = |name: &MemfdName| name.as_str() == ANONYMOUS;
-        !self.held
-            && self.shared_outside != Some(true)
-            && self.memfd.as_ref().is_some_and(anonymous)
+        !self.held && self.memfd.as_ref().is_some_and(anonymous)
     }
 
     /// Looks at it while the tree is stopped: who maps it now. `same_processes`: none came, went, or came
@@ -123,10 +121,10 @@ impl Segment {
     /// outside the tree does.
     pub fn look(&mut self, mappings: Vec<Mapping>, same_processes: bool) {
         if !same_processes {
-            self.shared_outside = self.shared_outside.filter(|&outside| outside);
+            self.shared_outside = None;
         }
-        let known = self.trackable() && self.shared_outside.is_some();
-        self.tracked = known && same_processes && self.mappings == mappings;
+        let ours_alone = self.trackable() && self.shared_outside == Some(false);
+        self.tracked = ours_alone && same_processes && self.mappings == mappings;
         self.mappings = mappings;
     }
 
@@ -236,7 +234,8 @@ mod tests {
         assert_eq!(segment.shared_outside, None);
         segment.shared_outside = Some(true);
         assert!(!look(&mut segment, &all, true));
-        assert!(!look(&mut segment, &all, false));
         assert_eq!(segment.shared_outside, Some(true));
+        assert!(!look(&mut segment, &all, false));
+        assert_eq!(segment.shared_outside, None);
     }
 }

@@ -1,7 +1,7 @@
 //! The tree's memory as remembered from round to round: processes and shared segments.
 
 use crate::dirty::{ContentHashes, DirtyTracker, Part, Run, TrackError};
-use crate::freeze::{Frozen, FrozenProcess};
+use crate::freeze::{Frozen, FrozenProcess, children, threads};
 use crate::maps::{Class, KernelMounts, list};
 use crate::segment::{Mapping, Segment, SegmentKey};
 use crate::sink::PageSink;
@@ -77,8 +77,8 @@ pub struct Tree {
     /// Whether it is known that no process has itself not told of its children's ends. Those that come
     /// and go would not be noticed.
     children_told: bool,
-    /// Processes without memory at the last freeze: they have ended, and are not waited for.
-    unseen: BTreeSet<i32>,
+    /// Processes that had ended at the last freeze, and were not waited for.
+    ended: BTreeSet<i32>,
     /// Pages sent in the last round of images whose writes are not tracked: the best guess at what
     /// they will have dirty next time.
     untracked_sent: u64,
@@ -101,7 +101,7 @@ impl Tree {
             segments: BTreeMap::new(),
             mapped: BTreeSet::new(),
             children_told: false,
-            unseen: BTreeSet::new(),
+            ended: BTreeSet::new(),
             untracked_sent: 0,
             maps_text: Vec::with_capacity(1 << 20),
             runs: Vec::with_capacity(1 << 16),
@@ -150,7 +150,6 @@ impl Tree {
         let before = self.tasks.len();
         self.forget_the_gone(&processes, tracker);
         let mut same_processes = self.tasks.len() == before;
-        let unseen = std::mem::take(&mut self.unseen);
         let mut mappings: BTreeMap<SegmentKey, Vec<Mapping>> = BTreeMap::new();
         // A page table of 4 KiB for 2 MiB, that the target may not have needed.
         let mut tables_left = memory_available() / 8;
@@ -160,8 +159,7 @@ impl Tree {
             match self.look_at(process) {
                 Ok(()) => same_processes &= known,
                 Err(error) if is_gone(&error) => {
-                    same_processes &= unseen.contains(&pid);
-                    self.unseen.insert(pid);
+                    same_processes = false;
                     self.tasks.remove(&pid);
                     tracker.forget(pid);
                     continue;
@@ -193,7 +191,6 @@ impl Tree {
                     task.shared.push(vma.range);
                 }
             }
-            same_processes &= task.look_at_children().unwrap_or(false);
             end_epoch(tracker, task)?;
             if self.skip_unchanged || task.direct_io || tracker.untracked(pid) {
                 task.hashes.compare_everything();
@@ -201,6 +198,9 @@ impl Tree {
                 let doubtful = task.vmas.iter().filter(|vma| vma.is_doubtful());
                 task.hashes.compare_only(doubtful.map(|vma| vma.range));
             }
+        }
+        if self.segments.values().any(Segment::trackable) {
+            same_processes &= self.no_child_ended();
         }
         self.mapped = mappings.keys().copied().collect();
         for (key, segment) in &mut self.segments {
@@ -210,6 +210,22 @@ impl Tree {
             tracing::debug!(segment = key.inode, tracked, same_processes, "shared");
         }
         Ok(())
+    }
+
+    /// Whether no child of any process has ended since the last time, as far as is told.
+    fn no_child_ended(&mut self) -> bool {
+        let mut same = true;
+        let mut ended = BTreeSet::new();
+        for (&pid, task) in &mut self.tasks {
+            same &= task.look_at_children().unwrap_or(false);
+            let children = threads(pid).into_iter().flat_map(|tid| children(pid, tid));
+            ended.extend(children);
+        }
+        // Those that nobody has waited for yet have no memory any more, and so are no tasks.
+        ended.retain(|pid| !self.tasks.contains_key(pid));
+        same &= ended.is_subset(&self.ended);
+        self.ended = ended;
+        same
     }
 
     fn forget_the_gone(&mut self, now: &[FrozenProcess], tracker: &mut dyn DirtyTracker) {
@@ -329,7 +345,8 @@ impl Tree {
 
     /// Finds out which segments processes map that are not of the tree, where that is not known.
     fn look_outside(&mut self) {
-        let unknown = |segment: &Segment| segment.trackable() && segment.shared_outside.is_none();
+        let unknown =
+            |segment: &Segment| segment.trackable() && segment.shared_outside != Some(false);
         if !self.segments.values().any(unknown) {
             return;
         }

@@ -208,14 +208,16 @@ for p in range(pages): memory[p * size] = 1 + p % 255
 def write(p, value): memory[p * size + p % size] = value % 256
 def remove(p): memory.madvise(9, p * size, size)
 def forget(): memory.madvise(mmap.MADV_DONTNEED)
-def child(p, value):
+def child(p, value, wait):
     # Writes, and is gone.
     pid = os.fork()
     if pid == 0:
         write(p, value)
         os._exit(0)
-    try: os.waitpid(pid, 0)
+    try: wait(pid)
     except ChildProcessError: pass
+def reap(pid): os.waitpid(pid, 0)
+def leave(pid): os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 def worker(read, answer):
     for line in os.fdopen(read):
         exec(line, globals())
@@ -253,16 +255,19 @@ enum Step {
     WriteAndForget,
     /// By a process that comes and goes.
     WriteByChild,
+    /// The same, and its parent does not wait for it.
+    WriteByZombie,
     /// The same, and its parent is not told of its end.
     WriteByUnnoticedChild,
 }
 
-const STEPS: [Step; 6] = [
+const STEPS: [Step; 7] = [
     Step::Write,
     Step::Remove,
     Step::RemoveAndRead,
     Step::WriteAndForget,
     Step::WriteByChild,
+    Step::WriteByZombie,
     Step::WriteByUnnoticedChild,
 ];
 
@@ -273,8 +278,9 @@ fn code(step: Step, page: u64, value: u64) -> String {
         Step::Remove => format!("remove({page})"),
         Step::RemoveAndRead => format!("remove({page}); memory[{page} * size]"),
         Step::WriteAndForget => format!("write({page}, {value}); forget()"),
-        Step::WriteByChild => format!("child({page}, {value})"),
-        Step::WriteByUnnoticedChild => format!("{ignore}; child({page}, {value})"),
+        Step::WriteByChild => format!("child({page}, {value}, reap)"),
+        Step::WriteByZombie => format!("child({page}, {value}, leave)"),
+        Step::WriteByUnnoticedChild => format!("{ignore}; child({page}, {value}, reap)"),
     }
 }
 
@@ -325,7 +331,7 @@ fn shared_memory_is_right_after_every_round() {
         let steps: Vec<_> = match last {
             // From then on contents are compared; before that, any step may come before any other.
             Step::WriteByUnnoticedChild => vec![last, Step::Write, last],
-            _ => STEPS[..5].iter().flat_map(|&first| [first, last]).collect(),
+            _ => STEPS[..6].iter().flat_map(|&first| [first, last]).collect(),
         };
         for (index, step) in steps.into_iter().enumerate() {
             for process in 0..3 {

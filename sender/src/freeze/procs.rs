@@ -72,7 +72,8 @@ pub fn process_list(root: i32) -> Vec<FrozenProcess> {
 }
 
 /// The threads of a process; empty if it is gone.
-pub(super) fn threads(pid: i32) -> Vec<i32> {
+#[must_use]
+pub fn threads(pid: i32) -> Vec<i32> {
     let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else {
         return Vec::new();
     };
@@ -81,8 +82,9 @@ pub(super) fn threads(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// The children that one thread made; empty if it is gone.
-pub(super) fn children(pid: i32, tid: i32) -> Vec<i32> {
+/// The children that one thread made, also those that have ended and are not waited for; empty if it is gone.
+#[must_use]
+pub fn children(pid: i32, tid: i32) -> Vec<i32> {
     let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
     text.split_ascii_whitespace()
         .filter_map(|pid| pid.parse().ok())
