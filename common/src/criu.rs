@@ -39,13 +39,15 @@ pub struct Criu {
 }
 
 /// Options that would take the work out of our hands.
-const OURS: [&str; 24] = [
+const OURS: [&str; 28] = [
     "action-script",
     "address",
     "auto-dedup",
+    "check-only",
     "config",
     "daemon",
     "deprecated",
+    "exec-cmd",
     "images-dir",
     "lazy-pages",
     "leave-running",
@@ -62,8 +64,10 @@ const OURS: [&str; 24] = [
     "restore-sibling",
     "status-fd",
     "stream",
+    "tls",
     "track-mem",
     "tree",
+    "work-dir",
 ];
 
 /// Why an option is not passed on to CRIU.
@@ -98,7 +102,8 @@ fn config_of(options: &[String]) -> Result<String, BadOption> {
             if name.is_empty() || !name.bytes().all(fine) {
                 return Err(unclear());
             }
-            if OURS.contains(&name) {
+            // CRIU takes the beginning of a name for the whole.
+            if OURS.iter().any(|ours| ours.starts_with(name)) {
                 return Err(BadOption::Ours(name.to_owned()));
             }
             text += "\n";
@@ -616,7 +621,7 @@ mod tests {
         let text = config(&["--tcp-close", "--external", "mnt[/a b]:x", "--timeout=5"]);
         let expected = "\ntcp-close\nexternal \"mnt[/a b]:x\"\ntimeout \"5\"\n";
         assert_eq!(text.unwrap(), expected);
-        for ours in ["--leave-running", "--images-dir=/tmp"] {
+        for ours in ["--leave-running", "--leave-r", "--images-dir=/tmp"] {
             assert!(matches!(config(&[ours]), Err(BadOption::Ours(_))), "{ours}");
         }
         for unclear in [
