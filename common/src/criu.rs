@@ -628,10 +628,10 @@ mod tests {
             &["-R"][..],
             &["word"],
             &["--"],
-            &["--a", "b", "c"],
-            &["--a=b", "c"],
-            &["--a", "b\"\nleave-running"],
-            &["--a\nleave-running"],
+            &["--x", "b", "c"],
+            &["--x=b", "c"],
+            &["--x", "b\"\nleave-running"],
+            &["--x\nleave-running"],
         ] {
             let unclear = config(unclear);
             assert!(matches!(unclear, Err(BadOption::Unclear(_))), "{unclear:?}");
