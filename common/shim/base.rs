@@ -1,8 +1,38 @@
 //! What every library needs that is loaded into CRIU. They are built on their own (`build.rs`), without
 //! the standard library: they must load into whatever libc CRIU has.
 
+use core::ffi::{c_int, c_void};
+
+pub const AF_UNIX: c_int = 1;
+pub const SOCK_SEQPACKET: c_int = 5;
+pub const O_CLOEXEC: c_int = 0o2_000_000;
+
+/// The kernel's `struct sockaddr_un`.
+#[repr(C)]
+pub struct Address {
+    family: u16,
+    path: [u8; 108],
+}
+
+impl Address {
+    /// Of a path that ends with a zero; `None` if it is too long.
+    pub fn of(path: &[u8]) -> Option<Self> {
+        let mut address = Self {
+            family: AF_UNIX as u16,
+            path: [0; 108],
+        };
+        address.path.get_mut(..path.len())?.copy_from_slice(path);
+        Some(address)
+    }
+}
+
 unsafe extern "C" {
     fn abort() -> !;
+    pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
+    pub fn connect(fd: c_int, address: *const Address, len: u32) -> c_int;
+    pub fn close(fd: c_int) -> c_int;
+    #[allow(dead_code)]
+    pub fn recv(fd: c_int, buffer: *mut c_void, len: usize, flags: c_int) -> isize;
 }
 
 /// Named by the compiled core library, and never called: panics abort.

@@ -3,7 +3,12 @@
 //! also the page server that this CRIU waits for: without `send` its dump cannot succeed.
 //!
 //! CRIU finds pages in two ways, and both are answered with "none": `PAGEMAP_SCAN` on a process's
-//! pagemap, and `SEEK_DATA` on a shared segment. Everything else goes to the kernel as it is.
+//! pagemap, and `SEEK_DATA` on a shared segment.
+//!
+//! It also tells `send` when the whole tree has come to a stop: when CRIU opens the first process's
+//! `smaps`, before its own code gets into any process. `send` lists the mappings, and then CRIU goes on.
+//!
+//! Everything else goes to the kernel as it is.
 //!
 //! It runs as part of CRIU, not of `send`.
 
@@ -11,21 +16,31 @@
 
 mod base;
 
-use core::ffi::{c_int, c_long, c_ulong, c_void};
+use base::{AF_UNIX, Address, O_CLOEXEC, SOCK_SEQPACKET, close, connect, recv, socket};
+use core::ffi::{c_char, c_int, c_long, c_ulong, c_void};
+use core::sync::atomic::{AtomicBool, Ordering};
+
 
 const PAGEMAP_SCAN: c_ulong = 0xc060_6610;
 const SEEK_DATA: c_int = 3;
 const ENXIO: c_int = 6;
 
+/// The socket where `send` is told that the tree has come to a stop: beside this library.
+const SOCKET: &[u8] = b"stopped.socket\0";
+
+static TOLD: AtomicBool = AtomicBool::new(false);
+
 #[cfg(target_arch = "x86_64")]
 mod number {
     pub const IOCTL: core::ffi::c_long = 16;
     pub const LSEEK: core::ffi::c_long = 8;
+    pub const OPENAT: core::ffi::c_long = 257;
 }
 #[cfg(target_arch = "aarch64")]
 mod number {
     pub const IOCTL: core::ffi::c_long = 29;
     pub const LSEEK: core::ffi::c_long = 62;
+    pub const OPENAT: core::ffi::c_long = 56;
 }
 
 /// The kernel's `struct pm_scan_arg`, as far as it is touched.
@@ -42,6 +57,81 @@ unsafe extern "C" {
     fn syscall(number: c_long, ...) -> c_long;
     fn __errno_location() -> *mut c_int;
     fn readlink(path: *const u8, buffer: *mut u8, size: usize) -> isize;
+    fn getenv(name: *const u8) -> *const u8;
+}
+
+/// In C the mode is optional; no ABI of Linux tells that apart from four arguments.
+///
+/// # Safety
+/// As of `openat`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn openat64(
+    dir: c_int,
+    path: *const c_char,
+    flags: c_int,
+    mode: u32,
+) -> c_int {
+    // SAFETY: the caller's path is a string.
+    if unsafe { is(path.cast(), b"smaps\0") } && !TOLD.swap(true, Ordering::Relaxed) {
+        tell();
+    }
+    // SAFETY: the arguments are the caller's.
+    unsafe { syscall(number::OPENAT, dir, path, flags, mode) as c_int }
+}
+
+/// # Safety
+/// As of `openat`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn openat(
+    dir: c_int,
+    path: *const c_char,
+    flags: c_int,
+    mode: u32,
+) -> c_int {
+    // SAFETY: the same.
+    unsafe { openat64(dir, path, flags, mode) }
+}
+
+/// Whether a string is `expected`, which ends with a zero.
+///
+/// # Safety
+/// `string` is one.
+unsafe fn is(string: *const u8, expected: &[u8]) -> bool {
+    // SAFETY: a byte is only read if all before it were others than the string's end.
+    (0..expected.len()).all(|at| unsafe { *string.add(at) } == expected[at])
+}
+
+/// Tells `send` that the tree has come to a stop, and waits for its word, or its end. If nobody is there,
+/// all that is lost is time.
+fn tell() {
+    let mut path = [0; 108];
+    // SAFETY: strings and structures are ours, or libc's, and whole; the descriptor is closed once.
+    unsafe {
+        let library = getenv(c"LD_PRELOAD".as_ptr().cast());
+        if library.is_null() {
+            return;
+        }
+        let mut dir = 0;
+        for at in 0..path.len() - SOCKET.len() {
+            match *library.add(at) {
+                0 => break,
+                byte => path[at] = byte,
+            }
+            if path[at] == b'/' {
+                dir = at + 1;
+            }
+        }
+        path[dir..dir + SOCKET.len()].copy_from_slice(SOCKET);
+        let Some(address) = Address::of(&path[..dir + SOCKET.len()]) else {
+            return;
+        };
+        let peer = socket(AF_UNIX, SOCK_SEQPACKET | O_CLOEXEC, 0);
+        if connect(peer, &raw const address, size_of::<Address>() as u32) == 0 {
+            let mut word = 0u8;
+            recv(peer, (&raw mut word).cast(), 1, 0);
+        }
+        close(peer);
+    }
 }
 
 /// In C it takes any number of arguments; no ABI of Linux tells that apart from three.

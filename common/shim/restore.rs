@@ -13,19 +13,17 @@
 
 mod base;
 
+use base::{AF_UNIX, Address, O_CLOEXEC, SOCK_SEQPACKET, close, connect, socket};
 use core::ffi::{c_char, c_int, c_long, c_void};
 use core::sync::atomic::{AtomicI32, Ordering};
 
 /// The socket where `receive` gives its memfds.
 const SOCKET: &[u8] = b"segments.socket\0";
 
-const AF_UNIX: c_int = 1;
-const SOCK_SEQPACKET: c_int = 5;
 const SOL_SOCKET: c_int = 1;
 const SCM_RIGHTS: c_int = 1;
 const MSG_NOSIGNAL: c_int = 0x4000;
 const MSG_CMSG_CLOEXEC: c_int = 0x4000_0000;
-const O_CLOEXEC: c_int = 0o2_000_000;
 const O_PATH: c_int = 0o10_000_000;
 const SEEK_SET: c_int = 0;
 const SEEK_END: c_int = 2;
@@ -46,13 +44,6 @@ mod number {
 
 /// The descriptor that CRIU gave a size last: the memfd whose pagemap it opens next.
 static MEMFD: AtomicI32 = AtomicI32::new(-1);
-
-/// The kernel's `struct sockaddr_un`.
-#[repr(C)]
-struct Address {
-    family: u16,
-    path: [u8; 108],
-}
 
 #[repr(C)]
 struct IoVec {
@@ -84,13 +75,10 @@ struct Rights {
 unsafe extern "C" {
     fn syscall(number: c_long, ...) -> c_long;
     fn __errno_location() -> *mut c_int;
-    fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
-    fn connect(fd: c_int, address: *const Address, len: u32) -> c_int;
     fn send(fd: c_int, bytes: *const c_void, len: usize, flags: c_int) -> isize;
     fn recvmsg(fd: c_int, header: *mut MessageHeader, flags: c_int) -> isize;
     fn fchdir(fd: c_int) -> c_int;
     fn dup2(from: c_int, to: c_int) -> c_int;
-    fn close(fd: c_int) -> c_int;
 }
 
 /// # Safety
@@ -201,11 +189,7 @@ fn put_in_place(dir: c_int, id: u64, memfd: c_int) -> Option<()> {
 /// Connects to `receive` and asks for a segment; `None` if there is nobody. A socket's path has little
 /// room, and cannot be said to be in a directory that is open: so we go there.
 fn ask(dir: c_int, id: u64) -> Option<c_int> {
-    let mut address = Address {
-        family: AF_UNIX as u16,
-        path: [0; 108],
-    };
-    address.path[..SOCKET.len()].copy_from_slice(SOCKET);
+    let address = Address::of(SOCKET)?;
     // SAFETY: strings and structures are ours and whole, descriptors are closed once.
     unsafe {
         let peer = socket(AF_UNIX, SOCK_SEQPACKET | O_CLOEXEC, 0);

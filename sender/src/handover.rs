@@ -1,10 +1,10 @@
 //! The hand-over: the process follows its memory, and exactly one copy of it ever runs.
 //!
-//! CRIU freezes the tree once and for all, and dumps what is not memory; we are the page server that
-//! it believes to fill. When it says that all is sent, the tree is still frozen and its own code out
-//! of it: now the last round is read and sent. When it says that the dump is over, its images
-//! follow, and the receiver restores, held back. Up to here, whatever fails (or dies) makes CRIU let
-//! the tree run as if nothing had happened.
+//! CRIU freezes the tree once and for all, and dumps what is not memory, while we read and send what is
+//! dirty; we are also the page server that it believes to fill. When it says that all is sent, the tree
+//! is still frozen and its own code out of it: now the last round is sent, with what that code may have
+//! touched. When it says that the dump is over, its images follow, and the receiver restores, held back.
+//! Up to here, whatever fails (or dies) makes CRIU let the tree run as if nothing had happened.
 //!
 //! Then it is decided. The tree gets a SIGSTOP, so that not even CRIU's own undoing lets it run, and
 //! the receiver is told to commit. It answers that the copy runs, and CRIU kills ours; or that it
@@ -13,24 +13,27 @@
 
 use crate::dirty::DirtyTracker;
 use crate::files::needed_files;
-use crate::freeze::process_list;
+use crate::freeze::{FrozenProcess, are_held, process_list};
 use crate::report::Downtime;
-use crate::sink::{Destination, Lost, PageSink, SinkError};
-use crate::tree::{Scanned, SendError, Tree, TreeFault};
+use crate::sink::{Destination, Lost, PageSink, Receipt, SinkError};
+use crate::tree::{Look, Scanned, SendError, Tree, TreeFault};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use pageferry_common::criu::{Criu, Event, Options, Work, last_errors};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
 use pageferry_common::shim;
 use pageferry_common::state::children_are_waited_for;
-use pageferry_common::wire::RoundKind;
+use pageferry_common::sys::{fdpass, perf};
 use pageferry_common::{BufferPool, MigrationId, PAGE_SIZE, StateName};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 mod record;
 
@@ -43,7 +46,11 @@ const SPECIAL_PAGES: u64 = 64;
 const ATTEMPTS: u32 = 5;
 
 /// How often it is looked whether a dump is still wanted.
-const CHECK_MS: u8 = 100;
+const CHECK: Duration = Duration::from_millis(100);
+
+/// Where the library in CRIU says that the tree has stopped (`common/shim/dump.rs`), in the directory of
+/// images.
+const STOPPED: &str = "stopped.socket";
 
 /// How CRIU is kept from spending time on memory while the tree is frozen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -117,18 +124,27 @@ pub struct Handover {
     pub id: MigrationId,
 }
 
+/// One of the rounds of a hand-over.
+#[derive(Debug)]
+pub struct LastRound {
+    /// What was sent.
+    pub receipt: Receipt,
+    /// What was scanned for it.
+    pub scanned: Scanned,
+    /// From its beginning to its ack.
+    pub took: Duration,
+}
+
 /// What was handed over.
 #[derive(Debug)]
 pub struct HandedOver {
-    /// The last round.
-    pub receipt: crate::sink::Receipt,
-    /// What was scanned for it.
-    pub scanned: Scanned,
+    /// The rounds: perhaps one while CRIU dumped the state, and the last.
+    pub rounds: Vec<LastRound>,
     /// For how long nothing ran, by phase.
     pub downtime: Downtime,
 }
 
-/// The last round's parts of a migration.
+/// The last rounds' parts of a migration.
 pub struct Parts<'a> {
     /// The tree.
     pub tree: &'a mut Tree,
@@ -154,7 +170,7 @@ impl Handover {
         }
     }
 
-    /// Hands over the tree under `root` with its last round, number `round`. Afterwards it runs at
+    /// Hands over the tree under `root` with its last rounds, from number `round` on. Afterwards it runs at
     /// the receiver, and nothing of it is left here.
     ///
     /// # Errors
@@ -181,43 +197,47 @@ impl Handover {
         parts: &mut Parts<'_>,
     ) -> Result<HandedOver, HandoverError> {
         let images = tempdir(self.id)?;
-        let shim = match self.state_dump {
-            StateDump::Plain => None,
-            StateDump::Preload => Some(shim::write(shim::DUMP, images.path())?),
-        };
-        let (ours, theirs) = UnixStream::pair()?;
-        let dir = File::open(images.path())?;
-        let mut work = self.criu.dump(
-            root,
-            dir.as_fd(),
-            theirs.as_fd(),
-            shim.as_deref(),
-            &self.options,
-        )?;
-        drop(theirs);
-        // Dropped before `work`, which waits for a CRIU that may be waiting for us to read.
-        let mut endpoint = Endpoint::new(ours);
+        let mut dump = self.dump(root, &images)?;
+        // What the first hardware breakpoint costs, CRIU's would cost the frozen tree.
+        let _warm = perf::TaskEvents::keep();
         let mut downtime = Downtime::begin();
 
-        let mut last_round = None;
+        let mut during = None;
+        let mut last = None;
+        let mut seen = None;
         loop {
-            let next = next(&mut work, &mut endpoint, parts.sink)?;
+            let next = match seen.take() {
+                Some(next) => next,
+                None => dump.next(&mut || Ok(parts.sink.check()?))?,
+            };
             tracing::debug!(?next, "CRIU");
             match next {
+                Next::Stopped(criu) => {
+                    let processes = process_list(root);
+                    if !are_held(&processes) {
+                        tracing::warn!("CRIU has not stopped the tree as expected: waiting for it");
+                        continue;
+                    }
+                    self.collect(&processes, parts)?;
+                    drop(criu);
+                    let (sent, next) = self.round_during(&mut dump, round, parts);
+                    during = Some(sent?);
+                    seen = Some(next?);
+                }
                 // CRIU ends so, too, when it could not stop the tree; it says so next.
-                Next::PagesEnd if !endpoint.opened => endpoint.status(-1)?,
-                Next::PagesEnd => {
-                    downtime.state_dumped();
-                    match self.last_round(images.path(), round, parts) {
+                Next::PagesEnd { .. } if !dump.endpoint.opened => dump.endpoint.status(-1)?,
+                Next::PagesEnd { at } => {
+                    downtime.state_dumped(at);
+                    match self.last_round(root, &images, round, during.is_some(), parts) {
                         Ok(sent) => {
-                            last_round = Some(sent);
+                            last = Some(sent);
                             downtime.last_pages_sent();
-                            endpoint.status(0)?;
+                            dump.endpoint.status(0)?;
                         }
                         Err(error) => {
                             // CRIU undoes everything, and its failure says less than ours.
-                            endpoint.status(-1)?;
-                            let _ = undo(&mut work);
+                            dump.endpoint.status(-1)?;
+                            let _ = undo(&mut dump.work);
                             return Err(error);
                         }
                     }
@@ -228,7 +248,7 @@ impl Handover {
                     if name == "pre-dump" {
                         downtime = Downtime::begin();
                     }
-                    work.answer(true)?;
+                    dump.work.answer(true)?;
                 }
                 Next::Criu(Event::Done) => {
                     return Err(HandoverError::Dump("it ended before we let it".to_owned()));
@@ -242,14 +262,18 @@ impl Handover {
                 }
             }
         }
-        let Some((receipt, scanned)) = last_round else {
+        let Dump {
+            endpoint, mut work, ..
+        } = dump;
+        let Some(last) = last else {
             // Without our pages there is nothing to commit.
             refuse(&mut work)?;
             return Err(HandoverError::Dump(
                 "it asked for no page server".to_owned(),
             ));
         };
-        if endpoint.pages > SPECIAL_PAGES * parts.tree.size().0 as u64 && shim.is_some() {
+        let shown_none = self.state_dump == StateDump::Preload;
+        if shown_none && endpoint.pages > SPECIAL_PAGES * parts.tree.size().0 as u64 {
             tracing::warn!(
                 pages = endpoint.pages,
                 "CRIU read memory all the same: the library loaded into it had no effect"
@@ -274,38 +298,125 @@ impl Handover {
         record.signal(Signal::SIGKILL);
         record.await_end();
         Record::remove(root)?;
-        Ok(HandedOver {
-            receipt,
-            scanned,
-            downtime,
+        let rounds = during.into_iter().chain([last]).collect();
+        Ok(HandedOver { rounds, downtime })
+    }
+
+    /// Begins the dump.
+    fn dump(&self, root: i32, images: &Dir) -> Result<Dump, HandoverError> {
+        let (mut shim, mut stopped) = (None, None);
+        if self.state_dump == StateDump::Preload {
+            shim = Some(shim::write(shim::DUMP, images.path())?);
+            stopped = Some(fdpass::listen(&images.path().join(STOPPED))?);
+        }
+        let (ours, theirs) = UnixStream::pair()?;
+        let dir = File::open(images.path())?;
+        let work = self.criu.dump(
+            root,
+            dir.as_fd(),
+            theirs.as_fd(),
+            shim.as_deref(),
+            &self.options,
+        )?;
+        Ok(Dump {
+            endpoint: Endpoint::new(ours),
+            stopped,
+            work,
+            _dir: dir,
         })
     }
 
-    /// The last round, of a tree that CRIU keeps frozen.
-    fn last_round(
+    /// Lists what there is to send of a tree that CRIU keeps stopped.
+    fn collect(
         &self,
-        images: &Path,
+        processes: &[FrozenProcess],
+        parts: &mut Parts<'_>,
+    ) -> Result<(), HandoverError> {
+        parts.tree.collect_stopped(processes, parts.tracker)?;
+        parts.tree.survey_descriptors();
+        Ok(())
+    }
+
+    /// Sends a round while CRIU goes on with its dump. Returns that, and what CRIU does next.
+    fn round_during(
+        &self,
+        dump: &mut Dump,
         round: u32,
         parts: &mut Parts<'_>,
-    ) -> Result<(crate::sink::Receipt, Scanned), HandoverError> {
+    ) -> (
+        Result<LastRound, HandoverError>,
+        Result<Next, HandoverError>,
+    ) {
+        let unwanted = AtomicBool::new(false);
+        let us = thread::current();
+        thread::scope(|scope| {
+            let criu = scope.spawn(|| {
+                let next = dump.until_end(&unwanted);
+                us.unpark();
+                next
+            });
+            let mut sent = self.round(round, Look::UnderCriu, parts);
+            while sent.is_ok() && !criu.is_finished() {
+                thread::park_timeout(CHECK);
+                if let Err(error) = parts.sink.check() {
+                    sent = Err(error.into());
+                }
+            }
+            unwanted.store(sent.is_err(), Ordering::Relaxed);
+            (sent, criu.join().expect("following CRIU does not panic"))
+        })
+    }
+
+    /// The last round, of a tree that CRIU keeps frozen and has left. `more` if there was one already since
+    /// it froze it.
+    fn last_round(
+        &self,
+        root: i32,
+        images: &Dir,
+        round: u32,
+        more: bool,
+        parts: &mut Parts<'_>,
+    ) -> Result<LastRound, HandoverError> {
+        if !more {
+            self.collect(&process_list(root), parts)?;
+        }
+        // Only CRIU knows, by code in each process.
+        if !children_are_waited_for(images.path())? {
+            parts.tree.doubt_children();
+        }
+        let sent = match more {
+            true => self.round(round + 1, Look::AfterCriu, parts),
+            false => self.round(round, Look::Stopped, parts),
+        };
+        match parts.tree.one_that_ended() {
+            Some(pid) => Err(HandoverError::Dump(format!("process {pid} ended"))),
+            None => sent,
+        }
+    }
+
+    fn round(
+        &self,
+        round: u32,
+        look: Look,
+        parts: &mut Parts<'_>,
+    ) -> Result<LastRound, HandoverError> {
         let Parts {
             tree,
             tracker,
             sink,
             pool,
         } = parts;
-        let processes = process_list(tree.root());
-        // Only CRIU knows, by code in each process.
-        let children_told = children_are_waited_for(images)?;
-        tree.collect_stopped(&processes, *tracker, children_told)?;
-        let uptime = crate::migrate::uptime_us()?;
-        sink.begin(round, RoundKind::Final, uptime)?;
-        tree.survey_descriptors();
-        let scanned = tree.send(RoundKind::Final, *tracker, *sink, pool)?;
-        if let Some(pid) = tree.one_that_ended() {
-            return Err(HandoverError::Dump(format!("process {pid} ended")));
-        }
-        Ok((sink.commit()?, scanned))
+        let began = Instant::now();
+        sink.begin(round, look.kind(), crate::migrate::uptime_us()?)?;
+        let scanned = tree.send(look, *tracker, *sink, pool)?;
+        let receipt = sink.commit()?;
+        let took = began.elapsed();
+        tracing::debug!(round, ?took, ?scanned, "sent");
+        Ok(LastRound {
+            receipt,
+            scanned,
+            took,
+        })
     }
 
     /// Sends CRIU's images, and has the receiver restore.
@@ -401,44 +512,89 @@ fn tempdir(id: MigrationId) -> io::Result<Dir> {
     Ok(Dir(path))
 }
 
+/// A dump under way.
+struct Dump {
+    /// Dropped before `work`, which waits for a CRIU that may be waiting for us to read.
+    endpoint: Endpoint,
+    /// Where the library in CRIU tells that the tree has stopped; `None` after it has.
+    stopped: Option<OwnedFd>,
+    work: Work,
+    /// CRIU opens it by our number.
+    _dir: File,
+}
+
 #[derive(Debug)]
 enum Next {
     Criu(Event),
-    PagesEnd,
+    /// The tree has stopped. CRIU waits until this is dropped.
+    Stopped(OwnedFd),
+    PagesEnd {
+        /// When CRIU said so.
+        at: Instant,
+    },
 }
 
-/// Waits for what CRIU does next, on either of its two sockets.
-fn next(
-    work: &mut Work,
-    endpoint: &mut Endpoint,
-    sink: &mut dyn PageSink,
-) -> Result<Next, HandoverError> {
-    loop {
-        // A dump for a receiver that is gone, or that nobody wants any more, need not be awaited.
-        sink.check()?;
-        let (told, sent) = {
-            let flags = PollFlags::POLLIN;
-            let mut fds = [
-                PollFd::new(work.fd(), flags),
-                PollFd::new(endpoint.stream.as_fd(), flags),
-            ];
-            let open = if endpoint.ended {
-                &mut fds[..1]
-            } else {
-                &mut fds[..]
+impl Dump {
+    /// Waits for what CRIU does next, on any of its sockets, as long as `wanted`: a dump for a receiver that
+    /// is gone, or that nobody wants any more, need not be awaited.
+    fn next(
+        &mut self,
+        wanted: &mut dyn FnMut() -> Result<(), HandoverError>,
+    ) -> Result<Next, HandoverError> {
+        loop {
+            wanted()?;
+            let (told, sent, stopped) = {
+                let flags = PollFlags::POLLIN;
+                let stream = Some(self.endpoint.stream.as_fd()).filter(|_| !self.endpoint.ended);
+                let stopped = self.stopped.as_ref().map(AsFd::as_fd);
+                let mut fds = vec![PollFd::new(self.work.fd(), flags)];
+                fds.extend(
+                    stream
+                        .into_iter()
+                        .chain(stopped)
+                        .map(|fd| PollFd::new(fd, flags)),
+                );
+                let timeout = PollTimeout::try_from(CHECK).expect("it is short");
+                match poll(&mut fds, timeout) {
+                    Err(nix::Error::EINTR) => continue,
+                    other => other.map_err(io::Error::from)?,
+                };
+                let ready = |fd: &Option<BorrowedFd<'_>>| {
+                    let fd = fd.and_then(|fd| {
+                        fds.iter()
+                            .find(|of| of.as_fd().as_raw_fd() == fd.as_raw_fd())
+                    });
+                    fd.is_some_and(|fd| fd.any() == Some(true))
+                };
+                (
+                    ready(&Some(self.work.fd())),
+                    ready(&stream),
+                    ready(&stopped),
+                )
             };
-            match poll(open, PollTimeout::from(CHECK_MS)) {
-                Err(nix::Error::EINTR) => continue,
-                other => other.map_err(io::Error::from)?,
-            };
-            let ready = |fd: &PollFd<'_>| fd.any() == Some(true);
-            (ready(&fds[0]), ready(&fds[1]))
-        };
-        if sent && let Some(step) = endpoint.step()? {
-            return Ok(step);
+            if sent && let Some(step) = self.endpoint.step()? {
+                return Ok(step);
+            }
+            if stopped && let Some(listener) = self.stopped.take() {
+                return Ok(Next::Stopped(fdpass::accept(listener.as_fd())?));
+            }
+            if told {
+                return Ok(Next::Criu(self.work.event()?));
+            }
         }
-        if told {
-            return Ok(Next::Criu(work.event()?));
+    }
+
+    /// Lets CRIU go on until its end, or that of its pages.
+    fn until_end(&mut self, unwanted: &AtomicBool) -> Result<Next, HandoverError> {
+        let mut wanted = || match unwanted.load(Ordering::Relaxed) {
+            true => Err(HandoverError::Dump("nobody wants it any more".to_owned())),
+            false => Ok(()),
+        };
+        loop {
+            match self.next(&mut wanted)? {
+                Next::Criu(Event::Stage { .. }) => self.work.answer(true)?,
+                end => return Ok(end),
+            }
         }
     }
 }
@@ -512,7 +668,8 @@ impl Endpoint {
             Command::Close => {
                 // Of a dump of nothing, the rest of a wide header may follow.
                 self.ended = true;
-                return Ok(Some(Next::PagesEnd));
+                let at = Instant::now();
+                return Ok(Some(Next::PagesEnd { at }));
             }
         }
         Ok(None)

@@ -44,6 +44,8 @@ pub struct Vma {
     pub class: Class,
     /// Code of a file: its pages are the file's but for a debugger's breakpoints.
     pub file_code: bool,
+    /// May be executed. CRIU makes a process run a few instructions there while it dumps it.
+    pub executable: bool,
     /// Offset in the mapped object, bytes.
     pub offset: u64,
     /// Device of the mapped object.
@@ -205,6 +207,7 @@ fn parse_line(line: &str, mounts: &KernelMounts) -> Option<Line> {
         range: PageRange::from_bounds(hex(start)?, hex(end)?)?,
         class: mounts.classify(sharing == b's', device, name),
         file_code: execute == b'x' && write != b'w' && inode != 0,
+        executable: execute == b'x',
         offset: hex(offset)?,
         device,
         inode,

@@ -8,7 +8,7 @@ use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
 use crate::sink::{PageSink, Receipt, SinkError};
 use crate::sys::sched::Urgent;
-use crate::tree::{SendError, Tree, TreeFault};
+use crate::tree::{Look, SendError, Tree, TreeFault};
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, PAGE_SIZE};
 use std::io;
@@ -118,15 +118,24 @@ pub fn migrate(
             };
             let done = handover.run(plan.root, round, parts)?;
             let stopped = Duration::from_secs_f64(done.downtime.total_ms() / 1e3);
-            let (took, scanned) = (start.elapsed(), done.scanned.pages);
-            report.add(round_report(
-                round,
-                name,
-                &done.receipt,
-                stopped,
-                took,
-                scanned,
-            ));
+            let last = done.rounds.len() - 1;
+            for (index, sent) in done.rounds.iter().enumerate() {
+                // The tree does not run between them.
+                let (name, stopped) = match index == last {
+                    true => ("final", stopped),
+                    false => ("during-dump", Duration::ZERO),
+                };
+                let round = round + index as u32;
+                let scanned = sent.scanned.pages;
+                report.add(round_report(
+                    round,
+                    name,
+                    &sent.receipt,
+                    stopped,
+                    sent.took,
+                    scanned,
+                ));
+            }
             tracing::info!(downtime = ?done.downtime, "handed over: it runs at the receiver");
             report.handover = Some(done.downtime);
             break;
@@ -145,7 +154,7 @@ pub fn migrate(
                 progress.update(|status| status.frozen_ms = stopped.as_secs_f64() * 1e3);
                 sink.begin(round, kind, uptime)?;
                 tree.survey_descriptors();
-                let scanned = tree.send(kind, tracker, sink, pool)?;
+                let scanned = tree.send(Look::Running, tracker, sink, pool)?;
                 (sink.commit()?, stopped, scanned)
             }
             RoundKind::Final => {
@@ -153,7 +162,7 @@ pub fn migrate(
                 drop(urgent);
                 sink.begin(round, kind, uptime)?;
                 tree.survey_descriptors();
-                let scanned = tree.send(kind, tracker, sink, pool)?;
+                let scanned = tree.send(Look::Stopped, tracker, sink, pool)?;
                 // Killed while frozen (by the OOM killer, say): no image of it is whole.
                 if let Some(pid) = tree.one_that_ended() {
                     return Err(MigrateError::TargetGone(pid));

@@ -76,24 +76,24 @@ impl Downtime {
         }
     }
 
-    /// All but memory is dumped.
-    pub fn state_dumped(&mut self) {
-        self.state_ms = self.lap();
+    /// All but memory was dumped.
+    pub fn state_dumped(&mut self, at: Instant) {
+        self.state_ms = self.lap(at);
     }
 
     /// The receiver has the last pages.
     pub fn last_pages_sent(&mut self) {
-        self.pages_ms = self.lap();
+        self.pages_ms = self.lap(Instant::now());
     }
 
     /// It could run at the receiver.
     pub fn restored(&mut self) {
-        self.restore_ms = self.lap();
+        self.restore_ms = self.lap(Instant::now());
     }
 
     /// It runs there.
     pub fn running(&mut self) {
-        self.resume_ms = self.lap();
+        self.resume_ms = self.lap(Instant::now());
     }
 
     /// All of it, ms.
@@ -102,9 +102,9 @@ impl Downtime {
         self.state_ms + self.pages_ms + self.restore_ms + self.resume_ms
     }
 
-    fn lap(&mut self) -> f64 {
-        let before = std::mem::replace(&mut self.last, Instant::now());
-        before.elapsed().as_secs_f64() * 1e3
+    fn lap(&mut self, now: Instant) -> f64 {
+        let before = std::mem::replace(&mut self.last, now);
+        (now - before).as_secs_f64() * 1e3
     }
 }
 

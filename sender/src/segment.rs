@@ -71,6 +71,8 @@ pub struct Segment {
     /// Whether the page tables of [`Segment::mappings`] tell of everything that was written between the
     /// last two freezes.
     pub tracked: bool,
+    /// Whether somebody may execute it, at the last freeze.
+    pub executable: bool,
     /// Whether a process has had a descriptor of it.
     pub held: bool,
     /// Whether somebody else maps it, if that is known.
@@ -90,6 +92,7 @@ impl Segment {
             hashes: ContentHashes::of_everything(),
             mappings: Vec::new(),
             tracked: false,
+            executable: false,
             held: false,
             shared_outside: None,
             witness: None,

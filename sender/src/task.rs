@@ -1,7 +1,7 @@
 //! One process of the tree, as remembered from round to round.
 
 use crate::dirty::ContentHashes;
-use crate::maps::{Device, KernelMounts, Vma};
+use crate::maps::{Class, Device, KernelMounts, Vma};
 use crate::segment::SegmentKey;
 use crate::sys::pidfd;
 use pageferry_common::{ImageId, PageRange, PageSet};
@@ -88,6 +88,12 @@ impl Task {
     #[must_use]
     pub fn alive(&self) -> bool {
         pidfd::alive(self.pidfd.as_fd())
+    }
+
+    /// Whether one of its own mappings may change while CRIU dumps it ([`crate::tree::Look::UnderCriu`]).
+    #[must_use]
+    pub fn disturbs(&self, vma: &Vma) -> bool {
+        self.direct_io || vma.executable || vma.class == Class::Whole
     }
 
     /// Its image.

@@ -50,6 +50,40 @@ pub enum TreeFault {
     Track(#[from] TrackError),
 }
 
+/// What of the tree a round looks at. Of the rest it says that it is as the receiver has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Look {
+    /// All of it, while it runs: what is missed shows in the next round.
+    Running,
+    /// All of it, while it is stopped for good: nothing may be missed. So for those below.
+    Stopped,
+    /// What CRIU leaves alone while it dumps the stopped processes. For a while, it has instructions of
+    /// its own in their executable mappings; and devices may still be about to write.
+    UnderCriu,
+    /// What [`Look::UnderCriu`] left out.
+    AfterCriu,
+}
+
+impl Look {
+    /// The kind of such a round.
+    #[must_use]
+    pub fn kind(self) -> RoundKind {
+        match self {
+            Self::Running | Self::UnderCriu => RoundKind::PreDump,
+            Self::Stopped | Self::AfterCriu => RoundKind::Final,
+        }
+    }
+
+    /// Whether it looks at memory that CRIU `disturbs`, or does not.
+    fn includes(self, disturbs: bool) -> bool {
+        match self {
+            Self::Running | Self::Stopped => true,
+            Self::UnderCriu => !disturbs,
+            Self::AfterCriu => disturbs,
+        }
+    }
+}
+
 /// What sending a round looked at.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Scanned {
@@ -124,8 +158,8 @@ impl Tree {
         })
     }
 
-    /// The same for a last round, of a tree that somebody else keeps stopped. `children_told`: no process
-    /// of it has asked not to be told of its children's ends (`SA_NOCLDWAIT`).
+    /// The same for the last rounds, of a tree that somebody else keeps stopped. No process of it is taken
+    /// to have asked not to be told of its children's ends ([`Tree::doubt_children`]).
     ///
     /// # Errors
     /// [`TreeFault`]; a process that is gone is none.
@@ -133,12 +167,17 @@ impl Tree {
         &mut self,
         processes: &[FrozenProcess],
         tracker: &mut dyn DirtyTracker,
-        children_told: bool,
     ) -> Result<(), TreeFault> {
-        self.children_told = children_told;
+        self.children_told = true;
         self.collect_with(processes.to_vec(), tracker, |tracker, task| {
             tracker.conclude(task)
         })
+    }
+
+    /// A process may have asked not to be told of its children's ends (`SA_NOCLDWAIT`): then some may have
+    /// come and gone, and have written to shared memory.
+    pub fn doubt_children(&mut self) {
+        self.children_told = false;
     }
 
     fn collect_with(
@@ -151,6 +190,7 @@ impl Tree {
         self.forget_the_gone(&processes, tracker);
         let mut same_processes = self.tasks.len() == before;
         let mut mappings: BTreeMap<SegmentKey, Vec<Mapping>> = BTreeMap::new();
+        let mut executable = BTreeSet::new();
         // A page table of 4 KiB for 2 MiB, that the target may not have needed.
         let mut tables_left = memory_available() / 8;
         for process in processes {
@@ -169,6 +209,9 @@ impl Tree {
             let task = self.tasks.get_mut(&pid).expect("just looked at");
             for vma in task.vmas.iter().filter(|vma| vma.class == Class::Segment) {
                 let key = SegmentKey::of(vma);
+                if vma.executable {
+                    executable.insert(key);
+                }
                 mappings.entry(key).or_default().push(Mapping {
                     pid,
                     range: vma.range,
@@ -206,6 +249,7 @@ impl Tree {
         for (key, segment) in &mut self.segments {
             let mappings = mappings.remove(key).unwrap_or_default();
             segment.look(mappings, same_processes);
+            segment.executable = executable.contains(key);
             let tracked = segment.tracked;
             tracing::debug!(segment = key.inode, tracked, same_processes, "shared");
         }
@@ -292,7 +336,7 @@ impl Tree {
     /// [`StreamError`]; a process that is gone, wholly or halfway, is none.
     pub fn send(
         &mut self,
-        kind: RoundKind,
+        look: Look,
         tracker: &mut dyn DirtyTracker,
         sink: &mut dyn PageSink,
         pool: &BufferPool,
@@ -302,7 +346,7 @@ impl Tree {
         for task in self.tasks.values_mut() {
             let sent = send_task(
                 task,
-                kind,
+                look,
                 tracker,
                 sink,
                 pool,
@@ -313,7 +357,7 @@ impl Tree {
                 self.untracked_sent += sent;
             }
         }
-        if kind == RoundKind::PreDump {
+        if look == Look::Running {
             self.look_outside();
         }
         let mut ids = BTreeSet::new();
@@ -322,14 +366,24 @@ impl Tree {
                 return Err(TreeFault::Ambiguous(key.inode).into());
             }
             let asked = Instant::now();
-            let last = kind == RoundKind::Final;
-            let written = match segment.tracked && (self.children_told || !last) {
-                true => written(segment, &self.tasks, tracker),
+            let running = look == Look::Running;
+            let believed = segment.tracked && (self.children_told || running);
+            let doubted = segment.tracked && !believed;
+            let direct_io = |mapping: &Mapping| {
+                self.tasks
+                    .get(&mapping.pid)
+                    .is_some_and(|task| task.direct_io)
+            };
+            let disturbed = segment.executable || segment.mappings.iter().any(direct_io);
+            let written = if !look.includes(disturbed || doubted) {
+                Some(PageSet::new())
+            } else if believed {
+                written(segment, &self.tasks, tracker)
+            } else if running && segment.trackable() {
                 // Asked for all the same, for the next round.
-                false if !last && segment.trackable() => {
-                    written(segment, &self.tasks, tracker).and(None)
-                }
-                false => None,
+                written(segment, &self.tasks, tracker).and(None)
+            } else {
+                None
             };
             tracing::debug!(
                 segment = key.inode,
@@ -414,7 +468,7 @@ pub enum SendError {
 /// Sends one process's image. Returns how many pages were dirty.
 fn send_task(
     task: &mut Task,
-    kind: RoundKind,
+    look: Look,
     tracker: &mut dyn DirtyTracker,
     sink: &mut dyn PageSink,
     pool: &BufferPool,
@@ -430,19 +484,29 @@ fn send_task(
         let copy = sink.copies().then_some(EntryKind::Copy);
         let mut stream = ImageStream::new(sink, pool, &parent, &mut hashes);
         for vma in &task.vmas {
-            let kept = match (vma.class, kind) {
+            let kept = match (vma.class, look.kind()) {
                 (Class::Foreign | Class::Segment, _) => continue,
-                (Class::Whole, _) => {
-                    let (range, written) = (vma.range, true);
-                    stream.run(&mut source, Run { range, written }, Some(EntryKind::Parent))?;
-                    continue;
-                }
                 // Restore reads hugetlb pages from the newest directory only.
                 (Class::Private { hugetlb: true }, RoundKind::Final) => copy,
-                (Class::Private { .. }, _) => Some(EntryKind::Parent),
+                (Class::Private { .. } | Class::Whole, _) => Some(EntryKind::Parent),
             };
+            if !look.includes(task.disturbs(vma)) {
+                let mut known = Vec::new();
+                parent.split(vma.range, |range, is| known.extend(is.then_some(range)));
+                for range in known {
+                    let written = false;
+                    stream.run(&mut source, Run { range, written }, kept)?;
+                }
+                continue;
+            }
+            if vma.class == Class::Whole {
+                let (range, written) = (vma.range, true);
+                stream.run(&mut source, Run { range, written }, kept)?;
+                continue;
+            }
             // In a running round a doubt resolves itself: the write that is under way shows later.
-            let suspect = task.direct_io || kind == RoundKind::Final && vma.is_doubtful();
+            let last = look != Look::Running;
+            let suspect = task.direct_io || last && vma.is_doubtful();
             let mut rest = Some(vma.range);
             while let Some(range) = rest {
                 let (part, later) = range.split_at(SCAN_WINDOW_PAGES);
@@ -456,7 +520,7 @@ fn send_task(
                 tracker
                     .scan(task, part, runs)
                     .map_err(StreamError::Source)?;
-                if vma.class == (Class::Private { hugetlb: true }) && kind == RoundKind::Final {
+                if last && vma.class == (Class::Private { hugetlb: true }) {
                     suspect_new_huge_pages(&mut source, runs).map_err(StreamError::Source)?;
                 }
                 scanned.scan_time += asked.elapsed();
@@ -485,7 +549,7 @@ fn send_task(
         }
         // It exited, or called exec: its image stays as far as it got, and nothing of it will be
         // an in-parent entry.
-        Err(StreamError::Source(error)) if is_gone(&error) && kind == RoundKind::PreDump => {
+        Err(StreamError::Source(error)) if is_gone(&error) && look.kind() == RoundKind::PreDump => {
             tracing::debug!(task.pid, %error, "gone in the middle of its image");
             Ok(0)
         }

@@ -13,6 +13,7 @@ use crate::with_causes;
 use bytes::Bytes;
 use pageferry_common::criu::Options;
 use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::sys::perf::TaskEvents;
 use pageferry_common::wire::{
     self, Chunk, FrameReader, FrameWriter, Incoming, Message, RefuseCode, RoundKind, SharedPhase,
     Totals, WireError,
@@ -93,6 +94,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let segments = SharedSegments::default();
         let kept = restorer.filter(|restorer| moves && restorer.lazy);
         let kept = kept.map(|_| Arc::clone(&segments));
+        // What the first hardware breakpoint costs, CRIU's would cost the process that waits to be restored.
+        let _warm = moves.then(TaskEvents::keep);
         migration.directory.clone_from(&home);
         let _taken = store.take(&home);
         let mut disk = Disk::start(limits.buffers, move |jobs| work(&home, kept, jobs))?;

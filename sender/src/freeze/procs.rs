@@ -71,6 +71,18 @@ pub fn process_list(root: i32) -> Vec<FrozenProcess> {
     list
 }
 
+/// Whether no thread of these processes runs: each is held by a tracer, or has ended.
+#[must_use]
+pub fn are_held(processes: &[FrozenProcess]) -> bool {
+    let held = |pid, tid| matches!(state(pid, tid), None | Some('t' | 'Z' | 'X'));
+    let mut all = processes.iter();
+    all.all(|process| {
+        threads(process.pid)
+            .into_iter()
+            .all(|tid| held(process.pid, tid))
+    })
+}
+
 /// The threads of a process; empty if it is gone.
 #[must_use]
 pub fn threads(pid: i32) -> Vec<i32> {
