@@ -264,19 +264,26 @@ impl Criu {
         Ok(work)
     }
 
-    /// Begins a restore from the directory `images`. If `lazy`, somebody must listen on the socket
-    /// `lazy-pages.socket` there. `preload` is a library that CRIU is to load.
+    /// Starts one that waits for its task, [`Criu::restore`]. `preload` is a library that it is to load.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn start(&self, preload: Option<&Path>) -> io::Result<Work> {
+        Work::start(&self.path, &[], preload)
+    }
+
+    /// Has one that [`Criu::start`] started begin a restore from the directory `images`. If `lazy`, somebody
+    /// must listen on the socket `lazy-pages.socket` there.
     ///
     /// # Errors
     /// The kernel's, or CRIU's death.
     pub fn restore(
         &self,
+        work: &mut Work,
         images: BorrowedFd<'_>,
-        preload: Option<&Path>,
         options: &Options,
         lazy: bool,
-    ) -> io::Result<Work> {
-        let mut work = Work::start(&self.path, &[], preload)?;
+    ) -> io::Result<()> {
         let mut request = Request::of(Kind::Restore);
         request.opts = Some(Opts {
             log_file: Some("restore.log".to_owned()),
@@ -284,8 +291,7 @@ impl Criu {
             config_file: self.config_file(),
             ..options.opts(images)
         });
-        work.ask(&request)?;
-        Ok(work)
+        work.ask(&request)
     }
 }
 

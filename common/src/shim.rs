@@ -11,12 +11,15 @@ pub static DUMP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/dump.so"));
 /// Keeps a restore from reading shared segments.
 pub static RESTORE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/restore.so"));
 
+/// The name under which CRIU finds one.
+pub const NAME: &str = "shim.so";
+
 /// Writes a library into a directory, where CRIU can load it. Returns its path.
 ///
 /// # Errors
 /// The file system's.
 pub fn write(library: &[u8], dir: &Path) -> io::Result<PathBuf> {
-    let path = dir.join("shim.so");
+    let path = dir.join(NAME);
     let mut file = OpenOptions::new()
         .write(true)
         .create_new(true)

@@ -5,19 +5,22 @@
 //! dies. A migration that is committed will run here, if need be restored once more; one that is
 //! aborted never will.
 
+use crate::dialect::Refusal;
 use crate::fill;
 use crate::image::{FileError, failed};
 use crate::segments::Prefilled;
 use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pageferry_common::criu::{Criu, Event, Options, last_errors};
+use pageferry_common::criu::{Criu, Event, Options, Work, last_errors};
 use pageferry_common::process::Process;
 use pageferry_common::shim;
+use pageferry_common::wire::RefuseCode;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -25,8 +28,13 @@ use std::sync::mpsc as blocking;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
-/// The file in a migration's directory that has its [`Outcome`].
+/// The file in a migration's directory that has its [`Outcome`]. It always has as many bytes, so that another
+/// outcome only changes what is in one sector of the disk: at once or not at all, and durable without waiting
+/// for anything of the file system's.
 const OUTCOME: &str = "outcome.json";
+
+/// Length of that file, bytes: a sector. What is not used is blank.
+const OUTCOME_LEN: usize = 512;
 
 /// What became of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,13 +56,14 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// Reads what became of a migration; `None` if it was never to be restored.
+    /// Reads what became of a migration; `None` if nothing has been decided.
     ///
     /// # Errors
     /// [`FileError`].
     pub fn read(home: &Path) -> Result<Option<Self>, FileError> {
         let path = home.join(OUTCOME);
         match fs::read(&path) {
+            Ok(text) if text.trim_ascii().is_empty() => Ok(None),
             Ok(text) => {
                 let outcome = serde_json::from_slice(&text).map_err(io::Error::from);
                 Ok(Some(outcome.map_err(failed("understand", &path))?))
@@ -64,22 +73,43 @@ impl Outcome {
         }
     }
 
+    /// Makes room for an outcome, durably, so that [`Outcome::record`] is fast.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn make_room(home: &Path) -> Result<(), FileError> {
+        write_new(home, &[b' '; OUTCOME_LEN]).map_err(failed("write", &home.join(OUTCOME)))
+    }
+
     /// Writes it down, durably.
     ///
     /// # Errors
     /// [`FileError`]; it may or may not be written then.
     pub fn record(self, home: &Path) -> Result<(), FileError> {
-        let (path, tmp) = (home.join(OUTCOME), home.join(".outcome.tmp"));
-        let text = serde_json::to_vec(&self).expect("it is plain data");
-        let write = || {
-            let mut file = File::create(&tmp)?;
-            file.write_all(&text)?;
-            file.sync_all()?;
-            fs::rename(&tmp, &path)?;
-            File::open(home)?.sync_all()
+        let path = home.join(OUTCOME);
+        let mut text = serde_json::to_vec(&self).expect("it is plain data");
+        assert!(text.len() <= OUTCOME_LEN, "it is short");
+        text.resize(OUTCOME_LEN, b' ');
+        let write = || match OpenOptions::new().write(true).open(&path) {
+            Ok(file) if file.metadata()?.len() == OUTCOME_LEN as u64 => {
+                file.write_all_at(&text, 0)?;
+                file.sync_data()
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            Ok(_) | Err(_) => write_new(home, &text),
         };
         write().map_err(failed("write", &path))
     }
+}
+
+/// Puts an outcome in the place of what there was.
+fn write_new(home: &Path, text: &[u8]) -> io::Result<()> {
+    let (path, tmp) = (home.join(OUTCOME), home.join(".outcome.tmp"));
+    let mut file = File::create(&tmp)?;
+    file.write_all(text)?;
+    file.sync_all()?;
+    fs::rename(&tmp, &path)?;
+    File::open(home)?.sync_all()
 }
 
 /// What restores.
@@ -89,6 +119,22 @@ pub struct Restorer {
     pub criu: Criu,
     /// A process runs before its memory is in its place, which takes longer the more it has.
     pub lazy: bool,
+}
+
+impl Restorer {
+    /// Starts a CRIU for a migration in `home`, which takes time that is better spent on something else.
+    ///
+    /// # Errors
+    /// Why it cannot be started.
+    pub fn ready(&self, home: &Path) -> Result<Work, Refusal> {
+        let start = || {
+            let library = self.lazy.then(|| shim::write(shim::RESTORE, home));
+            self.criu.start(library.transpose()?.as_deref())
+        };
+        start().map_err(|error| {
+            Refusal::new(RefuseCode::Restore, format!("cannot start CRIU: {error}"))
+        })
+    }
 }
 
 /// Where a process is restored from.
@@ -166,17 +212,17 @@ pub struct Restoring {
 }
 
 impl Restoring {
-    /// Begins to restore from a directory of images.
+    /// Begins to restore from a directory of images, with a CRIU that waits for that.
     ///
     /// # Errors
     /// The kernel's, if there are too many threads.
-    pub fn start(criu: Criu, images: Images, options: Options) -> io::Result<Self> {
+    pub fn start(criu: Criu, ready: Work, images: Images, options: Options) -> io::Result<Self> {
         let (tell, progress) = mpsc::unbounded_channel();
         let (go, may_go) = blocking::channel();
         std::thread::Builder::new()
             .name("restore".into())
             .spawn(move || {
-                let (last, filler) = match restore(&criu, &images, options, &tell, &may_go) {
+                let (last, filler) = match restore(&criu, ready, &images, options, &tell, &may_go) {
                     Ok(filler) => (Progress::Running, filler),
                     Err(error) => {
                         let (why, log) = (with_causes(&error), images.dir.join("restore.log"));
@@ -236,6 +282,7 @@ impl Restoring {
 /// Restores; returns what the process still depends on.
 fn restore(
     criu: &Criu,
+    mut work: Work,
     images: &Images,
     options: Options,
     tell: &mpsc::UnboundedSender<Progress>,
@@ -245,17 +292,15 @@ fn restore(
     let filler = images.pages.as_ref();
     let filler = filler.map(|pages| Filler::start(pages, &images.dir));
     let mut filler = filler.transpose()?;
-    let start = || {
-        let (mut server, mut library) = (None, None);
+    let mut start = || {
+        let mut server = None;
         if !images.segments.is_empty() {
             server = Some(images.segments.serve(&images.dir)?);
-            library = Some(shim::write(shim::RESTORE, &images.dir)?);
         }
-        let lazy = filler.is_some();
-        let work = criu.restore(dir.as_fd(), library.as_deref(), &options, lazy)?;
-        Ok((server, work))
+        criu.restore(&mut work, dir.as_fd(), &options, filler.is_some())?;
+        Ok(server)
     };
-    let (server, mut work) = start().inspect_err(|_: &io::Error| {
+    let server = start().inspect_err(|_: &io::Error| {
         // Nobody would ever connect to it.
         filler.iter_mut().for_each(Filler::kill);
     })?;
@@ -355,7 +400,9 @@ pub async fn complete(
         pages: None,
         segments: Arc::default(),
     };
-    let restoring = Restoring::start(criu.clone(), images, again);
+    let restoring = criu
+        .start(None)
+        .and_then(|ready| Restoring::start(criu.clone(), ready, images, again));
     let mut restoring = restoring.map_err(|error| error.to_string())?;
     restoring.go();
     loop {

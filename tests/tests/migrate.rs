@@ -512,7 +512,7 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
     pageferry_tests::daemon::kill_one(copy);
     assert!(memory::await_end(&[copy]));
     let outcome = Path::new(report.totals["directory"].as_str().unwrap()).join("outcome.json");
-    assert_eq!(fs::read_to_string(&outcome).unwrap(), r#""running""#);
+    assert_eq!(fs::read_to_string(&outcome).unwrap().trim(), r#""running""#);
     let committed = r#"{"committed":{"criu":null,"root":null,"options":0}}"#;
     fs::write(&outcome, committed).unwrap();
     let _receiver = restoring(&host, &criu, "0", dir.path());
@@ -520,7 +520,7 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
     victim.report().verdict(copy).unwrap();
     until("it is written down", || {
         match fs::read_to_string(&outcome) {
-            Ok(text) if text == r#""running""# => Ok(()),
+            Ok(text) if text.trim() == r#""running""# => Ok(()),
             other => Err(format!("{other:?}")),
         }
     });

@@ -13,12 +13,13 @@ use crate::restore::{Images, Outcome, Progress, Restorer, Restoring, complete};
 use crate::store::Store;
 use crate::with_causes;
 use pageferry_common::MigrationId;
-use pageferry_common::criu::{Criu, Options};
+use pageferry_common::criu::{Criu, Options, Work};
 use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 /// How often it is looked whether somebody still works on a migration.
@@ -26,10 +27,11 @@ const LOOK: Duration = Duration::from_millis(20);
 
 impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     /// Restores what is in the last round of the migration at `home`: up to the moment before it would
-    /// run, and when the sender says so, the rest.
+    /// run, and when the sender says so, the rest. `ready` is a CRIU that waits for it.
     pub(super) async fn take_over(
         &mut self,
         restorer: &Restorer,
+        ready: Work,
         home: &Path,
         round: u32,
         segments: &SharedSegments,
@@ -58,7 +60,9 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             },
         };
         // Nothing is decided until the commit; who dies before has not decided.
-        let restoring = Restoring::start(restorer.criu.clone(), images, options);
+        // It may have to be restored again from here.
+        let durable = spawn_blocking(move || sync_all(&round_dir));
+        let restoring = Restoring::start(restorer.criu.clone(), ready, images, options);
         let mut restoring = restoring.map_err(|error| refusal(error.to_string()))?;
         let (criu, root) = match self.wait_for(&mut restoring, true).await {
             Ok(Progress::Restored { criu, root }) => (criu, root),
@@ -79,8 +83,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             Err(failure) => return self.undo(restoring, home, failure).await,
         }
         tracing::debug!("committed");
-        // It may have to be restored again from here.
-        if let Err(error) = sync_all(&round_dir) {
+        if let Err(error) = durable.await.expect("making it durable does not panic") {
             return self.undo(restoring, home, error.into()).await;
         }
         let options = options.bits();
@@ -107,13 +110,18 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         tracing::info!(home = %home.display(), "restored: it runs here now");
         // It runs, written down or not: a refusal now would let the other copy run as well. Who reads
         // "committed" later finds the process alive.
-        if let Err(error) = Outcome::Running.record(home) {
+        let written = {
+            let home = home.to_owned();
+            spawn_blocking(move || Outcome::Running.record(&home))
+        };
+        let said = self.writer.send(&Message::Running).await;
+        if let Err(error) = written.await.expect("writing it down does not panic") {
             tracing::error!(
                 why = with_causes(&error),
                 "that it runs is not written down"
             );
         }
-        self.writer.send(&Message::Running).await?;
+        said?;
         Ok(())
     }
 

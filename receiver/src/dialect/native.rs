@@ -6,19 +6,21 @@ use super::{Failure, Limits, Migration, Refusal};
 use crate::disk::Disk;
 use crate::image::DirName;
 use crate::image::writer::{DirWriter, write_state};
-use crate::restore::Restorer;
+use crate::restore::{Outcome, Restorer};
 use crate::segments::Segments;
 use crate::store::{Store, is_taken};
 use crate::with_causes;
 use bytes::Bytes;
-use pageferry_common::criu::Options;
+use pageferry_common::criu::{Options, Work};
 use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::shim;
 use pageferry_common::sys::perf::TaskEvents;
 use pageferry_common::wire::{
     self, Chunk, FrameReader, FrameWriter, Incoming, Message, RefuseCode, RoundKind, SharedPhase,
     Totals, WireError,
 };
 use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, MemfdName, PAGE_SIZE, StateName};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -98,11 +100,18 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let _warm = moves.then(TaskEvents::keep);
         migration.directory.clone_from(&home);
         let _taken = store.take(&home);
+        let mut ready = None;
+        if let (true, Some(restorer)) = (moves, restorer) {
+            Outcome::make_room(&home).map_err(Refusal::from)?;
+            ready = Some(restorer.ready(&home)?);
+        }
         let mut disk = Disk::start(limits.buffers, move |jobs| work(&home, kept, jobs))?;
-        let result = self.rounds(&mut disk, restorer, &segments, migration);
+        let result = self.rounds(&mut disk, restorer, ready, &segments, migration);
         let result = result.await;
         // A torn round is gone when the sender hears of it.
         disk.end().await;
+        // CRIU has loaded it by now, if it ever will; there may be none.
+        let _ = fs::remove_file(migration.directory.join(shim::NAME));
         result
     }
 
@@ -110,6 +119,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         &mut self,
         disk: &mut Disk<Job>,
         restorer: Option<&Restorer>,
+        mut ready: Option<Work>,
         segments: &SharedSegments,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
@@ -176,13 +186,15 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 Message::Restore { options } => {
                     images_of(migration)?;
                     let options = Options::from_bits(options);
-                    let (Some(restorer), Some(options)) = (restorer, options) else {
+                    let (Some(restorer), Some(ready), Some(options)) =
+                        (restorer, ready.take(), options)
+                    else {
                         let what = "this receiver does not restore so: see its --restore";
                         return Err(Refusal::new(RefuseCode::Unsupported, what).into());
                     };
                     let home = &migration.directory;
                     let round = migration.rounds;
-                    self.take_over(restorer, home, round, segments, options)
+                    self.take_over(restorer, ready, home, round, segments, options)
                         .await?;
                     migration.restored = true;
                 }

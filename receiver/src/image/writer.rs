@@ -314,6 +314,8 @@ pub(super) struct ImageWriter {
     offset: u64,
     /// The last entry, as long as the next might extend it.
     pending: Option<PagemapEntry>,
+    /// What is copied goes through here.
+    scratch: Vec<u8>,
 }
 
 impl ImageWriter {
@@ -334,6 +336,7 @@ impl ImageWriter {
             end: 0,
             offset: 0,
             pending: None,
+            scratch: Vec::new(),
         })
     }
 
@@ -396,7 +399,9 @@ impl ImageWriter {
         range: PageRange,
         wanted: fn(bool) -> bool,
     ) -> Result<(), FileError> {
-        let mut buffer = vec![0; BUFFER_SIZE.min(range.bytes() as usize)];
+        let mut buffer = std::mem::take(&mut self.scratch);
+        let len = BUFFER_SIZE.min(range.bytes() as usize);
+        buffer.resize(buffer.len().max(len), 0);
         from.read(range, &mut |found| {
             let mut done = 0;
             if !wanted(found.lazy) {
@@ -420,7 +425,9 @@ impl ImageWriter {
                 done += len;
             }
             self.entry(found.range, Place::Present { lazy: found.lazy })
-        })
+        })?;
+        self.scratch = buffer;
+        Ok(())
     }
 
     pub(super) fn close(mut self) -> Result<(), FileError> {
