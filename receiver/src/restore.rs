@@ -81,6 +81,14 @@ impl Outcome {
         write_new(home, &[b' '; OUTCOME_LEN]).map_err(failed("write", &home.join(OUTCOME)))
     }
 
+    /// Takes the room away again if nothing has been decided.
+    pub fn give_back_room(home: &Path) {
+        if matches!(Self::read(home), Ok(None)) {
+            // There may be none.
+            let _ = fs::remove_file(home.join(OUTCOME));
+        }
+    }
+
     /// Writes it down, durably.
     ///
     /// # Errors

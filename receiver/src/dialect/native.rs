@@ -111,7 +111,11 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         // A torn round is gone when the sender hears of it.
         disk.end().await;
         // CRIU has loaded it by now, if it ever will; there may be none.
-        let _ = fs::remove_file(migration.directory.join(shim::NAME));
+        let home = &migration.directory;
+        let _ = fs::remove_file(home.join(shim::NAME));
+        if migration.rounds == 0 {
+            Outcome::give_back_room(home);
+        }
         result
     }
 
