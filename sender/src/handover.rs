@@ -32,6 +32,7 @@ use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -348,22 +349,25 @@ impl Handover {
         Result<Next, HandoverError>,
     ) {
         let unwanted = AtomicBool::new(false);
-        let us = thread::current();
+        let (tell, told) = mpsc::channel();
         thread::scope(|scope| {
-            let criu = scope.spawn(|| {
-                let next = dump.until_end(&unwanted);
-                us.unpark();
-                next
+            let unwanted = &unwanted;
+            scope.spawn(move || {
+                // Somebody waits for it below.
+                let _ = tell.send(dump.until_end(unwanted));
             });
             let mut sent = self.round(round, Look::UnderCriu, parts);
-            while sent.is_ok() && !criu.is_finished() {
-                thread::park_timeout(CHECK);
-                if let Err(error) = parts.sink.check() {
+            loop {
+                unwanted.store(sent.is_err(), Ordering::Relaxed);
+                match told.recv_timeout(CHECK) {
+                    Ok(next) => break (sent, next),
+                    Err(RecvTimeoutError::Timeout) => {}
+                    Err(RecvTimeoutError::Disconnected) => panic!("following CRIU panicked"),
+                }
+                if let (Ok(_), Err(error)) = (&sent, parts.sink.check()) {
                     sent = Err(error.into());
                 }
             }
-            unwanted.store(sent.is_err(), Ordering::Relaxed);
-            (sent, criu.join().expect("following CRIU does not panic"))
         })
     }
 
