@@ -14,6 +14,8 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
 
 /// Why a directory cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -197,20 +199,11 @@ impl DirWriter {
     /// [`WriteError`]; it does not appear then.
     pub fn commit(mut self) -> Result<PathBuf, WriteError> {
         self.close_image()?;
-        for path in &self.files {
-            File::open(path)
-                .and_then(|file| file.sync_all())
-                .map_err(failed("sync", path))?;
-        }
-        let sync_dir = |path: &Path| {
-            File::open(path)
-                .and_then(|dir| dir.sync_all())
-                .map_err(failed("sync", path))
-        };
-        sync_dir(&self.tmp)?;
+        sync_each(&self.files)?;
+        sync(&self.tmp)?;
         let home = self.home.clone();
         let path = self.publish()?;
-        sync_dir(&home)?;
+        sync(&home)?;
         Ok(path)
     }
 
@@ -267,15 +260,37 @@ pub fn write_state(
 /// # Errors
 /// [`FileError`].
 pub fn sync_all(dir: &Path) -> Result<(), FileError> {
-    let sync = |path: &Path| {
-        File::open(path)
-            .and_then(|file| file.sync_all())
-            .map_err(failed("sync", path))
-    };
-    for name in names(dir)? {
-        sync(&dir.join(name))?;
-    }
+    let names = names(dir)?.into_iter();
+    sync_each(&names.map(|name| dir.join(name)).collect::<Vec<_>>())?;
     sync(dir)
+}
+
+fn sync(path: &Path) -> Result<(), FileError> {
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(failed("sync", path))
+}
+
+/// Makes files durable, several at once: each waits for the file system's journal, which then writes for all
+/// of them what it would write for one.
+fn sync_each(paths: &[PathBuf]) -> Result<(), FileError> {
+    const AT_ONCE: usize = 16;
+    let next = AtomicUsize::new(0);
+    let work = || {
+        let mut turns = std::iter::from_fn(|| paths.get(next.fetch_add(1, Ordering::Relaxed)));
+        turns.try_for_each(|path| sync(path))
+    };
+    thread::scope(|scope| {
+        let others = 1..AT_ONCE.min(paths.len());
+        let others: Vec<_> = others
+            .filter_map(|_| thread::Builder::new().spawn_scoped(scope, work).ok())
+            .collect();
+        let mut done = work();
+        for other in others {
+            done = done.and(other.join().expect("syncing does not panic"));
+        }
+        done
+    })
 }
 
 /// Creates an image file that only its owner can read: memory is full of secrets.
