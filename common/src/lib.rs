@@ -19,6 +19,7 @@ pub mod shim;
 pub mod state;
 #[allow(unsafe_code)]
 pub mod sys;
+pub mod tls;
 pub mod wire;
 
 pub use addr::{PAGE_SIZE, PageRange};

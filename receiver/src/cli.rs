@@ -1,6 +1,7 @@
 //! The command line of `receive`.
 
 use clap::{Args, Parser, Subcommand};
+use pageferry_common::tls::TlsFiles;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -29,6 +30,10 @@ const EXAMPLES: &str = "\
 Examples:
   receive --listen 7700 --dir /var/lib/pageferry
       take any number of migrations from this host (or through a tunnel)
+  receive certs certs --host dst.example 192.0.2.1
+  receive --listen 192.0.2.1:7700 --dir images --tls-ca certs/ca.pem --tls-cert certs/receive.pem
+          --tls-key certs/receive.key
+      the same from other hosts, which take ca.pem, send.pem and send.key
   receive --listen 7700 --dir images --once --json
       take one, report, and exit with its result
   criu dump -t 4711 -D state --page-server --address 127.0.0.1 --port 7700
@@ -49,6 +54,18 @@ Exit codes:
 /// What to do with images that are there.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Make an authority, and certificates for both ends: receive.pem with the names that senders call this
+    /// host by, and send.pem
+    Certs {
+        /// Where to; must not be there yet
+        dir: PathBuf,
+        /// Names or addresses of the host that receives
+        #[arg(long, value_name = "NAME", num_args = 1.., required = true)]
+        host: Vec<String>,
+        /// For so many days from now
+        #[arg(long, default_value_t = 3650, value_parser = clap::value_parser!(u16).range(1..))]
+        days: u16,
+    },
     /// Merge a chain of rounds into one self-contained directory
     Flatten {
         /// A round, or a migration (then its newest round)
@@ -150,6 +167,18 @@ pub struct Serve {
     #[arg(long, value_name = "N", default_value_t = 16,
           value_parser = clap::value_parser!(u16).range(1..))]
     pub max_senders: u16,
+
+    /// Who to trust, and who to be
+    #[command(flatten)]
+    pub tls: TlsFiles,
+
+    /// Only take migrations from who has one of these names in the certificate
+    #[arg(long, value_name = "NAME", num_args = 1.., requires = "tls_ca")]
+    pub allow: Vec<String>,
+
+    /// Give up on who has not said who he is for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
+    pub handshake_timeout: Duration,
 
     /// Take memory in the clear from other hosts
     #[arg(long)]

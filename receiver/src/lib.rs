@@ -3,6 +3,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod certs;
 pub mod cli;
 pub mod dialect;
 pub mod disk;
@@ -10,6 +11,7 @@ pub mod fill;
 pub mod image;
 pub mod restore;
 pub mod run;
+pub mod secure;
 pub mod segments;
 pub mod server;
 pub mod store;

@@ -1,11 +1,13 @@
 //! From the command line to an exit code, and of every failure what to do about it.
 
+use crate::certs;
 use crate::cli::{Cli, Command, RestoreHow, Serve, ServePages};
 use crate::dialect::serve_pages::{ServeError, Served};
 use crate::dialect::{Limits, Migration};
 use crate::image::flatten::{Pages, flatten};
 use crate::image::verify::verify;
 use crate::restore::Restorer;
+use crate::secure::Secure;
 use crate::server::{self, Ended, Options};
 use crate::store::{Store, StoreError};
 use crate::with_causes;
@@ -15,6 +17,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
+use time::OffsetDateTime;
 
 /// What `receive` exits with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +40,7 @@ pub fn run(cli: &Cli) -> ExitCode {
     let exit = match &cli.command {
         Some(Command::Flatten { dir, out, skeleton }) => run_flatten(dir, out, *skeleton),
         Some(Command::ServePages(options)) => run_serve_pages(options),
+        Some(Command::Certs { dir, host, days }) => run_certs(dir, host, *days),
         Some(Command::Verify { dir }) => run_verify(dir),
         None => return run_serve(&cli.serve),
     };
@@ -56,6 +60,23 @@ fn run_flatten(dir: &Path, out: &Path, skeleton: bool) -> Exit {
                 done.images,
                 done.pages,
                 done.levels
+            );
+            Exit::Done
+        }
+        Err(error) => complain(error, ""),
+    }
+}
+
+fn run_certs(dir: &Path, hosts: &[String], days: u16) -> Exit {
+    let now = OffsetDateTime::now_utc();
+    match certs::make(dir, hosts, now..now + time::Duration::days(days.into())) {
+        Ok(()) => {
+            let dir = dir.display();
+            println!(
+                "{dir}: keep ca.key away from both hosts\n\
+                 here:   receive --tls-ca {dir}/ca.pem --tls-cert {dir}/receive.pem \
+                 --tls-key {dir}/receive.key ...\n\
+                 there:  send --tls-ca ca.pem --tls-cert send.pem --tls-key send.key ..."
             );
             Exit::Done
         }
@@ -153,8 +174,9 @@ fn refuse_plaintext(listen: SocketAddr, insecure: bool) -> Result<(), Exit> {
     if listen.ip().is_loopback() || insecure {
         return Ok(());
     }
-    let advice = "memory is full of secrets and would cross the network in the clear: listen on \
-                  loopback and use a tunnel, or say --insecure";
+    let advice = "memory is full of secrets and would cross the network in the clear: give \
+                  certificates (`receive certs` makes some), listen on loopback and use a tunnel, or \
+                  say --insecure";
     let what = anyhow::anyhow!("{listen} can be reached from other hosts");
     complain(what, advice);
     Err(Exit::Usage)
@@ -175,10 +197,20 @@ fn run_serve(serve: &Serve) -> ExitCode {
     let (Some(listen), Some(dir)) = (serve.listen, &serve.dir) else {
         unreachable!("clap requires both without a subcommand");
     };
-    if let Err(exit) = refuse_plaintext(listen, serve.insecure) {
+    let secure = match Secure::new(&serve.tls, &serve.allow) {
+        Ok(secure) => secure,
+        Err(error) => {
+            let advice = "`receive certs DIR --host NAME` makes certificates for both ends";
+            complain(error, advice);
+            return ExitCode::from(Exit::Usage as u8);
+        }
+    };
+    if secure.is_none()
+        && let Err(exit) = refuse_plaintext(listen, serve.insecure)
+    {
         return ExitCode::from(exit as u8);
     }
-    match serve_until_end(serve, listen, dir) {
+    match serve_until_end(serve, secure, listen, dir) {
         Ok(Ended::Once(migration, result)) => {
             if serve.json {
                 report(&migration, result.as_ref().err().map(ToString::to_string));
@@ -194,7 +226,12 @@ fn run_serve(serve: &Serve) -> ExitCode {
     }
 }
 
-fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ended, Exit> {
+fn serve_until_end(
+    serve: &Serve,
+    secure: Option<Secure>,
+    listen: SocketAddr,
+    dir: &Path,
+) -> Result<Ended, Exit> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -219,10 +256,12 @@ fn serve_until_end(serve: &Serve, listen: SocketAddr, dir: &Path) -> Result<Ende
         };
         let options = Options {
             restorer,
+            secure,
             once: serve.once,
             max_senders: usize::from(serve.max_senders),
             limits: Limits {
                 stall: serve.timeout,
+                handshake: serve.handshake_timeout,
                 buffers: usize::from(serve.buffers),
             },
             chain_dumps: serve.chain_dumps,

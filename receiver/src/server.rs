@@ -3,12 +3,14 @@
 use crate::dialect::detect::{Dialect, FIRST_BYTES, detect};
 use crate::dialect::{Failure, Limits, Migration, criu, moving, native};
 use crate::restore::Restorer;
+use crate::secure::{Accepted, Secure};
 use crate::store::Store;
 use crate::with_causes;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, split};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc};
@@ -25,6 +27,8 @@ pub struct Options {
     pub limits: Limits,
     /// Each dump by CRIU has the one before of the same process as its parent.
     pub chain_dumps: bool,
+    /// With this, everybody has to prove who he is, and everything is encrypted.
+    pub secure: Option<Secure>,
     /// With this, processes are restored if their senders want it.
     pub restorer: Option<Restorer>,
 }
@@ -88,21 +92,83 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
 
 /// Serves one connection. `None` if it was no migration.
 async fn connection(
-    mut stream: TcpStream,
+    stream: TcpStream,
     peer: SocketAddr,
     store: &Arc<Store>,
     options: &Options,
 ) -> Option<(Migration, Result<(), Failure>)> {
     let limits = options.limits;
-    let Ok(Ok(Some(first))) = timeout(limits.stall, first_bytes(&stream)).await else {
+    let Ok(Ok(Some(first))) = timeout(limits.handshake, first_bytes(&stream)).await else {
         // Connected and gone, or not a word: a port scan, a health check.
         tracing::debug!(%peer, "said nothing");
         return None;
     };
     let _ = stream.set_nodelay(true);
+    match (&options.secure, detect(first)) {
+        (Some(secure), Dialect::Tls) => {
+            let accepted = timeout(limits.handshake, secure.accept(stream)).await;
+            let Accepted {
+                stream,
+                first,
+                name,
+            } = match accepted {
+                Ok(Ok(accepted)) => accepted,
+                Ok(Err(why)) => {
+                    tracing::warn!(%peer, why, "refused");
+                    return None;
+                }
+                Err(_) => {
+                    tracing::warn!(%peer, "refused: it does not say who it is");
+                    return None;
+                }
+            };
+            let (read, write) = split(stream);
+            let read = first.chain(read);
+            let dialect = detect(first);
+            match name {
+                Ok(name) => tracing::info!(%peer, name, "let in"),
+                Err(why) => {
+                    tracing::warn!(%peer, why, "refused");
+                    if dialect == Dialect::Native {
+                        native::refuse(read, write, limits, why).await;
+                    }
+                    return None;
+                }
+            }
+            converse(dialect, read, write, peer, store, options).await
+        }
+        (Some(_), dialect) => {
+            tracing::warn!(%peer, "refused: it does not encrypt, as this receiver wants it");
+            if dialect == Dialect::Native {
+                let (read, write) = stream.into_split();
+                let what = "this receiver takes encrypted connections only: send --tls-ca ...";
+                native::refuse(read, write, limits, what.to_owned()).await;
+            }
+            None
+        }
+        (None, Dialect::Tls) => {
+            tracing::warn!(%peer, "refused: it encrypts, and this receiver has no certificates (--tls-ca)");
+            None
+        }
+        (None, dialect) => {
+            let (read, write) = stream.into_split();
+            converse(dialect, read, write, peer, store, options).await
+        }
+    }
+}
+
+/// Takes what a peer sends that may. `None` if it was no migration.
+async fn converse(
+    dialect: Dialect,
+    read: impl AsyncRead + Unpin,
+    write: impl AsyncWrite + Unpin,
+    peer: SocketAddr,
+    store: &Arc<Store>,
+    options: &Options,
+) -> Option<(Migration, Result<(), Failure>)> {
+    let limits = options.limits;
     let mut migration = Migration::default();
-    let (read, write) = stream.split();
-    let result = match detect(first) {
+    let result = match dialect {
         Dialect::Native => {
             let restorer = options.restorer.as_ref();
             native::receive(read, write, store, limits, restorer, &mut migration).await
@@ -112,8 +178,8 @@ async fn connection(
             let chain = options.chain_dumps;
             criu::receive(read, write, store, limits, chain, &mut migration).await
         }
-        Dialect::Unknown => {
-            tracing::warn!(%peer, ?first, "refused: neither `send` nor CRIU");
+        Dialect::Tls | Dialect::Unknown => {
+            tracing::warn!(%peer, "refused: neither `send` nor CRIU");
             return None;
         }
     };

@@ -75,6 +75,7 @@ fn play(dir: &Path, chain: bool, script: &[u8]) -> (Vec<u8>, Migration, Result<(
         let (read, write) = split(ours);
         let limits = Limits {
             stall: Duration::from_secs(20),
+            handshake: Duration::from_secs(20),
             buffers: 2,
         };
         let mut migration = Migration::default();

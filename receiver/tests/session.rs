@@ -114,6 +114,7 @@ async fn session<F: AsyncFnOnce(&mut Sender)>(
     let (read, write) = split(theirs);
     let limits = Limits {
         stall: STALL,
+        handshake: STALL,
         buffers: 1,
     };
     let (result, ()) = tokio::join!(

@@ -7,6 +7,7 @@ use crate::handover::StateDump;
 use crate::sink::{Compression, Dialect};
 use clap::Parser;
 use pageferry_common::criu::Options;
+use pageferry_common::tls::TlsFiles;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -106,6 +107,10 @@ pub struct Cli {
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub timeout: Duration,
 
+    /// Who to trust, and who to be
+    #[command(flatten)]
+    pub tls: TlsFiles,
+
     /// Send memory in the clear to another host
     #[arg(long)]
     pub insecure: bool,
@@ -127,6 +132,9 @@ Examples:
       three rounds, never frozen for longer than it takes to list mappings
   send --to 127.0.0.1:7700 --compress zstd --then stop --json 4711
       leave the target stopped (kill -CONT lets it go on), and report
+
+  send --to dst:7700 --tls-ca ca.pem --tls-cert send.pem --tls-key send.key 4711
+      to another host, encrypted; `receive certs` makes the files
 
   send --to 127.0.0.1:7700 --dialect criu --rounds 1 4711
       a round into `criu page-server --port 7700 -D DIR`; for each further round start another,

@@ -14,13 +14,13 @@ use crate::task::namespace_depth;
 use crate::tree::{SendError, Tree, TreeFault};
 use nix::sys::signal::Signal;
 use pageferry_common::criu::{BadOption, Criu, NoCriu};
+use pageferry_common::tls::TlsError;
 use pageferry_common::wire::WireError;
 use pageferry_common::{BufferPool, MigrationId};
 use std::io::{self, IsTerminal, Read};
 use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
 
 /// What `send` exits with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,7 +49,7 @@ pub enum Exit {
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.verbose);
     let done = match (cli.resolve, &cli.to, cli.pid) {
-        (Some(root), _, _) => resolve(root, cli.timeout).map(|()| None),
+        (Some(root), _, _) => resolve(cli, root).map(|()| None),
         (None, Some(to), Some(pid)) => send(cli, to, pid).map(Some),
         (None, _, _) => unreachable!("clap requires both"),
     };
@@ -85,6 +85,8 @@ enum Failure {
     #[error("cannot find {to}")]
     Resolve { to: String, source: io::Error },
     #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
     Tracker(#[from] NoTracker),
     #[error(transparent)]
     Migrate(#[from] MigrateError),
@@ -101,10 +103,11 @@ enum Failure {
 }
 
 /// Ends a move whose end was lost sight of: asks the receiver, and lets the copy here go on or go.
-fn resolve(root: i32, patience: Duration) -> Result<(), Failure> {
+fn resolve(cli: &Cli, root: i32) -> Result<(), Failure> {
     let record = Record::read(root)?;
     let id = record.id().ok_or(Failure::BadRecord(root))?;
-    match crate::sink::resolve(record.to.clone(), id, record.root_pid, patience) {
+    let tls = cli.tls.client()?;
+    match crate::sink::resolve(record.to.clone(), id, record.root_pid, cli.timeout, tls) {
         Ok(true) => {
             record.signal(Signal::SIGKILL);
             record.await_end();
@@ -133,7 +136,10 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     for signal in [Signal::SIGTSTP, Signal::SIGTTIN, Signal::SIGTTOU] {
         crate::sys::signals::ignore(signal).map_err(Failure::Prepare)?;
     }
-    refuse_plaintext(cli, to)?;
+    let tls = cli.tls.client()?;
+    if tls.is_none() {
+        refuse_plaintext(cli, to)?;
+    }
     let gone = |_| MigrateError::TargetGone(pid);
     let depth = namespace_depth(pid).map_err(gone)?;
     let root_pid = crate::task::pid_in_namespace(pid, depth).map_err(gone)?;
@@ -160,6 +166,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
         id,
         root_pid,
         stall: cli.timeout,
+        tls,
         compression: cli.compress,
         moves: cli.migrate,
     };
@@ -228,13 +235,18 @@ fn start_log(verbose: u8) {
 const MAY_NOT_TRACE: &str = "run it as the target's user or root; beyond one's own processes it \
     takes CAP_SYS_PTRACE, and for shared memory CAP_CHECKPOINT_RESTORE";
 
+const CERTIFICATES: &str = "`receive certs DIR --host NAME` makes certificates for both ends: here \
+    --tls-ca ca.pem --tls-cert send.pem --tls-key send.key";
+
 /// The exit code of a failure, and what to do about it.
 fn judge(failure: &Failure) -> (Exit, &'static str) {
     match failure {
         Failure::Plaintext(_) => (
             Exit::Usage,
-            "send through an encrypted tunnel to a loopback port, or say --insecure",
+            "give certificates (--tls-ca, --tls-cert, --tls-key; `receive certs` makes some), send \
+             through a tunnel to a loopback port, or say --insecure",
         ),
+        Failure::Tls(_) => (Exit::Usage, CERTIFICATES),
         Failure::Resolve { .. } => (Exit::Failed, "--to takes HOST:PORT"),
         Failure::Tracker(_) => (
             Exit::Failed,
@@ -329,6 +341,7 @@ fn judge_sink(error: &SinkError) -> (Exit, &'static str) {
             Exit::Refused,
             "the target runs; the receiver's log says more",
         ),
+        SinkError::Tls(_) => (Exit::Refused, CERTIFICATES),
         SinkError::PageServer(_) => (
             Exit::Failed,
             "the target runs; start `criu page-server` once for each round, from the second on with \

@@ -7,8 +7,10 @@ use pageferry_tests::host::Host;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::images;
 use pageferry_tests::memory;
+use pageferry_tests::pair::{receive_command, send_command};
 use pageferry_tests::program::Finished;
 use pageferry_tests::program::Program;
+use pageferry_tests::scenario::receive;
 use pageferry_tests::{Receiver, Send, Victim};
 use std::fs;
 use std::io::{self, Read, Write};
@@ -524,6 +526,38 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
             other => Err(format!("{other:?}")),
         }
     });
+}
+
+#[test]
+fn a_process_moves_encrypted() {
+    let Some(criu) = Criu::stable("an encrypted move") else {
+        return;
+    };
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let certs = dir.path().join("certs");
+    let made = receive(&[&"certs", &certs, &"--host", &"127.0.0.1"]);
+    assert!(made.status.success(), "{}", made.stderr);
+    let with_certificate = |mut command: Command, name: &str| {
+        let (cert, key) = (format!("{name}.pem"), format!("{name}.key"));
+        for (variable, file) in [("CA", "ca.pem"), ("CERT", &cert), ("KEY", &key)] {
+            command.env(format!("PAGEFERRY_TLS_{variable}"), certs.join(file));
+        }
+        command
+    };
+    let path = criu.path().to_str().unwrap();
+    let mut there = host.enter();
+    there.arg(receive_command().get_program());
+    let there = with_certificate(there, "receive");
+    let images = dir.path().join("images");
+    let receiver = Receiver::run(there, "0", &images, &["--restore", "--criu", path]);
+    let mut victim = Victim::detached("heap=8 threads=2 shared=2 dirty=20");
+    let (pid, tree) = (victim.pid(), victim.tree());
+    let mut here = with_certificate(send_command(), "send");
+    here.args(["--to", &receiver.address().to_string(), "--migrate"]);
+    let sent = Program::start(here.args(["--criu", path, &pid.to_string()])).finish();
+    assert!(sent.status.success(), "{}", sent.stderr);
+    victim.await_end();
+    victim.report().verdict(the_one_copy(&tree)).unwrap();
 }
 
 #[test]

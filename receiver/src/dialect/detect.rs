@@ -12,6 +12,8 @@ pub enum Dialect {
     Native,
     /// CRIU's page-server protocol.
     Criu,
+    /// TLS, with something else inside.
+    Tls,
     /// Nothing we know.
     Unknown,
 }
@@ -21,6 +23,10 @@ pub enum Dialect {
 pub fn detect(first: [u8; FIRST_BYTES]) -> Dialect {
     if first == MAGIC {
         return Dialect::Native;
+    }
+    // A record of type handshake, of whatever version it says for old servers' sake.
+    if first[..2] == [0x16, 3] {
+        return Dialect::Tls;
     }
     // CRIU's header begins with a u32: the command in its lower half, flags of pages above.
     let word = u32::from_le_bytes(first);
@@ -42,7 +48,7 @@ mod tests {
             ([6, 0, 4, 0], Dialect::Criu),
             ([0x23, 0x10, 0, 0], Dialect::Criu),
             (*b"GET ", Dialect::Unknown),
-            ([0x16, 3, 1, 0], Dialect::Unknown),
+            ([0x16, 3, 1, 0], Dialect::Tls),
             ([0; 4], Dialect::Unknown),
         ] {
             assert_eq!(detect(first), dialect, "{first:?}");

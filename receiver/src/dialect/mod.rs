@@ -19,6 +19,8 @@ use std::time::Duration;
 pub struct Limits {
     /// Longest silence.
     pub stall: Duration,
+    /// Longest time until the peer has said who it is, and what it speaks.
+    pub handshake: Duration,
     /// Buffers of 4 MiB.
     pub buffers: usize,
 }

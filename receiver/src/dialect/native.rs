@@ -71,6 +71,25 @@ where
     result
 }
 
+/// Tells a sender why it is not let in.
+pub async fn refuse<R, W>(read: R, write: W, limits: Limits, why: String)
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let phase = SharedPhase::default();
+    let mut session = Session {
+        reader: FrameReader::new(read, phase.clone(), limits.handshake),
+        writer: FrameWriter::new(write, phase, limits.handshake),
+        pool: BufferPool::new(1),
+    };
+    // It takes a refusal only once it has greeted.
+    if session.message().await.is_ok() {
+        let refusal = Refusal::new(RefuseCode::Unsupported, why);
+        session.say_why(&refusal.into()).await;
+    }
+}
+
 pub(super) struct Session<R, W> {
     reader: FrameReader<R>,
     pub(super) writer: FrameWriter<W>,

@@ -4,7 +4,7 @@
 //! A connection is a round. CRIU's server says nothing but whether it has an image in its parent,
 //! and at the end a number, 0 if it has everything.
 
-use super::link::{Link, dial};
+use super::link::{Duplex, Link, dial};
 use super::native::{Compression, Connect};
 use super::{PageSink, Receipt, SinkError};
 use crate::progress::Counters;
@@ -17,7 +17,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufStream};
-use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
@@ -196,10 +195,10 @@ async fn converse(
 }
 
 /// Connects; in later rounds to a page server that may have to be started yet.
-async fn dial_patiently(connect: &Connect, first: bool) -> Result<TcpStream, SinkError> {
+async fn dial_patiently(connect: &Connect, first: bool) -> Result<Box<dyn Duplex>, SinkError> {
     let began = Instant::now();
     loop {
-        match dial(&connect.to, connect.stall).await {
+        match dial(&connect.to, connect.stall, connect.tls.as_ref()).await {
             Err(SinkError::Connect { source, .. })
                 if source.kind() == io::ErrorKind::ConnectionRefused
                     && !first
@@ -214,7 +213,7 @@ async fn dial_patiently(connect: &Connect, first: bool) -> Result<TcpStream, Sin
 
 /// A page server that is connected.
 struct Server<'a> {
-    stream: BufStream<TcpStream>,
+    stream: BufStream<Box<dyn Duplex>>,
     /// `None` until it has answered.
     width: Option<Width>,
     /// The open one.

@@ -2,14 +2,19 @@
 
 use super::SinkError;
 use nix::sys::socket::{setsockopt, sockopt};
+use pageferry_common::tls;
 use pageferry_common::wire::WireError;
+use rustls::ClientConfig;
 use std::io;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 
 /// A conversation on a thread of its own: it is told `C`s, in order, and answers `R`s. Dropping the
 /// link ends it.
@@ -110,8 +115,36 @@ fn network(conversation: impl Future<Output = Result<(), SinkError>>) -> Result<
     })
 }
 
+/// Both directions of a connection, encrypted or not.
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
 /// Connects to `HOST:PORT`. What is not acknowledged for as long as `stall` ends the connection.
-pub(super) async fn dial(to: &str, stall: Duration) -> Result<TcpStream, SinkError> {
+pub(super) async fn dial(
+    to: &str,
+    stall: Duration,
+    tls: Option<&Arc<ClientConfig>>,
+) -> Result<Box<dyn Duplex>, SinkError> {
+    let stream = dial_plain(to, stall).await?;
+    let Some(config) = tls else {
+        return Ok(Box::new(stream));
+    };
+    let name = tls::server_name(to).map_err(|error| SinkError::Tls(error.to_string()))?;
+    let connected = timeout(
+        stall,
+        TlsConnector::from(Arc::clone(config)).connect(name, stream),
+    );
+    match connected.await {
+        Ok(Ok(stream)) => Ok(Box::new(stream)),
+        Ok(Err(error)) => Err(SinkError::Tls(
+            tls::explain(&error).unwrap_or_else(|| error.to_string()),
+        )),
+        Err(_) => Err(WireError::Stalled(stall).into()),
+    }
+}
+
+async fn dial_plain(to: &str, stall: Duration) -> Result<TcpStream, SinkError> {
     let dialled = timeout(stall, TcpStream::connect(to)).await;
     dialled
         .map_err(|_| io::ErrorKind::TimedOut.into())

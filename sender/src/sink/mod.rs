@@ -11,6 +11,7 @@ use crate::progress::Counters;
 use bytes::Bytes;
 use pageferry_common::criu::Options;
 use pageferry_common::needed::NeededFile;
+use pageferry_common::tls;
 use pageferry_common::wire::{Entry, RoundKind, Totals, WireError};
 use pageferry_common::{BufferPool, ImageId, MemfdName, StateName};
 use std::io;
@@ -64,7 +65,10 @@ pub enum SinkError {
     },
     /// The connection or the peer.
     #[error(transparent)]
-    Wire(#[from] WireError),
+    Wire(WireError),
+    /// One side's certificate is not to the other's liking.
+    #[error("no encrypted connection: {0}")]
+    Tls(String),
     /// The receiver counted something else than we did.
     #[error("the receiver acknowledged something else than was sent")]
     Disagreement,
@@ -83,6 +87,18 @@ pub enum SinkError {
     /// The network thread could not do its work.
     #[error("the network thread failed")]
     Io(#[source] io::Error),
+}
+
+impl From<WireError> for SinkError {
+    fn from(error: WireError) -> Self {
+        match &error {
+            WireError::Io(io) => match tls::explain(io) {
+                Some(why) => Self::Tls(why),
+                None => Self::Wire(error),
+            },
+            _ => Self::Wire(error),
+        }
+    }
 }
 
 /// Why a receiver did not say that the process runs there.

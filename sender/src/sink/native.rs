@@ -13,11 +13,12 @@ use pageferry_common::wire::{
     Totals, WireError,
 };
 use pageferry_common::{BufferPool, ImageId, MemfdName, MigrationId, PAGE_SIZE, StateName};
+use rustls::ClientConfig;
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::io::{AsyncRead, AsyncWrite, split};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
@@ -50,6 +51,8 @@ pub struct Connect {
     pub root_pid: u32,
     /// Longest silence of the receiver, and longest time for one frame to leave.
     pub stall: Duration,
+    /// How to prove who we are, and check who the receiver is; `None` to send in the clear.
+    pub tls: Option<Arc<ClientConfig>>,
     /// What to do with pages.
     pub compression: Compression,
     /// Whether the process itself is to follow its memory.
@@ -318,9 +321,10 @@ impl Destination for NativeSink {
             id,
             root_pid,
             stall,
+            tls,
             ..
         } = self.connect.clone();
-        resolve(to, id, root_pid, stall)
+        resolve(to, id, root_pid, stall, tls)
     }
 }
 
@@ -334,11 +338,12 @@ pub fn resolve(
     id: MigrationId,
     root_pid: u32,
     patience: Duration,
+    tls: Option<Arc<ClientConfig>>,
 ) -> Result<bool, SinkError> {
     let conversation = move |_: mpsc::Receiver<()>, replies: mpsc::UnboundedSender<bool>| async move {
         let began = Instant::now();
         loop {
-            match ask(&to, id, root_pid, patience).await {
+            match ask(&to, id, root_pid, patience, tls.as_ref()).await {
                 Ok(running) => {
                     // The one who asks waits for it.
                     let _ = replies.send(running);
@@ -353,8 +358,14 @@ pub fn resolve(
     Link::start(conversation)?.hear()
 }
 
-async fn ask(to: &str, id: MigrationId, root_pid: u32, stall: Duration) -> Result<bool, SinkError> {
-    let (read, write) = dial(to, stall).await?.into_split();
+async fn ask(
+    to: &str,
+    id: MigrationId,
+    root_pid: u32,
+    stall: Duration,
+    tls: Option<&Arc<ClientConfig>>,
+) -> Result<bool, SinkError> {
+    let (read, write) = split(dial(to, stall, tls).await?);
     let phase = SharedPhase::default();
     let mut reader = FrameReader::new(read, phase.clone(), stall);
     let mut writer = FrameWriter::new(write, phase, stall);
@@ -375,8 +386,8 @@ async fn converse(
     replies: mpsc::UnboundedSender<Message>,
     counters: Arc<Counters>,
 ) -> Result<(), SinkError> {
-    let stream = dial(&connect.to, connect.stall).await?;
-    let (read, write) = stream.into_split();
+    let stream = dial(&connect.to, connect.stall, connect.tls.as_ref()).await?;
+    let (read, write) = split(stream);
     let phase = SharedPhase::default();
     // A receiver speaks when a round is over; that it takes what we send is seen by writing.
     let mut reader = FrameReader::new(read, phase.clone(), connect.stall).patient_in(&[
@@ -406,7 +417,7 @@ async fn converse(
 
 /// Sends what the migration says, and that we are alive when it says nothing.
 async fn talk(
-    writer: &mut FrameWriter<OwnedWriteHalf>,
+    writer: &mut FrameWriter<impl AsyncWrite + Unpin>,
     mut commands: mpsc::Receiver<Outgoing>,
     phase: &SharedPhase,
     bytes_sent: &AtomicU64,
@@ -446,7 +457,7 @@ async fn talk(
 
 /// Passes on what the receiver says, until it says goodbye.
 async fn listen(
-    reader: &mut FrameReader<OwnedReadHalf>,
+    reader: &mut FrameReader<impl AsyncRead + Unpin>,
     replies: mpsc::UnboundedSender<Message>,
 ) -> Result<(), WireError> {
     loop {

@@ -1,0 +1,300 @@
+//! Nobody reads along, and nobody comes in without a certificate: both ends say in a line why not.
+
+use pageferry_receiver::certs;
+use pageferry_tests::criu::Criu;
+use pageferry_tests::pair::send_command;
+use pageferry_tests::program::Program;
+use pageferry_tests::scenario::{assert_arrived, assert_verified, go_on, receive};
+use pageferry_tests::{Pair, Receiver, Send, Victim};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
+use std::{fs, thread};
+use time::{Duration, OffsetDateTime};
+
+/// A directory as `receive certs` makes it.
+struct Certs(tempfile::TempDir);
+
+impl Certs {
+    /// For a receiver on loopback.
+    fn new() -> Self {
+        let this = Self(tempfile::tempdir().unwrap());
+        let made = receive(&[&"certs", &this.dir(), &"--host", &"localhost", &"127.0.0.1"]);
+        assert!(made.status.success(), "{}", made.stderr);
+        this
+    }
+
+    fn dir(&self) -> PathBuf {
+        self.0.path().join("certs")
+    }
+
+    /// The options of the side that has this certificate.
+    fn options(&self, name: &str) -> Vec<String> {
+        options(&self.dir().join("ca.pem"), &self.dir().join(name))
+    }
+}
+
+fn options(ca: &Path, certificate: &Path) -> Vec<String> {
+    let (cert, key) = (
+        certificate.with_extension("pem"),
+        certificate.with_extension("key"),
+    );
+    [("--tls-ca", ca), ("--tls-cert", &cert), ("--tls-key", &key)]
+        .iter()
+        .flat_map(|(option, path)| [(*option).to_owned(), path.to_str().unwrap().to_owned()])
+        .collect()
+}
+
+fn strs(options: &[String]) -> Vec<&str> {
+    options.iter().map(String::as_str).collect()
+}
+
+/// Passes one connection on, and keeps what the client says.
+fn tap(to: SocketAddr) -> (SocketAddr, JoinHandle<io::Result<Vec<u8>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let tap = thread::spawn(move || {
+        let (mut client, _) = listener.accept()?;
+        let mut server = TcpStream::connect(to)?;
+        let (mut answers, mut back) = (server.try_clone()?, client.try_clone()?);
+        let answering = thread::spawn(move || io::copy(&mut answers, &mut back));
+        let (mut said, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+        loop {
+            let n = client.read(&mut buffer)?;
+            if n == 0 {
+                break;
+            }
+            server.write_all(&buffer[..n])?;
+            said.extend_from_slice(&buffer[..n]);
+        }
+        server.shutdown(Shutdown::Write)?;
+        answering.join().unwrap()?;
+        Ok(said)
+    });
+    (address, tap)
+}
+
+#[test]
+fn certificates_are_made_for_both_ends() {
+    let certs = Certs::new();
+    let mode = |name: &str| {
+        let metadata = fs::metadata(certs.dir().join(name)).unwrap();
+        metadata.permissions().mode() & 0o777
+    };
+    for name in ["ca", "receive", "send"] {
+        assert_eq!(mode(&format!("{name}.key")), 0o600);
+        assert_eq!(mode(&format!("{name}.pem")), 0o644);
+    }
+    assert_eq!(mode("."), 0o700);
+    let again = receive(&[&"certs", &certs.dir(), &"--host", &"x"]);
+    assert_eq!(again.status.code(), Some(1));
+    assert!(again.stderr.contains("File exists"), "{}", again.stderr);
+}
+
+#[test]
+fn memory_arrives_and_nobody_reads_along() {
+    let certs = Certs::new();
+    // Its memory has its own command line, and the rounds' frames begin like this.
+    const PLAIN: &[u8] = b"PFRY";
+    for secure in [false, true] {
+        let mut victim = Victim::start("heap=16 text=2 dirty=20");
+        let (mut here, mut there) = (Vec::new(), Vec::new());
+        if secure {
+            (here, there) = (certs.options("send"), certs.options("receive"));
+            there.extend(["--allow", "other", "send"].map(str::to_owned));
+        }
+        let pair = Pair::start(&strs(&there));
+        let (address, tap) = tap(pair.address());
+        here.extend(["--then", "stop"].map(str::to_owned));
+        let report = Send::start(address, victim.pid(), &strs(&here)).finish();
+        assert_arrived(victim.pid(), &pair, &report.expect_report());
+        go_on(victim.pid());
+        victim.assert_unharmed();
+        let said = tap.join().unwrap().unwrap();
+        let plain = said.windows(PLAIN.len()).any(|window| window == PLAIN);
+        assert_eq!(plain, !secure);
+    }
+}
+
+/// The exit code of a sender that is not let in, what it says, and what the receiver says. `host` is what
+/// the receiver is called by the sender.
+fn refused(there: &[String], here: &[String], host: &str) -> (i32, String, String) {
+    let mut victim = Victim::start("heap=1");
+    let dir = tempfile::tempdir().unwrap();
+    let there = [&["--insecure".to_owned()], there].concat();
+    let mut receiver = Receiver::listen("0.0.0.0:0", dir.path(), &strs(&there));
+    let to = format!("{host}:{}", receiver.address().port());
+    let mut send = send_command();
+    send.args(["--to", &to, &victim.pid().to_string()])
+        .args(here);
+    let sent = Program::start(&mut send).finish();
+    let refusal = |line: &str| line.contains("refused").then(|| line.to_owned());
+    let said = receiver.program().await_stderr(refusal);
+    victim.assert_unharmed();
+    let mut left = fs::read_dir(dir.path()).unwrap().flatten();
+    assert!(!left.any(|entry| entry.path().is_dir()));
+    (sent.status.code().unwrap(), sent.stderr, said)
+}
+
+#[test]
+fn who_is_not_known_is_told_so_on_both_sides() {
+    let (certs, others) = (Certs::new(), Certs::new());
+    let old = tempfile::tempdir().unwrap();
+    let now = OffsetDateTime::now_utc();
+    let expired = |days| {
+        let dir = old.path().join(format!("{days}"));
+        let end = now - Duration::days(days);
+        certs::make(
+            &dir,
+            &["127.0.0.1".to_owned()],
+            end - Duration::days(1)..end,
+        )
+        .unwrap();
+        dir
+    };
+    let (expired, future) = (expired(1), expired(-3));
+    let both = |dir: &Path| {
+        let side = |name: &str| options(&dir.join("ca.pem"), &dir.join(name));
+        (side("receive"), side("send"))
+    };
+    let (receiver, sender) = both(&certs.dir());
+    let allow = ["--allow", "other"].map(str::to_owned);
+    let plain = Vec::new();
+    const HERE: &str = "127.0.0.1";
+    for (what, there, here, host, sender_says, receiver_says) in [
+        (
+            "a sender without a certificate",
+            receiver.clone(),
+            plain.clone(),
+            HERE,
+            "takes encrypted connections only",
+            "does not encrypt",
+        ),
+        (
+            "a receiver without a certificate",
+            plain,
+            sender.clone(),
+            HERE,
+            "no encrypted connection",
+            "has no certificates",
+        ),
+        (
+            "a receiver of another authority",
+            others.options("receive"),
+            sender.clone(),
+            HERE,
+            "other side's certificate is of another authority",
+            "does not accept our certificate",
+        ),
+        (
+            "a sender of another authority",
+            receiver.clone(),
+            options(&certs.dir().join("ca.pem"), &others.dir().join("send")),
+            HERE,
+            "does not accept our certificate",
+            "other side's certificate",
+        ),
+        (
+            "certificates that have expired",
+            both(&expired).0,
+            both(&expired).1,
+            HERE,
+            "other side's certificate has expired",
+            "does not accept our certificate: it has expired",
+        ),
+        (
+            "certificates that are not valid yet",
+            both(&future).0,
+            both(&future).1,
+            HERE,
+            "is not valid yet",
+            "does not accept our certificate",
+        ),
+        (
+            "a receiver under another name",
+            others.options("receive"),
+            others.options("send"),
+            "127.0.0.2",
+            "is for another host",
+            "does not accept our certificate",
+        ),
+        (
+            "a sender that shows a receiver's certificate",
+            receiver.clone(),
+            receiver.clone(),
+            HERE,
+            "does not accept our certificate",
+            "is not for that end",
+        ),
+        (
+            "a sender that is not among those allowed",
+            [&receiver[..], &allow].concat(),
+            sender.clone(),
+            HERE,
+            "\"send\" is not among those allowed",
+            "is not among those allowed",
+        ),
+    ] {
+        let (code, sent, said) = refused(&there, &here, host);
+        assert_eq!(code, 4, "{what}: {sent}");
+        assert!(sent.contains(sender_says), "{what}: {sent}");
+        assert!(said.contains(receiver_says), "{what}: {said}");
+    }
+}
+
+#[test]
+fn certificates_that_are_none() {
+    let certs = Certs::new();
+    let victim = Victim::start("heap=1");
+    let none = tempfile::NamedTempFile::new().unwrap();
+    let cases = [
+        (
+            options(none.path(), &certs.dir().join("send")),
+            2,
+            "there is no certificate in it",
+        ),
+        (
+            options(Path::new("/nowhere"), &certs.dir().join("send")),
+            2,
+            "/nowhere",
+        ),
+        (certs.options("send")[..2].to_vec(), 2, "--tls-cert"),
+    ];
+    for (options, code, what) in cases {
+        let address = ([127, 0, 0, 1], 1).into();
+        let sent = Send::start(address, victim.pid(), &strs(&options)).finish();
+        assert_eq!(sent.status.code(), Some(code), "{}", sent.stderr);
+        assert!(sent.stderr.contains(what), "{what}: {}", sent.stderr);
+    }
+}
+
+#[test]
+fn crius_own_encryption_is_understood() {
+    for criu in Criu::all("a dump over CRIU's TLS") {
+        let certs = Certs::new();
+        let mut victim = Victim::detached("heap=8 dirty=20");
+        let there = [&["--once".to_owned()], &certs.options("receive")[..]].concat();
+        let pair = Pair::start(&strs(&there));
+        let state = tempfile::tempdir().unwrap();
+        let file = |name: &str| certs.dir().join(name).to_str().unwrap().to_owned();
+        let (ca, cert, key) = (file("ca.pem"), file("send.pem"), file("send.key"));
+        let tls = [
+            "--tls",
+            "--tls-cacert",
+            &ca,
+            "--tls-cert",
+            &cert,
+            "--tls-key",
+            &key,
+        ];
+        let dump = [&["--leave-running"], &tls[..]].concat();
+        criu.dump_to(pair.address(), victim.pid(), state.path(), &dump)
+            .unwrap();
+        let (dir, finished) = pair.finish();
+        assert!(finished.status.success(), "{}", finished.stderr);
+        assert_verified(&dir.path().join("images/criu-1"));
+        victim.assert_unharmed();
+    }
+}
