@@ -17,7 +17,7 @@ use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, mpsc};
 
 /// Every process of a victim, here and on other hosts of this machine, each with its number where it
@@ -205,18 +205,32 @@ enum Fault {
     KillReceive,
 }
 
-/// The steps of a hand-over, by the frames of the protocol: the number of each, and whether the
-/// receiver says it.
-const STEPS: [(&str, u8, bool); 9] = [
-    ("the last round's end", 6, false),
-    ("the last round's ack", 7, true),
-    ("a state image", 13, false),
-    ("restore", 14, false),
-    ("restored", 15, true),
-    ("commit", 16, false),
-    ("running", 17, true),
-    ("finish", 8, false),
-    ("goodbye", 9, true),
+/// A step of a hand-over: its name, the number of its frame in the protocol, whether the receiver says it,
+/// and the round from which on the first such frame is meant.
+type Step = (&'static str, u8, bool, u32);
+
+/// After one round of a tree that runs, one is sent while CRIU dumps it, and then the last.
+const DURING: u32 = 2;
+const LAST: u32 = 3;
+
+const STEPS: [Step; 12] = [
+    (
+        "the beginning of the round during the dump",
+        3,
+        false,
+        DURING,
+    ),
+    ("the end of the round during the dump", 6, false, DURING),
+    ("the ack of the round during the dump", 7, true, DURING),
+    ("the last round's end", 6, false, LAST),
+    ("the last round's ack", 7, true, LAST),
+    ("a state image", 13, false, LAST),
+    ("restore", 14, false, LAST),
+    ("restored", 15, true, LAST),
+    ("commit", 16, false, LAST),
+    ("running", 17, true, LAST),
+    ("finish", 8, false, LAST),
+    ("goodbye", 9, true, LAST),
 ];
 
 /// A link that passes frames on, until that step of the connection; then it says so, waits until it
@@ -230,7 +244,8 @@ struct Link {
 }
 
 impl Link {
-    fn to(receiver: SocketAddr, kind: u8, from_receiver: bool, after: bool) -> Self {
+    fn to(receiver: SocketAddr, step: Step, after: bool) -> Self {
+        let (_, kind, from_receiver, round) = step;
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let (reach, reached) = mpsc::channel();
@@ -239,7 +254,7 @@ impl Link {
         let is_open = Arc::clone(&open);
         std::thread::spawn(move || {
             let mut watch = Some((reach, may_go_on));
-            let over = Arc::new(AtomicBool::new(false));
+            let current = Arc::new(AtomicU32::new(0));
             for sender in listener.incoming().flatten() {
                 if !is_open.load(Ordering::SeqCst) {
                     continue;
@@ -254,9 +269,9 @@ impl Link {
                         true => watch.take(),
                         false => None,
                     };
-                    let over = Arc::clone(&over);
+                    let current = Arc::clone(&current);
                     std::thread::spawn(move || {
-                        let _ = pass(&from, &to, kind, after, watch, &over);
+                        let _ = pass(&from, &to, (kind, round), after, watch, &current);
                         for end in [from, to] {
                             let _ = end.shutdown(Shutdown::Both);
                         }
@@ -279,26 +294,23 @@ type Watch = (mpsc::Sender<()>, mpsc::Receiver<bool>);
 fn pass(
     mut from: &TcpStream,
     mut to: &TcpStream,
-    kind: u8,
+    (kind, round): (u8, u32),
     after: bool,
     mut watch: Option<Watch>,
-    over: &AtomicBool,
+    current: &AtomicU32,
 ) -> io::Result<()> {
-    const LAST_ROUND: u8 = 2;
-    let mut last_round = false;
     loop {
         let mut frame = vec![0; 32];
         from.read_exact(&mut frame)?;
-        let length = |at: usize| u32::from_le_bytes(frame[at..at + 4].try_into().unwrap());
-        let rest = length(8) + length(12);
+        let number = |frame: &[u8], at| u32::from_le_bytes(frame[at..at + 4].try_into().unwrap());
+        let rest = number(&frame, 8) + number(&frame, 12);
         frame.resize(32 + rest as usize, 0);
         from.read_exact(&mut frame[32..])?;
         // A round's beginning says which it is; what the other side says of it comes later.
         if frame[4] == 3 {
-            over.store(frame[36] == LAST_ROUND, Ordering::SeqCst);
+            current.store(number(&frame, 32), Ordering::SeqCst);
         }
-        last_round |= over.load(Ordering::SeqCst);
-        let here = frame[4] == kind && last_round;
+        let here = frame[4] == kind && current.load(Ordering::SeqCst) >= round;
         if after || !here {
             to.write_all(&frame)?;
         }
@@ -333,8 +345,8 @@ fn resolve_within(pid: i32, time: &str) -> Finished {
 }
 
 /// One row of the table. Returns whether the process moved.
-fn assert_one_copy(criu: &Criu, step: (&str, u8, bool), after: bool, fault: Fault) -> bool {
-    let (name, kind, from_receiver) = step;
+fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
+    let name = step.0;
     let what = format!(
         "{fault:?} {} {name}",
         if after { "after" } else { "before" }
@@ -345,7 +357,7 @@ fn assert_one_copy(criu: &Criu, step: (&str, u8, bool), after: bool, fault: Faul
     let mut receiver = restoring(&host, criu, &port, dir.path());
     let mut victim = Victim::detached("heap=8 children=1 dirty=20");
     let (pid, tree) = (victim.pid(), victim.tree());
-    let link = Link::to(address, kind, from_receiver, after);
+    let link = Link::to(address, step, after);
     let mut send = migrate(criu, link.address, pid, &["--max-rounds", "1"]);
     link.reached
         .recv()
@@ -456,12 +468,16 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
         return;
     };
     // The answer that is lost, or the question.
-    for (kind, from_receiver, moves) in [(17, true, true), (16, false, false)] {
+    let steps = [
+        (("the answer", 17, true, LAST), true),
+        (("the question", 16, false, LAST), false),
+    ];
+    for (step, moves) in steps {
         let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
         let receiver = restoring(&host, &criu, "0", dir.path());
         let mut victim = Victim::detached("heap=8 children=1 dirty=20");
         let (pid, tree) = (victim.pid(), victim.tree());
-        let link = Link::to(receiver.address(), kind, from_receiver, false);
+        let link = Link::to(receiver.address(), step, false);
         let options = ["--max-rounds", "1", "--timeout", "1s"];
         let send = migrate(&criu, link.address, pid, &options);
         link.reached.recv().unwrap();
@@ -526,6 +542,48 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
             other => Err(format!("{other:?}")),
         }
     });
+}
+
+/// Neither that it is to run there nor that it never will can be written down: then neither is done, or said.
+#[test]
+fn an_outcome_that_cannot_be_written_leaves_the_copy_here() {
+    let Some(criu) = Criu::stable("an outcome that cannot be written") else {
+        return;
+    };
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let receiver = restoring(&host, &criu, "0", dir.path());
+    let mut victim = Victim::detached("heap=8 children=1 dirty=20");
+    let (pid, tree) = (victim.pid(), victim.tree());
+    let link = Link::to(receiver.address(), ("commit", 16, false, LAST), false);
+    let options = ["--max-rounds", "1", "--timeout", "1s"];
+    let send = migrate(&criu, link.address, pid, &options);
+    link.reached.recv().unwrap();
+    let homes = fs::read_dir(dir.path()).unwrap().flatten();
+    let mut outcomes = homes.map(|home| home.path().join("outcome.json"));
+    let outcome = outcomes.find(|path| path.exists()).unwrap();
+    let outcome = outcome.to_str().unwrap();
+    let mount = |options: &[&str]| {
+        let mut command = host.enter();
+        let done = command.args(options).arg(outcome).status().unwrap();
+        assert!(done.success(), "{options:?}");
+    };
+    mount(&["mount", "--bind", outcome]);
+    mount(&["mount", "-o", "remount,bind,ro"]);
+    link.go_on.send(true).unwrap();
+    let sent = send.finish();
+    assert_eq!(sent.status.code(), Some(6), "{}", sent.stderr);
+    assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
+    mount(&["umount"]);
+    let resolved = resolve(pid);
+    assert!(resolved.status.success(), "{}", resolved.stderr);
+    assert!(
+        resolved.stderr.contains("goes on here"),
+        "{}",
+        resolved.stderr
+    );
+    let copy = the_one_copy(&tree);
+    assert_eq!(copy, pid);
+    victim.report().verdict(copy).unwrap();
 }
 
 #[test]
@@ -687,7 +745,8 @@ fn files_that_are_not_there_or_others_are_named() {
     // Nothing was sent, and nothing is stopped.
     let homes = fs::read_dir(images.path()).unwrap().flatten();
     for home in homes.filter(|home| home.path().is_dir()) {
-        assert_eq!(fs::read_dir(home.path()).unwrap().count(), 0);
+        let mut rounds = fs::read_dir(home.path()).unwrap().flatten();
+        assert!(!rounds.any(|entry| entry.path().is_dir()));
     }
     assert!(memory::tree(tree.pid()).len() == 2);
 }
