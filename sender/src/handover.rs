@@ -27,7 +27,7 @@ use pageferry_common::sys::{fdpass, perf};
 use pageferry_common::{BufferPool, MigrationId, PAGE_SIZE, StateName};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -548,33 +548,20 @@ impl Dump {
         loop {
             wanted()?;
             let (told, sent, stopped) = {
-                let flags = PollFlags::POLLIN;
-                let stream = Some(self.endpoint.stream.as_fd()).filter(|_| !self.endpoint.ended);
-                let stopped = self.stopped.as_ref().map(AsFd::as_fd);
-                let mut fds = vec![PollFd::new(self.work.fd(), flags)];
-                fds.extend(
-                    stream
-                        .into_iter()
-                        .chain(stopped)
-                        .map(|fd| PollFd::new(fd, flags)),
-                );
+                let mut fds = vec![PollFd::new(self.work.fd(), PollFlags::POLLIN)];
+                let mut add = |fd| {
+                    fds.push(PollFd::new(fd, PollFlags::POLLIN));
+                    fds.len() - 1
+                };
+                let stream = (!self.endpoint.ended).then(|| add(self.endpoint.stream.as_fd()));
+                let stopped = self.stopped.as_ref().map(|listener| add(listener.as_fd()));
                 let timeout = PollTimeout::try_from(CHECK).expect("it is short");
                 match poll(&mut fds, timeout) {
                     Err(nix::Error::EINTR) => continue,
                     other => other.map_err(io::Error::from)?,
                 };
-                let ready = |fd: &Option<BorrowedFd<'_>>| {
-                    let fd = fd.and_then(|fd| {
-                        fds.iter()
-                            .find(|of| of.as_fd().as_raw_fd() == fd.as_raw_fd())
-                    });
-                    fd.is_some_and(|fd| fd.any() == Some(true))
-                };
-                (
-                    ready(&Some(self.work.fd())),
-                    ready(&stream),
-                    ready(&stopped),
-                )
+                let ready = |at: Option<usize>| at.is_some_and(|at| fds[at].any() == Some(true));
+                (ready(Some(0)), ready(stream), ready(stopped))
             };
             if sent && let Some(step) = self.endpoint.step()? {
                 return Ok(step);

@@ -9,9 +9,9 @@ use std::time::Instant;
 pub struct RoundReport {
     /// Counts from 1.
     pub round: u32,
-    /// `pre-dump` or `final`.
+    /// `pre-dump`, `final`, or `during-dump`: sent while CRIU dumped the state of a tree that moves.
     pub kind: &'static str,
-    /// How long the tree was stopped, ms.
+    /// How long the tree was stopped, ms; of a hand-over, all of it is the final round's.
     pub frozen_ms: f64,
     /// Populated pages looked at.
     pub scanned_pages: u64,
