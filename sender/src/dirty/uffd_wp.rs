@@ -101,7 +101,14 @@ impl UffdWp {
         if !self.tracks(task.pid, range) {
             return Ok(vec![range]);
         }
-        let mut written = Vec::new();
+        let mut written: Vec<PageRange> = Vec::new();
+        // Neighbours are one, or there would be as many as pages that are there beside pages that are not.
+        let mut add = |next: PageRange| match written.last_mut() {
+            Some(last) if last.end() == next.start() => {
+                *last = last.joined(next).expect("they are neighbours");
+            }
+            _ => written.push(next),
+        };
         let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
         let mut end = range.start();
         // Protecting leaves a marker for every page that is not there. So one without has been there since,
@@ -109,14 +116,18 @@ impl UffdWp {
         // protected.
         let protect = !self.concluded;
         scanner.all_pages(&task.pagemap, range, report, protect, |found, bits| {
-            written.extend(PageRange::from_bounds(end, found.start()));
+            PageRange::from_bounds(end, found.start())
+                .into_iter()
+                .for_each(&mut add);
             end = found.end();
             let protected = bits & (WRITTEN | WPALLOWED) == WPALLOWED;
             if !protected || bits & (PRESENT | SWAPPED) == 0 {
-                written.push(found);
+                add(found);
             }
         })?;
-        written.extend(PageRange::from_bounds(end, range.end()));
+        PageRange::from_bounds(end, range.end())
+            .into_iter()
+            .for_each(&mut add);
         Ok(written)
     }
 
