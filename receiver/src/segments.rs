@@ -22,10 +22,14 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// Where the library in CRIU asks for segments (`common/shim/restore.rs`), in the directory that CRIU
 /// restores from.
 const SOCKET: &str = "segments.socket";
+
+/// How long to wait before accepting again what could not be accepted.
+const AGAIN: Duration = Duration::from_millis(20);
 
 /// CRIU's image of all memfds.
 const MEMFDS: &str = "memfd.img";
@@ -218,9 +222,20 @@ impl Prefilled {
                 Arc::clone(&fetched),
             );
             move || {
-                while let Ok(peer) = fdpass::accept(listener.as_fd()) {
-                    if let Err(error) = all.answer(&peer, &fetched) {
-                        tracing::warn!(%error, "who asked for a shared segment did not get it");
+                loop {
+                    match fdpass::accept(listener.as_fd()) {
+                        Ok(peer) => {
+                            if let Err(error) = all.answer(&peer, &fetched) {
+                                tracing::warn!(%error, "who asked for a shared segment did not get it");
+                            }
+                        }
+                        // It is shut down.
+                        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
+                        // Out of descriptors, most likely. CRIU waits for an answer.
+                        Err(error) => {
+                            tracing::warn!(%error, "cannot give a shared segment yet");
+                            std::thread::sleep(AGAIN);
+                        }
                     }
                 }
             }
