@@ -168,6 +168,12 @@ pub fn explain(error: &io::Error) -> Option<String> {
     })
 }
 
+/// [`explain`], or what the kernel says if it is not TLS.
+#[must_use]
+pub fn words(error: &io::Error) -> String {
+    explain(error).unwrap_or_else(|| error.to_string())
+}
+
 fn fault(why: &CertificateError) -> String {
     match why {
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => "has expired".into(),

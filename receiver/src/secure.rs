@@ -1,7 +1,7 @@
 //! Who may come in: TLS, and the names in certificates.
 
 use crate::dialect::detect::FIRST_BYTES;
-use pageferry_common::tls::{TlsError, TlsFiles, explain, names};
+use pageferry_common::tls::{TlsError, TlsFiles, names, words};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
@@ -54,7 +54,7 @@ impl Secure {
     /// # Errors
     /// In words, why it is no one known.
     pub async fn accept(&self, stream: TcpStream) -> Result<Accepted, String> {
-        let words = |error| explain(&error).unwrap_or_else(|| error.to_string());
+        let words = |error| words(&error);
         let mut stream = self.acceptor.accept(stream).await.map_err(words)?;
         let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let names = certificates.first().map(names).unwrap_or_default();

@@ -57,12 +57,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let phase = SharedPhase::default();
-    let mut session = Session {
-        reader: FrameReader::new(read, phase.clone(), limits.stall),
-        writer: FrameWriter::new(write, phase, limits.stall),
-        pool: BufferPool::new(limits.buffers),
-    };
+    let mut session = Session::new(read, write, limits.stall, limits.buffers);
     let result = session.run(store, limits, restorer, migration).await;
     migration.bytes_wire = session.reader.bytes();
     if let Err(error) = &result {
@@ -77,12 +72,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let phase = SharedPhase::default();
-    let mut session = Session {
-        reader: FrameReader::new(read, phase.clone(), limits.handshake),
-        writer: FrameWriter::new(write, phase, limits.handshake),
-        pool: BufferPool::new(1),
-    };
+    let mut session = Session::new(read, write, limits.handshake, 1);
     // It takes a refusal only once it has greeted.
     if session.message().await.is_ok() {
         let refusal = Refusal::new(RefuseCode::Unsupported, why);
@@ -97,6 +87,15 @@ pub(super) struct Session<R, W> {
 }
 
 impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
+    fn new(read: R, write: W, stall: Duration, buffers: usize) -> Self {
+        let phase = SharedPhase::default();
+        Self {
+            reader: FrameReader::new(read, phase.clone(), stall),
+            writer: FrameWriter::new(write, phase, stall),
+            pool: BufferPool::new(buffers),
+        }
+    }
+
     async fn run(
         &mut self,
         store: &Store,

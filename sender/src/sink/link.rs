@@ -137,9 +137,7 @@ pub(super) async fn dial(
     );
     match connected.await {
         Ok(Ok(stream)) => Ok(Box::new(stream)),
-        Ok(Err(error)) => Err(SinkError::Tls(
-            tls::explain(&error).unwrap_or_else(|| error.to_string()),
-        )),
+        Ok(Err(error)) => Err(SinkError::Tls(tls::words(&error))),
         Err(_) => Err(WireError::Stalled(stall).into()),
     }
 }
