@@ -17,6 +17,7 @@ use crate::freeze::{FrozenProcess, are_held, process_list};
 use crate::report::Downtime;
 use crate::sink::{Destination, Lost, PageSink, Receipt, SinkError};
 use crate::tree::{Look, Scanned, SendError, Tree, TreeFault};
+use crate::vm_flags::VmFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use pageferry_common::criu::{Criu, Event, Options, Work, last_errors};
@@ -220,6 +221,7 @@ impl Handover {
                         continue;
                     }
                     self.collect(&processes, parts)?;
+                    dump.leave_smaps(&processes, images.path())?;
                     drop(criu);
                     let (sent, next) = self.round_during(&mut dump, round, parts);
                     during = Some(sent?);
@@ -305,10 +307,14 @@ impl Handover {
 
     /// Begins the dump.
     fn dump(&self, root: i32, images: &Dir) -> Result<Dump, HandoverError> {
-        let (mut shim, mut stopped) = (None, None);
+        let (mut shim, mut stopped, mut flags) = (None, None, None);
         if self.state_dump == StateDump::Preload {
             shim = Some(shim::write(shim::DUMP, images.path())?);
             stopped = Some(fdpass::listen(&images.path().join(STOPPED))?);
+            let probed = VmFlags::probe().inspect_err(|why| {
+                tracing::info!(%why, "CRIU has to read smaps, whose making grows with memory");
+            });
+            flags = probed.ok();
         }
         let (ours, theirs) = UnixStream::pair()?;
         let dir = File::open(images.path())?;
@@ -322,6 +328,7 @@ impl Handover {
         Ok(Dump {
             endpoint: Endpoint::new(ours),
             stopped,
+            flags,
             work,
             _dir: dir,
         })
@@ -522,6 +529,8 @@ struct Dump {
     endpoint: Endpoint,
     /// Where the library in CRIU tells that the tree has stopped; `None` after it has.
     stopped: Option<OwnedFd>,
+    /// Tells of mappings what CRIU would read of `smaps`.
+    flags: Option<VmFlags>,
     work: Work,
     /// CRIU opens it by our number.
     _dir: File,
@@ -573,6 +582,22 @@ impl Dump {
                 return Ok(Next::Criu(self.work.event()?));
             }
         }
+    }
+
+    /// Leaves what CRIU wants of each process's `smaps` where the library in it looks for that. Without it CRIU
+    /// reads the kernel's.
+    fn leave_smaps(&self, processes: &[FrozenProcess], images: &Path) -> Result<(), HandoverError> {
+        let Some(flags) = &self.flags else {
+            return Ok(());
+        };
+        for process in processes {
+            match flags.smaps(process.tid) {
+                Ok(Some(smaps)) => fs::write(images.join(format!("smaps-{}", process.pid)), smaps)?,
+                Ok(None) => tracing::debug!(process.pid, "flags without a name"),
+                Err(why) => tracing::debug!(process.pid, %why, "its flags are not to be had"),
+            }
+        }
+        Ok(())
     }
 
     /// Lets CRIU go on until its end, or that of its pages.

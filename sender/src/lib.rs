@@ -25,3 +25,4 @@ pub mod stream;
 pub mod sys;
 pub mod task;
 pub mod tree;
+pub mod vm_flags;

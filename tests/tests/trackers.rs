@@ -1,11 +1,14 @@
 //! Each dirty tracker on each kind of memory: what arrives is, byte by byte, what the frozen victim
 //! holds. These tests run in the VM too, whose kernel has what the host's may lack.
 
+use pageferry_sender::vm_flags::VmFlags;
+use pageferry_tests::criu::skip;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::images::{Entry, Pagemap};
 use pageferry_tests::scenario::assert_sent;
 use pageferry_tests::{Pair, Victim};
 use std::fs;
+use std::path::Path;
 
 const TRACKERS: [&str; 3] = ["uffd", "soft-dirty", "hash"];
 
@@ -131,4 +134,39 @@ fn compressed() {
 #[test]
 fn with_contents_compared() {
     with_each_tracker("heap=8 zero=2 children=1 dirty=20", &["--skip-unchanged"]);
+}
+
+#[test]
+fn flags_of_mappings_are_those_that_smaps_has() {
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        return skip(
+            "flags of mappings",
+            "this kernel does not describe its types",
+        );
+    }
+    let victim = Victim::start(
+        "heap=2 text=2 thp=4 protnone=1 readonly=1 code=1 guard=1 mlock=1 wipeonfork=1 dontfork=1 \
+         dontdump=1 mergeable=1 brk=1 fileprivate=1 fileshared=1 shared=1 memfd=1 sysv=1",
+    );
+    victim.stop();
+    let flags = VmFlags::probe().unwrap();
+    let ours = flags.smaps(victim.pid()).unwrap().unwrap();
+    let ours = String::from_utf8(ours).unwrap();
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", victim.pid())).unwrap();
+    let kept = |line: &&str| line.starts_with("VmFlags: ") || line.as_bytes()[8..].contains(&b'-');
+    // Flags without names of their own are not for CRIU, nor are those that came later.
+    let named = |line: &str| {
+        line.replace("dp ", "")
+            .replace("gu ", "")
+            .replace("?? ", "")
+    };
+    let mut compared = 0;
+    for (ours, theirs) in ours.lines().zip(smaps.lines().filter(kept)) {
+        assert_eq!(named(ours), named(theirs));
+        compared += 1;
+    }
+    assert_eq!(compared, ours.lines().count());
+    for flag in ["lo", "wf", "dc", "dd", "mg", "hg", "sh", "gd", "nr"] {
+        assert!(ours.contains(&format!(" {flag} ")), "{flag}: {ours}");
+    }
 }

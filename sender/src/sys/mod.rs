@@ -2,6 +2,7 @@
 //!
 //! This directory is the only place in the project where `unsafe` stands.
 
+pub mod bpf;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
