@@ -11,6 +11,9 @@ use std::path::Path;
 /// How far into a file its build id is looked for, bytes. Linkers put it right behind the headers.
 const HEAD_MAX: u64 = 64 << 10;
 
+/// Most files that a receiver compares for one migration.
+pub const FILES_MAX: u32 = 10_000;
+
 /// Longest build id, bytes; usual are 16 and 20.
 pub const BUILD_ID_MAX: usize = 64;
 

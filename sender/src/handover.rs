@@ -359,10 +359,15 @@ impl Handover {
         let (tell, told) = mpsc::channel();
         thread::scope(|scope| {
             let unwanted = &unwanted;
-            scope.spawn(move || {
+            let follow = move || {
                 // Somebody waits for it below.
                 let _ = tell.send(dump.until_end(unwanted));
-            });
+            };
+            let follower = thread::Builder::new().name("criu".into());
+            if let Err(error) = follower.spawn_scoped(scope, follow) {
+                let nobody = HandoverError::Dump("nobody follows it".to_owned());
+                return (Err(error.into()), Err(nobody));
+            }
             let mut sent = self.round(round, Look::UnderCriu, parts);
             loop {
                 unwanted.store(sent.is_err(), Ordering::Relaxed);

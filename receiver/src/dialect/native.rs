@@ -13,6 +13,7 @@ use crate::with_causes;
 use bytes::Bytes;
 use pageferry_common::criu::{Options, Work};
 use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::needed::FILES_MAX;
 use pageferry_common::shim;
 use pageferry_common::sys::perf::TaskEvents;
 use pageferry_common::wire::{
@@ -33,9 +34,6 @@ pub(super) const WORKING_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a sender may take to stop sending after it was refused: closing earlier would reset
 /// the connection and destroy our reason on its way.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-
-/// Most files that are looked for.
-const FILES_MAX: u32 = 10_000;
 
 /// Highest round number taken: bounds chains that a reader must follow.
 const ROUNDS_MAX: u32 = 1000;

@@ -200,12 +200,14 @@ impl DirtyTracker for UffdWp {
             let mut workers = Vec::new();
             for mappings in mappings.chunks(share) {
                 let mut scanner = this.scanner.clone();
-                workers.push(scope.spawn(move || {
+                let work = move || {
                     let scan = |&(task, range): &(&Task, PageRange)| {
                         this.scan_one_shared(task, range, &mut scanner)
                     };
                     mappings.iter().map(scan).collect::<io::Result<Vec<_>>>()
-                }));
+                };
+                let worker = thread::Builder::new().name("scan".into());
+                workers.push(worker.spawn_scoped(scope, work)?);
             }
             let mut written = Vec::with_capacity(mappings.len());
             for worker in workers {
