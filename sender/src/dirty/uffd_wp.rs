@@ -7,7 +7,7 @@ use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::maps::Vma;
 use crate::sys::pagemap::{PRESENT, SWAPPED, WPALLOWED, WRITTEN};
-use crate::sys::uffd::Uffd;
+use crate::sys::uffd::{Uffd, protection_moves};
 use crate::task::Task;
 use pageferry_common::PageRange;
 use std::collections::HashMap;
@@ -81,6 +81,9 @@ impl UffdWp {
         }
         Uffd::of_this_process()?;
         let scanner = Scanner::probe()?;
+        if scanner.has_scan() && protection_moves()? {
+            return Err(io::Error::other("it does not see that pages were moved"));
+        }
         match scanner.has_scan() {
             true => Ok(Self {
                 scanner,
