@@ -597,8 +597,7 @@ impl Dump {
         };
         for process in processes {
             match flags.smaps(process.tid) {
-                Ok(Some(smaps)) => fs::write(images.join(format!("smaps-{}", process.pid)), smaps)?,
-                Ok(None) => tracing::debug!(process.pid, "flags without a name"),
+                Ok(smaps) => fs::write(images.join(format!("smaps-{}", process.pid)), smaps)?,
                 Err(why) => tracing::debug!(process.pid, %why, "its flags are not to be had"),
             }
         }

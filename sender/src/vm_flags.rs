@@ -49,12 +49,12 @@ impl VmFlags {
         MappingsProgram::load(&program, iterator).map(Self)
     }
 
-    /// What CRIU reads of `/proc/PID/smaps`: each mapping's line and its flags. `None` if there are flags whose
-    /// names we do not know.
+    /// What CRIU reads of `/proc/PID/smaps`: each mapping's line and its flags.
     ///
     /// # Errors
-    /// The kernel's; `InvalidData` if the mappings change meanwhile.
-    pub fn smaps(&self, tid: i32) -> io::Result<Option<Vec<u8>>> {
+    /// The kernel's; `InvalidData` if there are flags whose names we do not know, or the mappings change
+    /// meanwhile.
+    pub fn smaps(&self, tid: i32) -> io::Result<Vec<u8>> {
         let mut mappings = self.list(tid)?.into_iter();
         let maps = fs::read(format!("/proc/{tid}/maps"))?;
         let mut text = Vec::with_capacity(4 * maps.len());
@@ -72,7 +72,7 @@ impl VmFlags {
                 })
                 .ok_or_else(|| invalid("the mappings change"))?;
             if flags & !DROPPABLE > u64::from(u32::MAX) {
-                return Ok(None);
+                return Err(invalid("a mapping has a flag without a name"));
             }
             text.extend_from_slice(b"VmFlags: ");
             for (bit, name) in NAMES.iter().enumerate() {
@@ -83,7 +83,7 @@ impl VmFlags {
             text.push(b'\n');
         }
         match mappings.next() {
-            None => Ok(Some(text)),
+            None => Ok(text),
             Some(_) => Err(invalid("the mappings change")),
         }
     }
@@ -204,10 +204,6 @@ impl<'a> Btf<'a> {
         })
     }
 
-    fn start(&self, number: u32) -> Option<usize> {
-        self.starts.get(number.checked_sub(1)? as usize).copied()
-    }
-
     fn is_named(&self, name_at: u32, name: &str) -> bool {
         let found = self.names.get(name_at as usize..).unwrap_or_default();
         found
@@ -226,13 +222,13 @@ impl<'a> Btf<'a> {
 
     /// The offset of a member of a structure or union, in bytes, through members without a name.
     fn offset(&self, number: u32, name: &str, depth: u32) -> Option<u32> {
-        let at = self.start(number)?;
+        let at = *self.starts.get(number.checked_sub(1)? as usize)?;
         let info = word(self.types, at + 4)?;
         if !matches!(info >> 24 & 0x1f, STRUCT | UNION) || depth == 0 {
             return None;
         }
-        let members = (0..(info & 0xffff) as usize).map(|member| at + 12 + 12 * member);
-        members.into_iter().find_map(|member| {
+        let mut members = (0..(info & 0xffff) as usize).map(|member| at + 12 + 12 * member);
+        members.find_map(|member| {
             let inside = match word(self.types, member)? {
                 0 => self.offset(word(self.types, member + 4)?, name, depth - 1)?,
                 found if self.is_named(found, name) => 0,

@@ -150,7 +150,7 @@ fn flags_of_mappings_are_those_that_smaps_has() {
     );
     victim.stop();
     let flags = VmFlags::probe().unwrap();
-    let ours = flags.smaps(victim.pid()).unwrap().unwrap();
+    let ours = flags.smaps(victim.pid()).unwrap();
     let ours = String::from_utf8(ours).unwrap();
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", victim.pid())).unwrap();
     let kept = |line: &&str| line.starts_with("VmFlags: ") || line.as_bytes()[8..].contains(&b'-');

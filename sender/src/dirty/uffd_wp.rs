@@ -7,7 +7,7 @@ use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::maps::Vma;
 use crate::sys::pagemap::{PRESENT, SWAPPED, WPALLOWED, WRITTEN};
-use crate::sys::uffd::{Uffd, protection_moves};
+use crate::sys::uffd::Uffd;
 use crate::task::Task;
 use pageferry_common::PageRange;
 use std::collections::HashMap;
@@ -79,20 +79,20 @@ impl UffdWp {
         if !cfg!(target_arch = "x86_64") {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        Uffd::of_this_process()?;
+        let uffd = Uffd::of_this_process()?;
         let scanner = Scanner::probe()?;
-        if scanner.has_scan() && protection_moves()? {
+        if !scanner.has_scan() {
+            return Err(io::Error::from_raw_os_error(libc::ENOTTY));
+        }
+        if uffd.protection_moves()? {
             return Err(io::Error::other("it does not see that pages were moved"));
         }
-        match scanner.has_scan() {
-            true => Ok(Self {
-                scanner,
-                armed: HashMap::new(),
-                without: HashMap::new(),
-                concluded: false,
-            }),
-            false => Err(io::Error::from_raw_os_error(libc::ENOTTY)),
-        }
+        Ok(Self {
+            scanner,
+            armed: HashMap::new(),
+            without: HashMap::new(),
+            concluded: false,
+        })
     }
 
     fn scan_one_shared(

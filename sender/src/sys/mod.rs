@@ -11,7 +11,10 @@ pub mod signals;
 pub mod uffd;
 pub mod witness;
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
+use std::ptr;
 
 /// The result of a libc call that says "failed" with -1.
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
@@ -19,5 +22,20 @@ fn check(result: libc::c_long) -> io::Result<libc::c_long> {
         Err(io::Error::last_os_error())
     } else {
         Ok(result)
+    }
+}
+
+/// Maps new memory at a place that the kernel chooses: a file's, or of its own.
+fn map(
+    bytes: usize,
+    protection: libc::c_int,
+    flags: libc::c_int,
+    file: Option<&File>,
+) -> io::Result<*mut libc::c_void> {
+    let fd = file.map_or(-1, File::as_raw_fd);
+    // SAFETY: a new mapping at a place that the kernel chooses takes nothing from anybody.
+    match unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, fd, 0) } {
+        libc::MAP_FAILED => Err(io::Error::last_os_error()),
+        at => Ok(at),
     }
 }

@@ -1,13 +1,12 @@
 //! userfaultfd in asynchronous write-protect mode: no fault is ever delivered to us, the kernel
 //! only remembers which protected page was written.
 
-use super::check;
 use super::pagemap::{Query, Region, WRITTEN, scan};
+use super::{check, map};
 use pageferry_common::{PAGE_SIZE, PageRange};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::ptr;
 
 /// Flags of the `userfaultfd` call made in the target: no kernel faults to handle (so no
 /// privilege is needed), and gone on exec.
@@ -94,75 +93,56 @@ impl Uffd {
         }))
         .map(drop)
     }
-}
 
-/// Whether a page that was protected still counts as that after the process has moved it (`mremap`), once
-/// its new place is registered: said of kernels before 6.13. Then it is not seen that what is there is
-/// another page than before. Tried out with a page of this process.
-///
-/// # Errors
-/// The kernel's, if it has no asynchronous write-protection.
-pub fn protection_moves() -> io::Result<bool> {
-    let uffd = Uffd::of_this_process()?;
-    let pagemap = File::open("/proc/self/pagemap")?;
-    let len = PAGE_SIZE as usize;
-    let page = || {
-        // SAFETY: new anonymous memory, which nobody knows of.
-        let at = unsafe {
-            libc::mmap(
-                ptr::null_mut(),
+    /// Whether a page that was protected still counts as that after the process has moved it (`mremap`), once
+    /// its new place is registered: said of kernels before 6.13. Then it is not seen that what is there is
+    /// another page than before. Tried out with a page of this process, which `self` must be of.
+    ///
+    /// # Errors
+    /// The kernel's, if it has no asynchronous write-protection.
+    pub fn protection_moves(&self) -> io::Result<bool> {
+        let pagemap = File::open("/proc/self/pagemap")?;
+        let len = PAGE_SIZE as usize;
+        let page = || {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            map(
                 len,
-                libc::PROT_READ | libc::PROT_WRITE,
+                protection,
                 libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-                -1,
-                0,
+                None,
             )
         };
-        match at {
-            libc::MAP_FAILED => Err(io::Error::last_os_error()),
-            at => Ok(at),
+        let (from, to) = (page()?, page()?);
+        let range =
+            |at: *mut libc::c_void| PageRange::new(at.addr() as u64, 1).map_err(io::Error::other);
+        let mut room = [Region::default()];
+        let mut scan_for_written = |at, protect| {
+            let query = Query {
+                any: WRITTEN,
+                none: 0,
+                report: WRITTEN,
+                protect,
+            };
+            let mut written = false;
+            scan(&pagemap, range(at)?, query, &mut room, |_| written = true)?;
+            io::Result::Ok(written)
+        };
+        // SAFETY: the page is ours, and writable.
+        unsafe { from.cast::<u8>().write_volatile(1) };
+        self.register(range(from)?)?;
+        scan_for_written(from, true)?;
+        if scan_for_written(from, false)? {
+            return Err(io::Error::other("a protected page counts as written"));
         }
-    };
-    let (from, to) = (page()?, page()?);
-    let range =
-        |at: *mut libc::c_void| PageRange::new(at.addr() as u64, 1).map_err(io::Error::other);
-    let query = |protect| Query {
-        any: WRITTEN,
-        none: 0,
-        report: WRITTEN,
-        protect,
-    };
-    let mut room = [Region::default()];
-    let mut scan_for_written = |at, protect| {
-        let mut written = false;
-        scan(&pagemap, range(at)?, query(protect), &mut room, |_| {
-            written = true
-        })?;
-        io::Result::Ok(written)
-    };
-    // SAFETY: the page is ours, and writable.
-    unsafe { from.cast::<u8>().write_volatile(1) };
-    uffd.register(range(from)?)?;
-    scan_for_written(from, true)?;
-    if scan_for_written(from, false)? {
-        return Err(io::Error::other("a protected page counts as written"));
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: both are pages of ours that nothing refers to; the second makes room for the first.
+        if unsafe { libc::mremap(from, len, len, flags, to) } == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        self.register(range(to)?)?;
+        let written = scan_for_written(to, false)?;
+        // SAFETY: the page is ours, and nothing refers to it.
+        check(libc::c_long::from(unsafe { libc::munmap(to, len) }))?;
+        Ok(!written)
     }
-    // SAFETY: both are pages of ours that nothing refers to; the second makes room for the first.
-    let moved = unsafe {
-        libc::mremap(
-            from,
-            len,
-            len,
-            libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
-            to,
-        )
-    };
-    if moved == libc::MAP_FAILED {
-        return Err(io::Error::last_os_error());
-    }
-    uffd.register(range(to)?)?;
-    let written = scan_for_written(to, false)?;
-    // SAFETY: the page is ours, and nothing refers to it.
-    check(libc::c_long::from(unsafe { libc::munmap(to, len) }))?;
-    Ok(!written)
 }

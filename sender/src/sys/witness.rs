@@ -4,12 +4,11 @@
 //! there afterwards is a new one, of zeros. The page tables of who maps it do not tell, for write-protection
 //! outlasts both. Ours do: nobody touches that mapping but us.
 
-use super::check;
 use super::pagemap::{self, PRESENT, Query, Region};
+use super::{check, map};
 use pageferry_common::PageRange;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 
 /// Room for the runs that one scan returns: 24 KiB.
 const ROOM: usize = 1024;
@@ -30,20 +29,8 @@ impl Witness {
     pub fn of(file: &File) -> io::Result<Self> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let bytes = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
-        // SAFETY: a new mapping at a place that the kernel chooses takes nothing from anybody.
-        let at = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                bytes,
-                libc::PROT_READ,
-                libc::MAP_SHARED | libc::MAP_NORESERVE,
-                file.as_raw_fd(),
-                0,
-            )
-        };
-        if at == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        let at = map(bytes, libc::PROT_READ, flags, Some(file))?;
         Ok(Self {
             start: at as u64,
             bytes,
