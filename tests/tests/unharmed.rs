@@ -241,7 +241,7 @@ fn changes_of_the_tree_between_rounds_are_followed() {
 
 #[test]
 fn a_round_may_last_longer_than_the_timeout() {
-    let mut victim = Victim::start("heap=48");
+    let mut victim = Victim::start("heap=128");
     let pair = Pair::start(&[]);
     // The hardest compression takes seconds for memory that does not compress.
     let slow = ["--timeout", "3s", "--compress", "zstd:19", "--then", "stop"];
