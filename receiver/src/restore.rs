@@ -7,6 +7,7 @@
 
 use crate::dialect::Refusal;
 use crate::fill;
+use crate::image::index::Catalog;
 use crate::image::{FileError, failed};
 use crate::segments::Prefilled;
 use crate::with_causes;
@@ -18,7 +19,7 @@ use pageferry_common::shim;
 use pageferry_common::wire::RefuseCode;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, BufWriter, Write};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -150,48 +151,75 @@ impl Restorer {
 pub struct Images {
     /// CRIU's images of state, and pagemaps.
     pub dir: PathBuf,
-    /// The round whose pages are filled in once it runs, if they are.
-    pub pages: Option<PathBuf>,
+    /// The round whose pages are filled in once it runs, if they are, and where they are.
+    pub pages: Option<(PathBuf, Arc<Catalog>)>,
     /// Shared segments that are not read from the images.
     pub segments: Arc<Prefilled>,
 }
 
 /// The process that fills the memory of what runs ahead of it ([`crate::fill`]). It outlives us.
 #[derive(Debug)]
-struct Filler(Child);
+struct Filler {
+    process: Child,
+    /// Tells it to fill also what nobody waits for.
+    go: blocking::Sender<()>,
+}
 
 impl Filler {
     /// Starts it; returns when CRIU may connect to it.
-    fn start(round: &Path, restored: &Path) -> io::Result<Self> {
+    fn start(round: &Path, catalog: &Arc<Catalog>, restored: &Path) -> io::Result<Self> {
         let mut command = Command::new("/proc/self/exe");
         command.arg(fill::ARG).arg(round).arg(restored);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut filler = Self(command.spawn()?);
-        let stdout = filler.0.stdout.take().expect("it is a pipe");
-        let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line)?;
-        if line.is_empty() {
-            filler.kill();
-            return Err(io::Error::other("cannot prepare to fill memory"));
+        let mut process = command.spawn()?;
+        let stdin = process.stdin.take().expect("it is a pipe");
+        let stdout = process.stdout.take().expect("it is a pipe");
+        let (go, may_go) = blocking::channel();
+        let mut filler = Self { process, go };
+        let start = || {
+            let mut line = String::new();
+            BufReader::new(stdout).read_line(&mut line)?;
+            if line.is_empty() {
+                return Err(io::Error::other("cannot prepare to fill memory"));
+            }
+            let mut out = BufWriter::new(stdin);
+            let catalog = Arc::clone(catalog);
+            // CRIU need not wait until it has all of it.
+            let mut tell = move || {
+                catalog.write(&mut out)?;
+                out.flush()?;
+                // The end of it follows at once, so that the byte shows wherever it is read.
+                may_go.recv().map_or(Ok(()), |()| out.write_all(&[0]))
+            };
+            let thread = std::thread::Builder::new().name("index".into());
+            // One that has failed says so itself.
+            thread.spawn(move || drop::<io::Result<()>>(tell()))?;
+            Ok(())
+        };
+        match start() {
+            Ok(()) => Ok(filler),
+            Err(error) => {
+                filler.kill();
+                Err(error)
+            }
         }
-        Ok(filler)
     }
 
     /// Has it fill also what nobody waits for.
     fn go(&mut self) {
         // It goes by itself when CRIU is done.
-        let _ = self.0.stdin.take().map(|mut stdin| stdin.write_all(&[0]));
+        let _ = self.go.send(());
     }
 
     fn kill(&mut self) {
         // One that has ended needs none.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.process.kill();
+        let _ = self.process.wait();
     }
 
     /// Waits until all memory is there. Returns whether it is.
     fn finish(&mut self) -> io::Result<bool> {
-        Ok(self.0.wait()?.success())
+        Ok(self.process.wait()?.success())
     }
 }
 
@@ -298,7 +326,7 @@ fn restore(
 ) -> io::Result<Option<Filler>> {
     let dir = File::open(&images.dir)?;
     let filler = images.pages.as_ref();
-    let filler = filler.map(|pages| Filler::start(pages, &images.dir));
+    let filler = filler.map(|(round, catalog)| Filler::start(round, catalog, &images.dir));
     let mut filler = filler.transpose()?;
     let mut start = || {
         let mut server = None;

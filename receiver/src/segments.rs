@@ -4,7 +4,7 @@
 //! They are memory that the restored processes need anyway. Any that cannot be kept (no memory, no name)
 //! is read from the images.
 
-use crate::image::chain::{Cursor, Levels};
+use crate::image::index::{Catalog, Index};
 use crate::image::{FileError, failed};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -121,12 +121,12 @@ impl Segments {
         }
     }
 
-    /// Those that CRIU would make when it restores from `round`, the first of `chain`, each as it would
-    /// be with its pages.
+    /// Those that CRIU would make when it restores from `round`, that of `catalog`, each as it would be
+    /// with its pages.
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn finish(&mut self, round: &Path, chain: &Levels) -> Result<Prefilled, FileError> {
+    pub fn finish(&mut self, round: &Path, catalog: &Catalog) -> Result<Prefilled, FileError> {
         let mut ready = BTreeMap::new();
         let path = round.join(MEMFDS);
         let records = records::<MemfdInode>(&path).map_err(failed("understand", &path))?;
@@ -139,13 +139,12 @@ impl Segments {
             if memfd.hugetlb_flag.unwrap_or(0) != 0 || memfd.size == 0 {
                 continue;
             }
-            let Some(list) = Cursor::open(chain, ImageId::Shmem(id))? else {
+            let Some(index) = catalog.get(ImageId::Shmem(id)) else {
                 continue;
             };
-            match complete(&ours.file, &memfd, list) {
+            match complete(&ours.file, &memfd, index) {
                 Ok(()) => drop(ready.insert(id, ours.file)),
-                Err(Incomplete::Image(error)) => return Err(error),
-                Err(Incomplete::Memfd(error)) => {
+                Err(error) => {
                     tracing::warn!(id, %error, "a shared segment is read when restoring");
                 }
             }
@@ -155,31 +154,23 @@ impl Segments {
     }
 }
 
-enum Incomplete {
-    Image(FileError),
-    Memfd(io::Error),
-}
-
 /// Gives a memfd its size, takes away the pages that the last round does not list any more, and seals it
 /// if no seal may be added: that is all that tells a memfd that was never to have any.
-fn complete(file: &File, memfd: &MemfdInode, mut list: Cursor) -> Result<(), Incomplete> {
+fn complete(file: &File, memfd: &MemfdInode, pages: &Index) -> io::Result<()> {
     let mut end = 0;
-    while let Some(entry) = list.next_entry().map_err(Incomplete::Image)? {
-        if let Some(gap) = PageRange::from_bounds(end, entry.range.start()) {
-            punch(file, gap).map_err(Incomplete::Memfd)?;
+    for range in pages.ranges() {
+        if let Some(gap) = PageRange::from_bounds(end, range.start()) {
+            punch(file, gap)?;
         }
-        end = entry.range.end();
+        end = range.end();
     }
+    file.set_len(end)?;
+    file.set_len(memfd.size)?;
     let seals = SealFlag::from_bits_truncate(memfd.seals.cast_signed());
-    let finish = || {
-        file.set_len(end)?;
-        file.set_len(memfd.size)?;
-        if seals == SealFlag::F_SEAL_SEAL {
-            fcntl(file, FcntlArg::F_ADD_SEALS(seals))?;
-        }
-        Ok(())
-    };
-    finish().map_err(Incomplete::Memfd)
+    if seals == SealFlag::F_SEAL_SEAL {
+        fcntl(file, FcntlArg::F_ADD_SEALS(seals))?;
+    }
+    Ok(())
 }
 
 fn punch(file: &File, range: PageRange) -> io::Result<()> {
@@ -297,7 +288,6 @@ impl Drop for Server {
 mod tests {
     use super::*;
     use crate::image::DirName;
-    use crate::image::chain::levels;
     use crate::image::writer::DirWriter;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     use pageferry_common::PAGE_SIZE;
@@ -365,7 +355,9 @@ mod tests {
     fn finish(home: &Path, segments: &mut Segments, round: u32, memfd: &MemfdInode) -> Prefilled {
         let top = home.join(round.to_string());
         fs::write(top.join(MEMFDS), memfd_image(memfd)).unwrap();
-        segments.finish(&top, &levels(&top).unwrap()).unwrap()
+        let mut catalog = Catalog::default();
+        (0..round).for_each(|_| catalog.advance(home).unwrap());
+        segments.finish(&top, &catalog).unwrap()
     }
 
     proptest! {

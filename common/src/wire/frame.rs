@@ -47,7 +47,8 @@ frame_kinds! {
     Chunk = 5,
     /// Sender: the round is complete; its totals.
     RoundEnd = 6,
-    /// Receiver: the round is durable; its totals.
+    /// Receiver: the round is complete and durable (the last before a process moves: by [`FrameKind::Running`]); its
+    /// totals.
     RoundAck = 7,
     /// Sender: no more rounds.
     Finish = 8,

@@ -3,12 +3,12 @@
 //! Whatever goes wrong before the sender's commit is on the disk, nothing runs here, and the sender
 //! lets its copy go on. From then on it runs here, whatever happens to the connection.
 
-use super::native::{Session, SharedSegments, WORKING_INTERVAL};
+use super::native::{Kept, Session, WORKING_INTERVAL};
 use super::{Failure, Refusal};
 use crate::image::DirName;
 use crate::image::chain::newest_round;
-use crate::image::lazy::{self, Prepared};
-use crate::image::writer::sync_all;
+use crate::image::lazy::Prepared;
+use crate::image::writer::{sync, sync_all};
 use crate::restore::{Images, Outcome, Progress, Restorer, Restoring, complete};
 use crate::store::Store;
 use crate::with_causes;
@@ -16,7 +16,7 @@ use pageferry_common::MigrationId;
 use pageferry_common::criu::{Criu, Options, Work};
 use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::Path;
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::spawn_blocking;
@@ -34,23 +34,23 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         ready: Work,
         home: &Path,
         round: u32,
-        segments: &SharedSegments,
+        kept: Option<&Mutex<Kept>>,
         options: Options,
     ) -> Result<(), Failure> {
         let round_dir = home.join(DirName::Round(round).to_string());
         tracing::debug!("restore");
-        let ahead = match restorer.lazy {
-            true => {
-                let mut segments = segments.lock().unwrap_or_else(PoisonError::into_inner);
-                lazy::prepare(home, round, &mut segments).map_err(Refusal::from)?
+        let ahead = match kept {
+            Some(kept) => {
+                let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
+                kept.prepare(home)?
             }
-            false => None,
+            None => None,
         };
         tracing::debug!("the images are prepared");
         let images = match ahead {
-            Some(Prepared { dir, segments }) => Images {
+            Some((Prepared { dir, segments }, catalog)) => Images {
                 dir,
-                pages: Some(round_dir.clone()),
+                pages: Some((round_dir.clone(), Arc::new(catalog))),
                 segments: Arc::new(segments),
             },
             None => Images {
@@ -61,7 +61,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         };
         // Nothing is decided until the commit; who dies before has not decided.
         // It may have to be restored again from here.
-        let durable = spawn_blocking(move || sync_all(&round_dir));
+        let above = home.to_owned();
+        let durable = spawn_blocking(move || sync_all(&round_dir).and_then(|()| sync(&above)));
         let restoring = Restoring::start(restorer.criu.clone(), ready, images, options);
         let mut restoring = restoring.map_err(|error| refusal(error.to_string()))?;
         let (criu, root) = match self.wait_for(&mut restoring, true).await {

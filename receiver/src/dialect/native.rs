@@ -5,7 +5,9 @@
 use super::{Failure, Limits, Migration, Refusal};
 use crate::disk::Disk;
 use crate::image::DirName;
-use crate::image::writer::{DirWriter, write_state};
+use crate::image::index::Catalog;
+use crate::image::lazy::{self, Prepared};
+use crate::image::writer::{DirWriter, sync, sync_all, write_state};
 use crate::restore::{Outcome, Restorer};
 use crate::segments::Segments;
 use crate::store::{Store, is_taken};
@@ -109,9 +111,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             hello => self.greet(hello, store, restorer.is_some()).await?,
         };
         let (home, moves) = home;
-        let segments = SharedSegments::default();
         let kept = restorer.filter(|restorer| moves && restorer.lazy);
-        let kept = kept.map(|_| Arc::clone(&segments));
+        let kept = kept.map(|_| SharedKept::default());
         // What the first hardware breakpoint costs, CRIU's would cost the process that waits to be restored.
         let _warm = moves.then(TaskEvents::keep);
         migration.directory.clone_from(&home);
@@ -121,8 +122,12 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             Outcome::make_room(&home).map_err(Refusal::from)?;
             ready = Some(restorer.ready(&home)?);
         }
-        let mut disk = Disk::start(limits.buffers, move |jobs| work(&home, kept, jobs))?;
-        let result = self.rounds(&mut disk, restorer, ready, &segments, migration);
+        let work = {
+            let kept = kept.clone();
+            move |jobs| work(&home, kept.as_deref(), jobs)
+        };
+        let mut disk = Disk::start(limits.buffers, work)?;
+        let result = self.rounds(&mut disk, restorer, ready, kept.as_deref(), migration);
         let result = result.await;
         // A torn round is gone when the sender hears of it.
         disk.end().await;
@@ -140,7 +145,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         disk: &mut Disk<Job>,
         restorer: Option<&Restorer>,
         mut ready: Option<Work>,
-        segments: &SharedSegments,
+        kept: Option<&Mutex<Kept>>,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
         // Files asked for, and what is wrong with them.
@@ -166,7 +171,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         uptime_us,
                     };
                     disk.give(begin).await?;
-                    let totals = self.round(disk).await?;
+                    // Somebody waits for a final one, and the process is restored from it only once it
+                    // is durable, too.
+                    let waits = ready.is_some() && kind == RoundKind::Final;
+                    let totals = self.round(disk, !waits).await?;
                     self.writer
                         .send(&Message::RoundAck { round, totals })
                         .await?;
@@ -214,7 +222,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     };
                     let home = &migration.directory;
                     let round = migration.rounds;
-                    self.take_over(restorer, ready, home, round, segments, options)
+                    self.take_over(restorer, ready, home, round, kept, options)
                         .await?;
                     migration.restored = true;
                 }
@@ -284,8 +292,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         }
     }
 
-    /// Takes a round from its beginning to its end, and makes it durable.
-    async fn round(&mut self, disk: &mut Disk<Job>) -> Result<Totals, Failure> {
+    /// Takes a round from its beginning to its end, and makes it durable: before this returns, or soon.
+    async fn round(&mut self, disk: &mut Disk<Job>, durable: bool) -> Result<Totals, Failure> {
         let mut totals = Totals::default();
         let mut digest = RoundDigest::default();
         loop {
@@ -327,7 +335,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         return Err(Refusal::new(RefuseCode::Protocol, what).into());
                     }
                     let (done, mut committed) = oneshot::channel();
-                    disk.give(Job::Commit(done)).await?;
+                    disk.give(Job::Commit { durable, done }).await?;
                     loop {
                         let wait = tokio::time::timeout(WORKING_INTERVAL, &mut committed);
                         match wait.await {
@@ -396,23 +404,63 @@ enum Job {
         compressed: bool,
         data: Bytes,
     },
-    Commit(oneshot::Sender<()>),
+    Commit {
+        /// Whether it is to be durable before it is said to be done.
+        durable: bool,
+        done: oneshot::Sender<()>,
+    },
 }
 
-/// Shared segments that are kept in memory, too: filled by the thread that writes, given to who restores.
-pub(super) type SharedSegments = Arc<Mutex<Segments>>;
+/// What is kept in memory of what arrives, so that restoring need not read it: by the thread that writes,
+/// for who restores.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) segments: Segments,
+    /// `None` once it cannot be kept.
+    pub(super) catalog: Option<Catalog>,
+}
+
+impl Default for Kept {
+    fn default() -> Self {
+        Self {
+            segments: Segments::default(),
+            catalog: Some(Catalog::default()),
+        }
+    }
+}
+
+impl Kept {
+    /// A round is complete.
+    fn advance(&mut self, home: &Path) {
+        let advanced = self.catalog.as_mut().map(|catalog| catalog.advance(home));
+        if let Some(Err(error)) = advanced {
+            let why = with_causes(&error);
+            tracing::warn!(why, "all memory will be read when restoring");
+            self.catalog = None;
+        }
+    }
+
+    /// Makes the directory that a process is restored from ahead of its memory, if it can be. Nothing is
+    /// kept any more then.
+    pub(super) fn prepare(&mut self, home: &Path) -> Result<Option<(Prepared, Catalog)>, Refusal> {
+        let mut segments = std::mem::take(&mut self.segments);
+        let Some(catalog) = self.catalog.take() else {
+            return Ok(None);
+        };
+        let prepared = lazy::prepare(home, &catalog, &mut segments)?;
+        Ok(prepared.map(|prepared| (prepared, catalog)))
+    }
+}
+
+type SharedKept = Arc<Mutex<Kept>>;
 
 /// The writing thread. `kept` if the process itself is to follow its memory.
 fn work(
     home: &Path,
-    kept: Option<SharedSegments>,
+    kept: Option<&Mutex<Kept>>,
     mut jobs: mpsc::Receiver<Job>,
 ) -> Result<(), Refusal> {
-    let keep = |kept: &Option<SharedSegments>, what: &mut dyn FnMut(&mut Segments)| {
-        if let Some(segments) = kept {
-            what(&mut segments.lock().unwrap_or_else(PoisonError::into_inner));
-        }
-    };
+    let keep = || kept.map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner));
     let mut has_parent = false;
     let mut round: Option<DirWriter> = None;
     let mut decompressor = zstd::bulk::Decompressor::new()
@@ -432,10 +480,14 @@ fn work(
             }
             Job::Open(image) => {
                 has_parent = in_round(&mut round).open(image)?;
-                keep(&kept, &mut |segments| segments.open(image, has_parent));
+                if let Some(mut kept) = keep() {
+                    kept.segments.open(image, has_parent);
+                }
             }
             Job::Memfd(name) => {
-                keep(&kept, &mut |segments| segments.name(&name, has_parent));
+                if let Some(mut kept) = keep() {
+                    kept.segments.name(&name, has_parent);
+                }
             }
             Job::Put {
                 chunk,
@@ -451,13 +503,27 @@ fn work(
                     return Err(Refusal::new(RefuseCode::Protocol, what));
                 }
                 in_round(&mut round).put(&chunk.entries, pages)?;
-                keep(&kept, &mut |segments| segments.put(&chunk.entries, pages));
+                if let Some(mut kept) = keep() {
+                    kept.segments.put(&chunk.entries, pages);
+                }
             }
-            Job::Commit(done) => {
+            Job::Commit { durable, done } => {
                 let round = round.take().expect("the phase table begins rounds");
-                round.commit()?;
+                let dir = match durable {
+                    true => round.commit()?,
+                    false => round.publish()?,
+                };
+                // Who restores waits until it has been brought up to date.
+                let kept = keep();
                 // The task is gone only if the sender is: the round is complete all the same.
                 let _ = done.send(());
+                if let Some(mut kept) = kept {
+                    kept.advance(home);
+                }
+                if !durable {
+                    sync_all(&dir)?;
+                    sync(home)?;
+                }
             }
         }
     }

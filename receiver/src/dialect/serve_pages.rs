@@ -3,7 +3,7 @@
 
 use crate::image::FileError;
 use crate::image::chain::{images, levels, newest_round};
-use crate::image::index::Index;
+use crate::image::index::{Index, Pages};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
 use pageferry_common::{BUFFER_PAGES, BUFFER_SIZE, ImageId, PAGE_SIZE};
 use std::collections::BTreeMap;
@@ -14,7 +14,7 @@ use std::path::Path;
 /// The private memory of every process in a directory of images.
 #[derive(Debug)]
 pub struct Served {
-    tasks: BTreeMap<u32, Index>,
+    tasks: BTreeMap<u32, Pages>,
 }
 
 /// Why a client is no longer served.
@@ -60,7 +60,7 @@ impl Served {
             if let ImageId::Task(pid) = image
                 && let Some(index) = Index::load(&chain, image)?
             {
-                tasks.insert(pid, index);
+                tasks.insert(pid, Pages::open(&chain, image, index)?);
             }
         }
         Ok(Self { tasks })
@@ -144,11 +144,11 @@ impl Served {
     ) -> Result<&'a [u8], ServeError> {
         let pid = u32::try_from(wanted.object).ok();
         let task = pid.and_then(|pid| Some((pid, self.tasks.get(&pid)?)));
-        let (pid, index) = task.ok_or(ServeError::NoProcess(wanted.object))?;
+        let (pid, pages) = task.ok_or(ServeError::NoProcess(wanted.object))?;
         let most = (wanted.pages.min(BUFFER_PAGES as u64) * PAGE_SIZE) as usize;
         let address = wanted.address;
         let pages = match address.is_multiple_of(PAGE_SIZE) {
-            true => index.read(address, &mut buffer[HEADER_MAX..][..most])?,
+            true => pages.read(address, &mut buffer[HEADER_MAX..][..most])?,
             false => 0,
         };
         if pages == 0 {

@@ -12,8 +12,21 @@ pub struct Missing {
 }
 
 impl Missing {
+    /// Pages in the order of their addresses, which are those in the images.
+    #[must_use]
+    pub fn new(ranges: &[PageRange]) -> Self {
+        let joined = ranges.chunk_by(|one, next| one.end() == next.start());
+        let pieces = joined.filter_map(|run| {
+            let start = run.first()?.start();
+            Some((start, (run.last()?.end(), start)))
+        });
+        Self {
+            pieces: pieces.collect(),
+        }
+    }
+
     /// Adds pages that are not in it, `image` being the address of the first in the images.
-    pub fn insert(&mut self, range: PageRange, image: u64) {
+    fn insert(&mut self, range: PageRange, image: u64) {
         let start = match self.pieces.range(..=range.start()).next_back() {
             Some((&start, &(end, before)))
                 if end == range.start() && before + (end - start) == image =>
@@ -138,12 +151,10 @@ mod tests {
             inserted in proptest::collection::btree_set(0..60u64, 0..50),
             steps in proptest::collection::vec(step(), 0..20),
         ) {
-            let mut missing = Missing::default();
-            let mut model = BTreeMap::new();
-            for page in inserted {
-                missing.insert(range(page, 1), page * PAGE_SIZE);
-                model.insert(page, page);
-            }
+            let inserted: Vec<_> = inserted.into_iter().collect();
+            let ranges: Vec<_> = inserted.iter().map(|&page| range(page, 1)).collect();
+            let mut missing = Missing::new(&ranges);
+            let mut model: BTreeMap<_, _> = inserted.into_iter().map(|page| (page, page)).collect();
             for step in steps {
                 match step {
                     Step::Remove(start, len) => {

@@ -5,7 +5,7 @@
 //! the descriptors are closed, and nothing depends on us any more. Until then everything does: so this
 //! runs as a process of its own, in a session of its own, which outlives `receive`.
 
-use crate::image::index::Index;
+use crate::image::index::{Catalog, Pages};
 use crate::image::lazy::{Awaited, awaited};
 use crate::image::{FileError, failed};
 use crate::sys::uffd::{Event, Uffd};
@@ -60,8 +60,8 @@ pub enum FillError {
 }
 
 /// Fills the memory of what CRIU restores from the directory `restored`, from the images in `round`.
-/// Writes a line to standard output when CRIU may connect, and begins to fill when a byte comes from
-/// standard input; what is waited for is filled before.
+/// Writes a line to standard output when CRIU may connect. Takes the [`Catalog`] of the round from standard
+/// input, and begins to fill when one more byte comes from there; what is waited for is filled before.
 ///
 /// # Errors
 /// [`FillError`]: if CRIU has begun to restore by then, what it restores is of no use.
@@ -76,8 +76,9 @@ pub fn run(round: &Path, restored: &Path) -> Result<(), FillError> {
     let listener = UnixListener::bind(socket)?;
     writeln!(io::stdout(), "listening")?;
     io::stdout().flush()?;
+    let catalog = Catalog::read(&mut io::stdin().lock())?;
     let mut filler = Filler {
-        images: awaited(round)?.ok_or(FillError::NoStacks)?,
+        images: awaited(round, catalog)?.ok_or(FillError::NoStacks)?,
         spaces: Vec::new(),
         turn: 0,
         buffer: vec![0; (CHUNK * PAGE_SIZE) as usize],
@@ -97,10 +98,12 @@ struct Filler {
 /// What one process has of memory, or will have.
 struct Space {
     uffd: Uffd,
-    image: Rc<Index>,
+    pages: Rc<Pages>,
     missing: Missing,
     /// What is to be filled next; what is missing may not be in it.
     queue: VecDeque<PageRange>,
+    /// What is to be filled then.
+    later: Box<dyn Iterator<Item = PageRange>>,
     /// Pages that are waited for.
     faults: Vec<u64>,
     /// The process is no more.
@@ -194,15 +197,12 @@ impl Filler {
             let what = format!("CRIU restores process {pid}, which has no image");
             return Err(io::Error::other(what).into());
         };
-        let mut missing = Missing::default();
-        for &range in &awaited.missing {
-            missing.insert(range, range.start());
-        }
         self.spaces.push(Space {
             uffd: Uffd::ready(fd),
-            image: Rc::clone(&awaited.image),
-            missing,
-            queue: awaited.image.by_age().into(),
+            pages: Rc::clone(&awaited.pages),
+            missing: Missing::new(&awaited.missing),
+            queue: VecDeque::new(),
+            later: Box::new(Rc::clone(&awaited.pages).by_age()),
             faults: Vec::new(),
             gone: false,
         });
@@ -236,9 +236,10 @@ impl Space {
                 Event::Fault(address) => self.faults.push(address),
                 Event::Fork(uffd) => children.push(Space {
                     uffd,
-                    image: Rc::clone(&self.image),
+                    pages: Rc::clone(&self.pages),
                     missing: self.missing.clone(),
                     queue: VecDeque::new(),
+                    later: Box::new(std::iter::empty()),
                     faults: Vec::new(),
                     gone: false,
                 }),
@@ -299,7 +300,8 @@ impl Space {
         if self.is_whole() {
             return Ok(());
         }
-        let Some(range) = self.queue.pop_front() else {
+        let next = self.queue.pop_front().or_else(|| self.later.next());
+        let Some(range) = next else {
             // What has been moved, or is a child's.
             self.queue.extend(self.missing.iter());
             return Ok(());
@@ -323,7 +325,7 @@ impl Space {
     /// first is done; if not, there are events to be taken first.
     fn put(&mut self, range: PageRange, image: u64, buffer: &mut [u8]) -> Result<bool, FillError> {
         let buffer = &mut buffer[..range.bytes() as usize];
-        let len = match self.image.read(image, buffer) {
+        let len = match self.pages.read(image, buffer) {
             Ok(pages) => pages * PAGE_SIZE,
             // Better to have the process wait than to give it anything else.
             Err(error) => {

@@ -187,6 +187,18 @@ impl Cursor {
         Ok((self.offset, metadata.len()))
     }
 
+    /// Where the pages of the entry read last begin in the pages file, bytes, if they are there.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// The pages file.
+    #[must_use]
+    pub fn into_pages(self) -> File {
+        self.pages
+    }
+
     /// Number of the pages file, and whether every page count so far was there twice.
     #[must_use]
     pub fn pages_id(&self) -> (u32, bool) {

@@ -5,7 +5,7 @@
 
 use pageferry_common::PageRange;
 use pageferry_common::psi::Place;
-use std::io::{self, Read, Write};
+use std::io::{self, BufRead, Write};
 
 /// First word of an image.
 const COMMON_MAGIC: u32 = 0x5456_4319;
@@ -97,7 +97,7 @@ pub struct PagemapReader<R> {
     counts_agree: bool,
 }
 
-impl<R: Read> PagemapReader<R> {
+impl<R: BufRead> PagemapReader<R> {
     /// Reads magic words and head.
     ///
     /// # Errors
@@ -108,13 +108,15 @@ impl<R: Read> PagemapReader<R> {
         if magic[..4] != COMMON_MAGIC.to_le_bytes() || magic[4..] != PAGEMAP_MAGIC.to_le_bytes() {
             return Err(invalid("not a pagemap image"));
         }
-        let head = read_record(&mut input)?.ok_or_else(|| invalid("a pagemap without a head"))?;
         let mut pages_id = None;
-        parse_fields(&head, |field, value| {
-            if field == 1 {
-                pages_id = u32::try_from(value).ok();
-            }
+        let head = next_record(&mut input, |head| {
+            parse_fields(head, |field, value| {
+                if field == 1 {
+                    pages_id = u32::try_from(value).ok();
+                }
+            })
         })?;
+        head.ok_or_else(|| invalid("a pagemap without a head"))?;
         Ok(Self {
             input,
             pages_id: pages_id.ok_or_else(|| invalid("a pagemap head without a pages id"))?,
@@ -140,10 +142,9 @@ impl<R: Read> PagemapReader<R> {
     /// # Errors
     /// `InvalidData` for what is no such entry; those of `input`.
     pub fn next_entry(&mut self) -> io::Result<Option<PagemapEntry>> {
-        let Some(record) = read_record(&mut self.input)? else {
+        let Some((entry, agree)) = next_record(&mut self.input, PagemapEntry::parse)? else {
             return Ok(None);
         };
-        let (entry, agree) = PagemapEntry::parse(&record)?;
         self.counts_agree &= agree;
         if entry.range.start() < self.at {
             return Err(invalid(format!(
@@ -197,8 +198,27 @@ impl Record {
     }
 }
 
-/// The next record; `None` where the image ends between two.
-fn read_record(input: &mut impl Read) -> io::Result<Option<Vec<u8>>> {
+/// What `parse` makes of the next record; `None` where the image ends between two. There may be a
+/// million: one that the buffer has all of is not copied.
+fn next_record<T>(
+    input: &mut impl BufRead,
+    parse: impl FnOnce(&[u8]) -> io::Result<T>,
+) -> io::Result<Option<T>> {
+    // An error comes again below.
+    let buffer = input.fill_buf().unwrap_or_default();
+    if let Some((len, rest)) = buffer.split_first_chunk() {
+        let len = u32::from_le_bytes(*len) as usize;
+        if let Some(record) = rest.get(..len) {
+            let parsed = parse(record)?;
+            input.consume(size_of::<u32>() + len);
+            return Ok(Some(parsed));
+        }
+    }
+    read_record(input)?.map(|record| parse(&record)).transpose()
+}
+
+/// A record of its own, wherever in the buffer it lies.
+fn read_record(input: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
     let mut len = [0; 4];
     let first = loop {
         match input.read(&mut len) {
@@ -243,17 +263,16 @@ fn parse_fields(record: &[u8], mut each: impl FnMut(u64, u64)) -> io::Result<()>
 
 fn parse_varint(rest: &mut &[u8]) -> io::Result<u64> {
     let mut value = 0u64;
-    for shift in (0..64).step_by(7) {
-        let (&byte, tail) = rest
-            .split_first()
-            .ok_or_else(|| invalid("a number that is cut short"))?;
-        *rest = tail;
-        value |= u64::from(byte & 0x7f) << shift;
+    for (index, &byte) in rest.iter().take(10).enumerate() {
+        value |= u64::from(byte & 0x7f) << (7 * index);
         if byte & 0x80 == 0 {
+            *rest = &rest[index + 1..];
             return Ok(value);
         }
     }
-    Err(invalid("a number of more than 64 bits"))
+    Err(invalid(
+        "a number that is cut short or of more than 64 bits",
+    ))
 }
 
 #[cfg(test)]

@@ -1,29 +1,34 @@
-//! An image with its pages found, for reading in any order.
+//! Where the pages of images are, for reading in any order.
 
-use super::chain::{Cursor, Levels};
-use super::{FileError, failed};
+use super::chain::{Cursor, Levels, images};
+use super::{DirName, FileError, failed};
+use pageferry_common::psi::Place;
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange};
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
-use std::io;
+use std::io::{self, BufRead, Write};
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
-/// One image through all levels of a chain. Its memory grows with the entries, not with the pages.
-#[derive(Debug)]
+/// Most runs of all images that a [`Catalog`] has, 128 MiB of them.
+const RUNS_MAX: usize = 1 << 22;
+
+/// One image through all directories of a chain. Its memory grows with the entries, not with the pages.
+#[derive(Debug, Clone, Default)]
 pub struct Index {
-    image: ImageId,
     /// Ascending.
     runs: Vec<Run>,
-    /// The pages files, by level.
-    files: BTreeMap<usize, File>,
-    levels: Levels,
 }
 
 /// Pages that lie together in memory and in a file.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Run {
     range: PageRange,
-    level: usize,
+    /// Directories of the chain that are behind the one that has them.
+    behind: usize,
+    /// Where they begin in the pages file, bytes.
     offset: u64,
 }
 
@@ -31,41 +36,72 @@ impl Index {
     /// Reads where an image's pages are; `None` if it is not in the first of `levels`.
     ///
     /// # Errors
-    /// [`FileError`].
+    /// [`FileError`], also if one of its pages is nowhere.
     pub fn load(levels: &Levels, image: ImageId) -> Result<Option<Self>, FileError> {
-        let (Some(mut list), Some(mut cursor)) =
-            (Cursor::open(levels, image)?, Cursor::open(levels, image)?)
-        else {
+        let mut newest = None;
+        for (behind, dir) in levels.iter().rev().enumerate() {
+            let parent = newest.map(|(index, _)| index).unwrap_or_default();
+            newest = Self::default().follow(&parent, dir, behind, image)?;
+        }
+        newest
+            .map(|newest| complete(newest, &levels[0], image))
+            .transpose()
+    }
+
+    /// Becomes that of the image in `dir`, which has so many directories behind it, `parent` being that of the
+    /// next of these; and the first pages that are said to be there, and are not. `None` if the image is not in
+    /// `dir`.
+    fn follow(
+        mut self,
+        parent: &Self,
+        dir: &Path,
+        behind: usize,
+        image: ImageId,
+    ) -> Result<Option<(Self, Option<PageRange>)>, FileError> {
+        let Some(mut list) = Cursor::open(&[dir.to_owned()].into(), image)? else {
             return Ok(None);
         };
-        let mut index = Self {
-            image,
-            runs: Vec::new(),
-            files: BTreeMap::new(),
-            levels: levels.clone(),
-        };
+        self.runs.clear();
+        let mut nowhere = None;
+        let mut parent = parent.runs.iter().copied().peekable();
         while let Some(entry) = list.next_entry()? {
-            cursor.read(entry.range, &mut |found| {
-                if let std::collections::btree_map::Entry::Vacant(unknown) =
-                    index.files.entry(found.level)
-                {
-                    let file = found.file.try_clone();
-                    unknown.insert(file.map_err(failed("open", &levels[found.level]))?);
-                }
-                index.add(Run {
-                    range: found.range,
-                    level: found.level,
-                    offset: found.offset,
+            let range = entry.range;
+            if let Place::Present { .. } = entry.place {
+                let offset = list.offset();
+                self.add(Run {
+                    range,
+                    behind,
+                    offset,
                 });
-                Ok(())
-            })?;
+                continue;
+            }
+            let mut at = range.start();
+            while parent.next_if(|run| run.range.end() <= at).is_some() {}
+            while let (Place::Parent, Some(run)) = (entry.place, parent.peek())
+                && run.range.start() <= at
+                && let Some(found) = run.range.intersect(range)
+            {
+                let skip = found.start() - run.range.start();
+                self.add(Run {
+                    range: found,
+                    behind: run.behind,
+                    offset: run.offset + skip,
+                });
+                at = found.end();
+                // The next entry may be in the same run.
+                if at < run.range.end() {
+                    break;
+                }
+                parent.next();
+            }
+            nowhere = nowhere.or(PageRange::from_bounds(at, range.end()));
         }
-        Ok(Some(index))
+        Ok(Some((self, nowhere)))
     }
 
     fn add(&mut self, next: Run) {
         if let Some(last) = self.runs.last_mut()
-            && last.level == next.level
+            && last.behind == next.behind
             && last.offset + last.range.bytes() == next.offset
             && let Some(range) = last.range.joined(next.range)
         {
@@ -75,12 +111,74 @@ impl Index {
         self.runs.push(next);
     }
 
-    /// Where its pages are in memory, those of the newest level first.
-    #[must_use]
-    pub fn by_age(&self) -> Vec<PageRange> {
-        let mut runs: Vec<_> = self.runs.iter().collect();
-        runs.sort_by_key(|run| run.level);
-        runs.iter().map(|run| run.range).collect()
+    /// Its pages, ascending, those that lie together in one range.
+    pub fn ranges(&self) -> impl Iterator<Item = PageRange> + '_ {
+        let together = |one: &Run, next: &Run| one.range.end() == next.range.start();
+        self.runs.chunk_by(together).filter_map(|runs| {
+            let (first, last) = (runs.first()?, runs.last()?);
+            PageRange::from_bounds(first.range.start(), last.range.end())
+        })
+    }
+}
+
+/// An index that all pages are in.
+fn complete(
+    (index, nowhere): (Index, Option<PageRange>),
+    dir: &Path,
+    image: ImageId,
+) -> Result<Index, FileError> {
+    match nowhere {
+        None => Ok(index),
+        Some(range) => {
+            let what = format!("pages {range} are nowhere in the chain");
+            let error = io::Error::new(io::ErrorKind::InvalidData, what);
+            Err(failed("resolve", &dir.join(image.pagemap_name()))(error))
+        }
+    }
+}
+
+/// The pages of an image, wherever in a chain they are.
+#[derive(Debug)]
+pub struct Pages {
+    index: Index,
+    /// By how many directories are behind.
+    files: BTreeMap<usize, File>,
+    /// Its pagemap in the newest directory.
+    path: PathBuf,
+}
+
+impl Pages {
+    /// Opens the files that have them.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn open(levels: &Levels, image: ImageId, index: Index) -> Result<Self, FileError> {
+        let path = levels[0].join(image.pagemap_name());
+        let mut files = BTreeMap::new();
+        for run in &index.runs {
+            if let Entry::Vacant(unknown) = files.entry(run.behind) {
+                let dir = levels.iter().rev().nth(run.behind);
+                let dir = [dir.unwrap_or(&levels[0]).clone()];
+                let gone = || failed("open", &path)(io::ErrorKind::NotFound.into());
+                let list = Cursor::open(&dir.into(), image)?.ok_or_else(gone)?;
+                unknown.insert(list.into_pages());
+            }
+        }
+        Ok(Self { index, files, path })
+    }
+
+    /// Where they are in memory, those of the newest directory first.
+    pub fn by_age(self: Rc<Self>) -> impl Iterator<Item = PageRange> + use<> {
+        let newest = self.files.keys().next_back().copied();
+        // They are not sorted, for that takes memory, and time before the first.
+        let ages = (0..=newest.unwrap_or(0)).rev();
+        ages.flat_map(move |behind| {
+            let this = Rc::clone(&self);
+            (0..this.index.runs.len()).filter_map(move |number| {
+                let run = this.index.runs[number];
+                (run.behind == behind).then_some(run.range)
+            })
+        })
     }
 
     /// Reads the pages from `address` on, as many as there are without a gap and fit into `buffer`.
@@ -91,8 +189,9 @@ impl Index {
     pub fn read(&self, address: u64, buffer: &mut [u8]) -> Result<u64, FileError> {
         let mut at = address;
         let mut filled = 0;
-        let first = self.runs.partition_point(|run| run.range.end() <= address);
-        for run in &self.runs[first..] {
+        let runs = &self.index.runs;
+        let first = runs.partition_point(|run| run.range.end() <= address);
+        for run in &runs[first..] {
             let room = (buffer.len() - filled) as u64 / PAGE_SIZE * PAGE_SIZE;
             if run.range.start() > at || room == 0 {
                 break;
@@ -100,17 +199,256 @@ impl Index {
             let skip = at - run.range.start();
             let len = room.min(run.range.bytes() - skip);
             let part = &mut buffer[filled..filled + len as usize];
-            self.files[&run.level]
+            self.files[&run.behind]
                 .read_exact_at(part, run.offset + skip)
-                .map_err(|error| self.failed(run.level, error))?;
+                .map_err(failed("read the pages of", &self.path))?;
             filled += len as usize;
             at += len;
         }
         Ok(filled as u64 / PAGE_SIZE)
     }
+}
 
-    fn failed(&self, level: usize, error: io::Error) -> FileError {
-        let path = self.levels[level].join(self.image.pagemap_name());
-        failed("read the pages of", &path)(error)
+/// All images of a migration's newest round. Kept from round to round, so that what is read of them when the
+/// process moves is only what is new in the last.
+#[derive(Debug, Default)]
+pub struct Catalog {
+    images: BTreeMap<ImageId, Index>,
+    rounds: u32,
+    /// Its memory is used for the next: new memory is slow.
+    spare: Index,
+}
+
+impl Catalog {
+    /// Takes the next round, complete, of the migration at `home`.
+    ///
+    /// # Errors
+    /// [`FileError`], also if it would have more than 4 million runs.
+    pub fn advance(&mut self, home: &Path) -> Result<(), FileError> {
+        let dir = home.join(DirName::Round(self.rounds + 1).to_string());
+        let mut next = BTreeMap::new();
+        let mut runs = 0;
+        for image in images(&dir)? {
+            let parent = self.images.remove(&image).unwrap_or_default();
+            let spare = std::mem::take(&mut self.spare);
+            let index = spare.follow(&parent, &dir, self.rounds as usize, image)?;
+            let index = complete(index.expect("it was listed"), &dir, image)?;
+            self.spare = parent;
+            runs += index.runs.len();
+            if runs > RUNS_MAX {
+                let error = io::Error::other("it is in too many pieces");
+                return Err(failed("keep the index of", &dir)(error));
+            }
+            next.insert(image, index);
+        }
+        self.images = next;
+        self.rounds += 1;
+        Ok(())
+    }
+
+    /// The newest round.
+    #[must_use]
+    pub fn rounds(&self) -> u32 {
+        self.rounds
+    }
+
+    /// Each image with its index.
+    pub fn images(&self) -> impl Iterator<Item = (ImageId, &Index)> {
+        self.images.iter().map(|(&image, index)| (image, index))
+    }
+
+    /// Each image with its index, for good.
+    pub fn into_images(self) -> impl Iterator<Item = (ImageId, Index)> {
+        self.images.into_iter()
+    }
+
+    /// The index of one image.
+    #[must_use]
+    pub fn get(&self, image: ImageId) -> Option<&Index> {
+        self.images.get(&image)
+    }
+
+    /// Writes what it says of processes, for [`Catalog::read`].
+    ///
+    /// # Errors
+    /// Those of `out`.
+    pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
+        let tasks = self
+            .images
+            .iter()
+            .filter_map(|(&image, index)| match image {
+                ImageId::Task(pid) => Some((pid, index)),
+                ImageId::Shmem(_) => None,
+            });
+        write_words(out, [tasks.clone().count() as u64])?;
+        for (pid, index) in tasks {
+            write_words(out, [pid.into(), index.runs.len() as u64])?;
+            for &Run {
+                range,
+                behind,
+                offset,
+            } in &index.runs
+            {
+                let words = [range.start(), range.pages(), behind as u64, offset];
+                write_words(out, words)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what was written; it is of no round.
+    ///
+    /// # Errors
+    /// `InvalidData` for what is none, `UnexpectedEof` for a part of one; those of `input`.
+    pub fn read(input: &mut impl BufRead) -> io::Result<Self> {
+        let mut catalog = Self::default();
+        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
+        let [tasks] = read_words(input)?;
+        for _ in 0..tasks {
+            let [pid, count] = read_words(input)?;
+            let mut index = Index::default();
+            // It may say anything.
+            index.runs.reserve(count.min(RUNS_MAX as u64) as usize);
+            for _ in 0..count {
+                let [start, pages, behind, offset] = read_words(input)?;
+                let range = PageRange::new(start, pages).map_err(|_| invalid())?;
+                index.runs.push(Run {
+                    range,
+                    behind: behind as usize,
+                    offset,
+                });
+            }
+            let image = ImageId::Task(u32::try_from(pid).map_err(|_| invalid())?);
+            catalog.images.insert(image, index);
+        }
+        Ok(catalog)
+    }
+}
+
+fn write_words<const N: usize>(out: &mut impl Write, words: [u64; N]) -> io::Result<()> {
+    let mut bytes = words.iter().map(|word| word.to_le_bytes());
+    bytes.try_for_each(|bytes| out.write_all(&bytes))
+}
+
+fn read_words<const N: usize>(input: &mut impl BufRead) -> io::Result<[u64; N]> {
+    let mut words = [0; N];
+    for word in &mut words {
+        let mut bytes = [0; size_of::<u64>()];
+        input.read_exact(&mut bytes)?;
+        *word = u64::from_le_bytes(bytes);
+    }
+    Ok(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::chain::levels;
+    use crate::image::format::PagemapEntry;
+    use crate::image::writer::DirWriter;
+    use proptest::prelude::*;
+
+    const IMAGE: ImageId = ImageId::Task(7);
+    const PAGES: usize = 12;
+
+    /// One round: each page is not there (0), new, or kept if it was there (3 and more).
+    fn put_round(home: &Path, round: u32, old: &[u8], steps: &[u8]) -> Vec<u8> {
+        let mut writer = DirWriter::begin(home, DirName::Round(round)).unwrap();
+        if round > 1 {
+            writer.follow(DirName::Round(round - 1)).unwrap();
+        }
+        writer.open(IMAGE).unwrap();
+        let mut new = vec![0; PAGES];
+        for (page, &step) in steps.iter().enumerate() {
+            let range = PageRange::new(page as u64 * PAGE_SIZE, 1).unwrap();
+            let old = old.get(page).copied().unwrap_or(0);
+            let (place, content) = match (step % 8, old) {
+                (0, _) => continue,
+                (3.., 1..) => (Place::Parent, old),
+                _ => (Place::Present { lazy: true }, step.max(1)),
+            };
+            new[page] = content;
+            let len = if place == Place::Parent {
+                0
+            } else {
+                PAGE_SIZE as usize
+            };
+            let entries = [PagemapEntry { range, place }];
+            writer.put_as_is(&entries, &vec![content; len]).unwrap();
+        }
+        writer.publish().unwrap();
+        new
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        /// Every page is found with what was put there last, by whichever way the index was made.
+        #[test]
+        fn it_finds_what_was_put(
+            rounds in prop::collection::vec(prop::collection::vec(any::<u8>(), PAGES), 1..6),
+        ) {
+            let home = tempfile::tempdir().unwrap();
+            let (mut catalog, mut model) = (Catalog::default(), Vec::new());
+            for (round, steps) in (1u32..).zip(&rounds) {
+                model = put_round(home.path(), round, &model, steps);
+                catalog.advance(home.path()).unwrap();
+            }
+            prop_assert_eq!(catalog.rounds() as usize, rounds.len());
+            let levels = levels(&home.path().join(rounds.len().to_string())).unwrap();
+            let loaded = Index::load(&levels, IMAGE).unwrap().unwrap();
+            prop_assert_eq!(&loaded.runs, &catalog.get(IMAGE).unwrap().runs);
+            let mut written = Vec::new();
+            catalog.write(&mut written).unwrap();
+            let read = Catalog::read(&mut &written[..]).unwrap();
+            let (_, read) = read.into_images().next().unwrap();
+            prop_assert_eq!(&loaded.runs, &read.runs);
+            let pages = Pages::open(&levels, IMAGE, read).unwrap();
+            for (page, &content) in model.iter().enumerate() {
+                let mut buffer = vec![0xee; PAGE_SIZE as usize];
+                let found = pages.read(page as u64 * PAGE_SIZE, &mut buffer).unwrap();
+                prop_assert_eq!(found, u64::from(content != 0));
+                prop_assert!(content == 0 || buffer.iter().all(|&byte| byte == content));
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_refused_or_read(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let _ = Catalog::read(&mut &bytes[..]);
+        }
+    }
+
+    #[test]
+    fn pages_that_are_nowhere_are_missed_only_in_the_newest() {
+        let home = tempfile::tempdir().unwrap();
+        let entry = |page: u64, place| PagemapEntry {
+            range: PageRange::new(page * PAGE_SIZE, 1).unwrap(),
+            place,
+        };
+        let data = [1; PAGE_SIZE as usize];
+        for (round, entries) in [
+            (
+                1,
+                vec![
+                    entry(1, Place::Elsewhere),
+                    entry(2, Place::Present { lazy: false }),
+                ],
+            ),
+            (2, vec![entry(1, Place::Parent), entry(2, Place::Parent)]),
+            (3, vec![entry(2, Place::Parent)]),
+        ] {
+            let mut writer = DirWriter::begin(home.path(), DirName::Round(round)).unwrap();
+            if round > 1 {
+                writer.follow(DirName::Round(round - 1)).unwrap();
+            }
+            writer.open(IMAGE).unwrap();
+            let present = if round == 1 { &data[..] } else { &[] };
+            writer.put_as_is(&entries, present).unwrap();
+            writer.publish().unwrap();
+        }
+        let load = |round: &str| Index::load(&levels(&home.path().join(round)).unwrap(), IMAGE);
+        assert_eq!(load("3").unwrap().unwrap().runs.len(), 1);
+        assert!(load("2").is_err());
+        assert!(Catalog::default().advance(home.path()).is_err());
     }
 }

@@ -4,15 +4,15 @@
 //! memory is not in it at all, and is filled in by us ([`crate::fill`]). Making it takes time for
 //! entries, not for pages.
 
-use super::chain::{Cursor, Levels, images, levels};
+use super::chain::levels;
 use super::format::PagemapEntry;
-use super::index::Index;
+use super::index::{Catalog, Index, Pages};
 use super::writer::{DirWriter, WriteError};
 use super::{DirName, FileError, failed};
 use crate::segments::{Prefilled, Segments};
 use pageferry_common::psi::Place;
 use pageferry_common::state::records;
-use pageferry_common::{ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
+use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
 use prost::Message;
 use std::collections::BTreeMap;
 use std::fs;
@@ -92,40 +92,47 @@ pub struct Prepared {
     pub segments: Prefilled,
 }
 
-/// Makes the directory beside `round`, a complete final round that CRIU's images of state are in;
-/// `segments` are those of its shared segments that are in memory already. `None` if these images do
-/// not tell where the stacks are (not x86-64).
+/// Makes the directory beside the newest round of `catalog`, a complete final one that CRIU's images of
+/// state are in; `segments` are those of its shared segments that are in memory already. `None` if these
+/// images do not tell where the stacks are (not x86-64).
 ///
 /// # Errors
 /// [`WriteError`].
 pub fn prepare(
     home: &Path,
-    round: u32,
+    catalog: &Catalog,
     segments: &mut Segments,
 ) -> Result<Option<Prepared>, WriteError> {
-    let top = home.join(DirName::Round(round).to_string());
-    let chain = levels(&top)?;
-    let Some(mut images) = split(&top, &chain)? else {
+    let round = DirName::Round(catalog.rounds());
+    let top = home.join(round.to_string());
+    let Some(mut images) = split(&top, catalog)? else {
         return Ok(None);
     };
-    let segments = segments.finish(&top, &chain)?;
+    let segments = segments.finish(&top, catalog)?;
     for image in &mut images {
         if matches!(image.id, ImageId::Shmem(id) if segments.has(id)) {
             image.at_once.clear();
         }
     }
-    let mut writer = DirWriter::begin(home, DirName::Restore(round))?;
+    let mut writer = DirWriter::begin(home, DirName::Restore(catalog.rounds()))?;
     let at_once = images.iter().flat_map(|image| &image.at_once);
     let copied = at_once.map(|(range, _)| range.pages()).sum::<u64>() <= COPIED_MAX;
-    match copied {
-        true => writer.read_from(DirName::Round(round))?,
-        false => writer.follow(DirName::Round(round))?,
+    if !copied {
+        writer.follow(round)?;
     }
-    for image in images {
-        writer.open(image.id)?;
-        for (range, huge) in image.at_once {
+    let chain = levels(&top)?;
+    for Image {
+        id, index, at_once, ..
+    } in images
+    {
+        writer.open(id)?;
+        if at_once.is_empty() {
+            continue;
+        }
+        let pages = Pages::open(&chain, id, index.clone())?;
+        for (range, huge) in at_once {
             match copied || huge {
-                true => writer.copy(range)?,
+                true => copy(&mut writer, &pages, range)?,
                 false => {
                     let place = Place::Parent;
                     writer.put_as_is(&[PagemapEntry { range, place }], &[])?;
@@ -143,34 +150,52 @@ pub fn prepare(
     Ok(Some(Prepared { dir, segments }))
 }
 
+/// Writes pages that are in an image.
+fn copy(writer: &mut DirWriter, pages: &Pages, range: PageRange) -> Result<(), WriteError> {
+    let mut buffer = vec![0; range.bytes().min(BUFFER_SIZE as u64) as usize];
+    let mut rest = Some(range);
+    while let Some(now) = rest {
+        let room = &mut buffer[..now.bytes().min(BUFFER_SIZE as u64) as usize];
+        let found = pages.read(now.start(), room)?;
+        let (now, later) = now.split_at(found);
+        let range = now.expect("it is in the index");
+        let place = Place::Present { lazy: false };
+        let data = &buffer[..range.bytes() as usize];
+        writer.put_as_is(&[PagemapEntry { range, place }], data)?;
+        rest = later;
+    }
+    Ok(())
+}
+
 /// What a process that was restored from the directory of [`prepare`] waits for.
 #[derive(Debug)]
 pub struct Awaited {
     /// Its pages.
-    pub image: Rc<Index>,
+    pub pages: Rc<Pages>,
     /// Those that are missing.
     pub missing: Vec<PageRange>,
 }
 
-/// What the processes wait for that are restored from `round`; `None` as with [`prepare`].
+/// What the processes wait for that are restored from `round`, that of `catalog`; `None` as with
+/// [`prepare`].
 ///
 /// # Errors
 /// [`FileError`].
-pub fn awaited(round: &Path) -> Result<Option<BTreeMap<i32, Awaited>>, FileError> {
-    let chain = levels(round)?;
-    let Some(images) = split(round, &chain)? else {
+pub fn awaited(
+    round: &Path,
+    catalog: Catalog,
+) -> Result<Option<BTreeMap<i32, Awaited>>, FileError> {
+    let Some(images) = split(round, &catalog)? else {
         return Ok(None);
     };
+    let chain = levels(round)?;
+    let later = images.into_iter().map(|image| (image.id, image.later));
+    let mut later: BTreeMap<_, _> = later.collect();
     let mut awaited = BTreeMap::new();
-    for Image { id, later, .. } in images {
-        if let ImageId::Task(pid) = id
-            && let Some(index) = Index::load(&chain, id)?
-        {
-            let image = Awaited {
-                image: Rc::new(index),
-                missing: later,
-            };
-            awaited.insert(pid.cast_signed(), image);
+    for (id, index) in catalog.into_images() {
+        if let (ImageId::Task(pid), Some(missing)) = (id, later.remove(&id)) {
+            let pages = Rc::new(Pages::open(&chain, id, index)?);
+            awaited.insert(pid.cast_signed(), Awaited { pages, missing });
         }
     }
     Ok(Some(awaited))
@@ -178,20 +203,21 @@ pub fn awaited(round: &Path) -> Result<Option<BTreeMap<i32, Awaited>>, FileError
 
 /// One image, by when its pages are needed.
 #[derive(Debug)]
-struct Image {
+struct Image<'a> {
     id: ImageId,
+    index: &'a Index,
     /// By CRIU, and whether they are huge.
     at_once: Vec<(PageRange, bool)>,
     later: Vec<PageRange>,
 }
 
-/// All images in `top`, the first of `chain`; `None` if there are no stacks in CRIU's.
-fn split(top: &Path, chain: &Levels) -> Result<Option<Vec<Image>>, FileError> {
+/// All images of the round in `top`; `None` if there are no stacks in CRIU's.
+fn split<'a>(top: &Path, catalog: &'a Catalog) -> Result<Option<Vec<Image<'a>>>, FileError> {
     let Some(stacks) = stacks(top)? else {
         return Ok(None);
     };
     let mut split = Vec::new();
-    for id in images(top)? {
+    for (id, index) in catalog.images() {
         let vmas = match id {
             ImageId::Task(pid) => match record::<Mm>(&top.join(format!("mm-{pid}.img")))? {
                 Some(mm) => mm.vmas,
@@ -201,16 +227,18 @@ fn split(top: &Path, chain: &Levels) -> Result<Option<Vec<Image>>, FileError> {
             ImageId::Shmem(_) => Vec::new(),
         };
         let (mut at_once, mut later) = (Vec::new(), Vec::new());
-        let mut list = Cursor::open(chain, id)?.expect("it was listed");
-        while let Some(entry) = list.next_entry()? {
-            for (range, needed) in pieces(entry.range, &vmas, &stacks) {
-                match needed {
-                    Needed::Later => later.push(range),
-                    Needed::AtOnce { huge } => at_once.push((range, huge)),
-                }
-            }
+        for range in index.ranges() {
+            pieces(range, &vmas, &stacks, |range, needed| match needed {
+                Needed::Later => later.push(range),
+                Needed::AtOnce { huge } => at_once.push((range, huge)),
+            });
         }
-        split.push(Image { id, at_once, later });
+        split.push(Image {
+            id,
+            index,
+            at_once,
+            later,
+        });
     }
     Ok(Some(split))
 }
@@ -225,9 +253,13 @@ enum Needed {
 }
 
 /// Cuts a range where it changes when its pages are needed.
-fn pieces(range: PageRange, vmas: &[Vma], stacks: &PageSet) -> Vec<(PageRange, Needed)> {
+fn pieces(
+    range: PageRange,
+    vmas: &[Vma],
+    stacks: &PageSet,
+    mut each: impl FnMut(PageRange, Needed),
+) {
     const AT_ONCE: Needed = Needed::AtOnce { huge: false };
-    let mut pieces = Vec::new();
     let mut at = range.start();
     let first = vmas.partition_point(|vma| vma.end <= at);
     for vma in &vmas[first..] {
@@ -235,25 +267,24 @@ fn pieces(range: PageRange, vmas: &[Vma], stacks: &PageSet) -> Vec<(PageRange, N
             break;
         }
         let gap = PageRange::from_bounds(at, vma.start.max(at));
-        pieces.extend(gap.map(|gap| (gap, AT_ONCE)));
+        gap.into_iter().for_each(|gap| each(gap, AT_ONCE));
         let (start, end) = (vma.start.max(at), vma.end.min(range.end()));
         let Some(inside) = PageRange::from_bounds(start, end) else {
             continue;
         };
         at = end;
         if vma.flags & MAP_HUGETLB != 0 {
-            pieces.push((inside, Needed::AtOnce { huge: true }));
+            each(inside, Needed::AtOnce { huge: true });
         } else if vma.is_lazy() {
             stacks.split(inside, |range, stack| {
-                pieces.push((range, if stack { AT_ONCE } else { Needed::Later }));
+                each(range, if stack { AT_ONCE } else { Needed::Later });
             });
         } else {
-            pieces.push((inside, AT_ONCE));
+            each(inside, AT_ONCE);
         }
     }
     let rest = PageRange::from_bounds(at, range.end());
-    pieces.extend(rest.map(|rest| (rest, AT_ONCE)));
-    pieces
+    rest.into_iter().for_each(|rest| each(rest, AT_ONCE));
 }
 
 /// The pages that threads' stack pointers are in: wanted at once, whoever's they are.
@@ -314,8 +345,15 @@ mod tests {
         let mut stacks = PageSet::new();
         stacks.insert(range(5, 6));
         let (now, later) = (Needed::AtOnce { huge: false }, Needed::Later);
+        let pieces = |range| {
+            let mut all = Vec::new();
+            pieces(range, &vmas, &stacks, |range, needed| {
+                all.push((range, needed))
+            });
+            all
+        };
         assert_eq!(
-            pieces(range(2, 35), &vmas, &stacks),
+            pieces(range(2, 35)),
             [
                 (range(2, 5), later),
                 (range(5, 6), now),
@@ -326,9 +364,6 @@ mod tests {
                 (range(30, 35), now),
             ]
         );
-        assert_eq!(
-            pieces(range(50, 60), &vmas, &stacks),
-            [(range(50, 60), now)]
-        );
+        assert_eq!(pieces(range(50, 60)), [(range(50, 60), now)]);
     }
 }

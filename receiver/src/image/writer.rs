@@ -75,19 +75,9 @@ impl DirWriter {
     /// # Errors
     /// [`WriteError`].
     pub fn follow(&mut self, parent: DirName) -> Result<(), WriteError> {
-        self.read_from(parent)?;
+        self.parents = levels(&self.home.join(parent.to_string()))?;
         let link = self.tmp.join(PARENT);
         symlink(format!("../{parent}"), &link).map_err(failed("create", &link))?;
-        Ok(())
-    }
-
-    /// Has pages copied from `other`, complete and in the same directory above. What was opened before
-    /// cannot be.
-    ///
-    /// # Errors
-    /// [`WriteError`].
-    pub fn read_from(&mut self, other: DirName) -> Result<(), WriteError> {
-        self.parents = levels(&self.home.join(other.to_string()))?;
         Ok(())
     }
 
@@ -172,14 +162,6 @@ impl DirWriter {
         Ok(())
     }
 
-    /// Stores pages of the open image's parent again, behind all before them.
-    ///
-    /// # Errors
-    /// [`WriteError`].
-    pub fn copy(&mut self, range: PageRange) -> Result<(), WriteError> {
-        self.image_at(range)?.copy_from_parent(range)
-    }
-
     /// The open image, with its end moved behind `range`.
     fn image_at(&mut self, range: PageRange) -> Result<&mut ImageWriter, WriteError> {
         let Some(image) = &mut self.open else {
@@ -207,8 +189,8 @@ impl DirWriter {
         Ok(path)
     }
 
-    /// Lets the directory appear under its name, whether or not it would survive a power failure:
-    /// for what can be made again. Returns its path.
+    /// Lets the directory appear under its name, whether or not it would survive a power failure. Returns its
+    /// path.
     ///
     /// # Errors
     /// [`WriteError`]; it does not appear then.
@@ -265,7 +247,11 @@ pub fn sync_all(dir: &Path) -> Result<(), FileError> {
     sync(dir)
 }
 
-fn sync(path: &Path) -> Result<(), FileError> {
+/// Makes a file, or what is in a directory, durable.
+///
+/// # Errors
+/// [`FileError`].
+pub fn sync(path: &Path) -> Result<(), FileError> {
     File::open(path)
         .and_then(|file| file.sync_all())
         .map_err(failed("sync", path))
