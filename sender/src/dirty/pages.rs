@@ -29,8 +29,7 @@ fn own_pages(file: bool) -> Query {
         } else {
             pagemap::PFNZERO
         },
-        report: 0,
-        protect: false,
+        ..Query::default()
     }
 }
 
@@ -80,23 +79,31 @@ impl Scanner {
         }
     }
 
-    /// All pages of `range`, there or not, each run with its categories out of `report`. By `PAGEMAP_SCAN`
-    /// only.
-    pub fn all_pages(
+    /// All pages of `range`, there or not, each run with its categories out of `report`, and protects them.
+    /// By `PAGEMAP_SCAN` only.
+    pub fn protect_all(
         &mut self,
         pagemap: &File,
         range: PageRange,
         report: u64,
-        protect: bool,
         each: impl FnMut(PageRange, u64),
     ) -> io::Result<()> {
         let query = Query {
-            any: 0,
-            none: 0,
             report,
-            protect,
+            protect: true,
+            ..Query::default()
         };
         self.scan(pagemap, range, query, each)
+    }
+
+    /// [`pagemap::scan_unprotected`].
+    pub fn unprotected_pages(
+        &mut self,
+        pagemap: &File,
+        range: PageRange,
+        each: impl FnMut(PageRange),
+    ) -> io::Result<()> {
+        pagemap::scan_unprotected(pagemap, range, &mut self.room, each)
     }
 
     fn scan(

@@ -112,13 +112,16 @@ impl UffdWp {
             }
             _ => written.push(next),
         };
+        if self.concluded {
+            scanner.unprotected_pages(&task.pagemap, range, add)?;
+            return Ok(written);
+        }
         let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
         let mut end = range.start();
         // Protecting leaves a marker for every page that is not there. So one without has been there since,
         // written or not, and is gone again; or the mapping is a new one. What the kernel leaves out is not
         // protected.
-        let protect = !self.concluded;
-        scanner.all_pages(&task.pagemap, range, report, protect, |found, bits| {
+        scanner.protect_all(&task.pagemap, range, report, |found, bits| {
             PageRange::from_bounds(end, found.start())
                 .into_iter()
                 .for_each(&mut add);

@@ -119,9 +119,9 @@ impl Uffd {
         let mut scan_for_written = |at, protect| {
             let query = Query {
                 any: WRITTEN,
-                none: 0,
                 report: WRITTEN,
                 protect,
+                ..Query::default()
             };
             let mut written = false;
             scan(&pagemap, range(at)?, query, &mut room, |_| written = true)?;

@@ -62,10 +62,9 @@ impl Witness {
     /// The kernel's.
     pub fn gone(&self, offsets: PageRange, gone: &mut Vec<PageRange>) -> io::Result<()> {
         let query = Query {
-            any: 0,
             none: PRESENT,
             report: PRESENT,
-            protect: false,
+            ..Query::default()
         };
         let mut room = vec![Region::default(); ROOM];
         let range = self.at(offsets)?;
