@@ -97,10 +97,85 @@ impl MemfdName {
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
+impl MigrationId {
+    /// Takes what was printed.
+    #[must_use]
+    pub fn from_hex(text: &str) -> Option<Self> {
+        from_hex(text).map(Self)
+    }
+}
+
 impl fmt::Display for MigrationId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(&to_hex(&self.0))
     }
+}
+
+/// What only the two ends of a migration know: 256 random bits. Its id is no secret, for a directory is named
+/// by it.
+#[derive(Clone, Copy)]
+pub struct Token(pub [u8; 32]);
+
+impl Token {
+    /// Takes what [`Token::to_hex`] made.
+    #[must_use]
+    pub fn from_hex(text: &str) -> Option<Self> {
+        from_hex(text).map(Self)
+    }
+
+    /// 64 hex digits, to be kept where only its owner reads them.
+    #[must_use]
+    pub fn to_hex(&self) -> String {
+        to_hex(&self.0)
+    }
+}
+
+impl PartialEq for Token {
+    /// Takes the same time whatever they have in common.
+    fn eq(&self, other: &Self) -> bool {
+        let both = self.0.iter().zip(&other.0);
+        let differing = both.fold(0, |bits, (ours, theirs)| bits | (ours ^ theirs));
+        std::hint::black_box(differing) == 0
+    }
+}
+
+impl Eq for Token {}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a secret")
+    }
+}
+
+/// What a sender names its migration by, and proves that it is its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Claim {
+    /// Its id.
+    pub id: MigrationId,
+    /// The tree's root, as its PID namespace counts.
+    pub root_pid: u32,
+    /// The proof.
+    pub token: Token,
+}
+
+fn to_hex(bytes: &[u8]) -> String {
+    use fmt::Write;
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("a string takes everything");
+        text
+    })
+}
+
+fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let mut bytes = [0; N];
+    let digits = text.as_bytes();
+    if digits.len() != 2 * N || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return None;
+    }
+    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+    }
+    Some(bytes)
 }
 
 impl fmt::Debug for MigrationId {
@@ -112,6 +187,26 @@ impl fmt::Debug for MigrationId {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hex_digits_are_read_back() {
+        let (id, token) = (MigrationId([0xa7; 16]), Token([0x0f; 32]));
+        assert_eq!(MigrationId::from_hex(&id.to_string()), Some(id));
+        assert_eq!(Token::from_hex(&token.to_hex()), Some(token));
+        let mut other = token;
+        other.0[31] ^= 1;
+        assert_ne!(token, other);
+        for bad in [
+            "",
+            "0f",
+            &"+1".repeat(16),
+            &"0f".repeat(33),
+            &"é".repeat(16),
+        ] {
+            assert_eq!(MigrationId::from_hex(bad), None, "{bad}");
+        }
+        assert!(!format!("{token:?}").contains("0f"));
+    }
 
     #[test]
     fn only_images_of_state_have_names_of_state() {

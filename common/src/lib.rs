@@ -24,5 +24,5 @@ pub mod wire;
 
 pub use addr::{PAGE_SIZE, PageRange};
 pub use buffer::{BUFFER_PAGES, BUFFER_SIZE, BufferPool, PageBuf};
-pub use ids::{ImageId, MemfdName, MigrationId, StateName};
+pub use ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
 pub use page_set::PageSet;

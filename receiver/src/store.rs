@@ -2,9 +2,10 @@
 //! CRIU itself sends.
 
 use crate::image::chain::names;
+use crate::image::writer::{create_image, sync};
 use crate::image::{DirName, FileError, failed};
 use nix::fcntl::{Flock, FlockArg};
-use pageferry_common::{ImageId, MigrationId};
+use pageferry_common::{Claim, ImageId, Token};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -15,6 +16,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// The file that says which receiver works here.
 const LOCK: &str = ".lock";
+
+/// The file in a migration's directory that has its sender's [`Token`].
+const TOKEN: &str = "token";
 
 /// The directory of all migrations, ours alone while this lives.
 #[derive(Debug)]
@@ -104,23 +108,44 @@ impl Store {
         Ok(store)
     }
 
-    /// The directory of a new migration.
+    /// The directory of a new migration, with what its sender will prove itself by later.
     ///
     /// # Errors
     /// [`FileError`]; `AlreadyExists` if that migration was here before.
-    pub fn create(&self, root_pid: u32, id: MigrationId) -> Result<PathBuf, FileError> {
-        let path = self.home(root_pid, id);
+    pub fn create(&self, claim: &Claim) -> Result<PathBuf, FileError> {
+        let home = self.home(claim);
         DirBuilder::new()
             .mode(0o700)
-            .create(&path)
-            .map_err(failed("create", &path))?;
-        Ok(path)
+            .create(&home)
+            .map_err(failed("create", &home))?;
+        let path = home.join(TOKEN);
+        let write = |mut file: File| {
+            file.write_all(claim.token.to_hex().as_bytes())?;
+            file.sync_all()
+        };
+        write(create_image(&path)?).map_err(failed("write", &path))?;
+        sync(&home)?;
+        Ok(home)
     }
 
     /// Where a migration is, if it is here.
     #[must_use]
-    pub fn home(&self, root_pid: u32, id: MigrationId) -> PathBuf {
-        self.dir.join(format!("{root_pid}-{id}"))
+    pub fn home(&self, claim: &Claim) -> PathBuf {
+        self.dir.join(format!("{}-{}", claim.root_pid, claim.id))
+    }
+
+    /// Whether the migration is the one's who says so; also if it is not here.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn is_owner(&self, claim: &Claim) -> Result<bool, FileError> {
+        let home = self.home(claim);
+        let path = home.join(TOKEN);
+        match fs::read_to_string(&path) {
+            Ok(text) => Ok(Token::from_hex(&text) == Some(claim.token)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(!home.exists()),
+            Err(error) => Err(failed("read", &path)(error)),
+        }
     }
 
     /// Takes a migration for oneself; `None` if somebody has it.
@@ -225,12 +250,41 @@ pub fn is_taken(error: &FileError) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pageferry_common::MigrationId;
+    use std::os::unix::fs::PermissionsExt;
+
+    fn claim(secret: u8) -> Claim {
+        Claim {
+            id: MigrationId([0xab; 16]),
+            root_pid: 7,
+            token: Token([secret; 32]),
+        }
+    }
+
+    #[test]
+    fn only_who_has_the_token_is_the_owner() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        // Of what is not here nobody learns anything.
+        assert!(store.is_owner(&claim(1)).unwrap());
+        let home = store.create(&claim(1)).unwrap();
+        assert!(store.is_owner(&claim(1)).unwrap());
+        assert!(!store.is_owner(&claim(2)).unwrap());
+        let mode = fs::metadata(home.join(TOKEN)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        for torn in ["", "01"] {
+            fs::write(home.join(TOKEN), torn).unwrap();
+            assert!(!store.is_owner(&claim(1)).unwrap());
+        }
+        fs::remove_file(home.join(TOKEN)).unwrap();
+        assert!(!store.is_owner(&claim(1)).unwrap());
+    }
 
     #[test]
     fn what_is_torn_goes_and_everything_else_stays() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        let home = store.create(7, MigrationId([0xab; 16])).unwrap();
+        let home = store.create(&claim(1)).unwrap();
         for name in ["1", ".2.tmp", ".x.tmp", ".2.tmp.bak"] {
             fs::create_dir(home.join(name)).unwrap();
         }
@@ -238,9 +292,7 @@ mod tests {
         for name in ["criu-3", ".criu-4.tmp", ".criu-x.tmp", "criu-05"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
-        assert!(is_taken(
-            &store.create(7, MigrationId([0xab; 16])).unwrap_err()
-        ));
+        assert!(is_taken(&store.create(&claim(2)).unwrap_err()));
         assert!(matches!(
             Store::open(dir.path()),
             Err(StoreError::InUse { by, .. }) if by == std::process::id().to_string()

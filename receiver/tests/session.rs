@@ -7,7 +7,7 @@ use pageferry_common::wire::{
     self, Chunk, Entry, EntryKind, FrameReader, FrameWriter, Incoming, Message, RefuseCode,
     RoundKind, SharedPhase, Totals, WireError,
 };
-use pageferry_common::{ImageId, MigrationId, PAGE_SIZE, PageRange};
+use pageferry_common::{Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token};
 use pageferry_receiver::dialect::native::receive;
 use pageferry_receiver::dialect::{Failure, Limits, Migration};
 use pageferry_receiver::image::verify::verify;
@@ -43,8 +43,7 @@ impl Sender {
             version,
             page_size: PAGE_SIZE as u32,
             features: wire::FEATURES,
-            id: MigrationId([1; 16]),
-            root_pid: 7,
+            claim: claim(2),
         };
         self.say(hello).await;
         self.hear().await
@@ -92,6 +91,15 @@ impl Sender {
         self.totals.digest = self.digest.value();
         self.say(Message::RoundEnd(self.totals)).await;
         self.hear().await
+    }
+}
+
+/// What a sender says that has this secret.
+fn claim(secret: u8) -> Claim {
+    Claim {
+        id: MigrationId([1; 16]),
+        root_pid: 7,
+        token: Token([secret; 32]),
     }
 }
 
@@ -279,4 +287,31 @@ async fn a_sender_that_vanishes_leaves_no_torn_round() {
     .await;
     assert!(matches!(result, Err(Failure::Wire(_))));
     assert_eq!(rounds(&migration), [""; 0]);
+}
+
+#[tokio::test]
+async fn only_its_sender_can_have_a_migration_decided() {
+    let dir = tempfile::tempdir().unwrap();
+    let (migration, _) = session(dir.path(), async |sender| {
+        sender.greet(wire::VERSION).await.unwrap();
+        sender.begin(1).await;
+        sender.end().await.unwrap();
+    })
+    .await;
+    let outcome = migration.directory.join("outcome.json");
+    let (_, denied) = session(dir.path(), async |stranger| {
+        stranger.say(Message::Resolve(claim(3))).await;
+        assert_eq!(refusal(stranger.hear().await), RefuseCode::Denied);
+    })
+    .await;
+    assert!(matches!(denied, Err(Failure::Refusal(_))), "{denied:?}");
+    assert!(!outcome.exists());
+    let (_, answered) = session(dir.path(), async |sender| {
+        sender.say(Message::Resolve(claim(2))).await;
+        let answer = sender.hear().await.unwrap();
+        assert_eq!(answer, Message::Outcome { running: false });
+    })
+    .await;
+    answered.unwrap();
+    assert!(fs::read_to_string(outcome).unwrap().contains("aborted"));
 }

@@ -25,7 +25,7 @@ use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, 
 use pageferry_common::shim;
 use pageferry_common::state::children_are_waited_for;
 use pageferry_common::sys::{fdpass, perf};
-use pageferry_common::{BufferPool, MigrationId, PAGE_SIZE, StateName};
+use pageferry_common::{BufferPool, Claim, MigrationId, PAGE_SIZE, StateName};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -122,8 +122,8 @@ pub struct Handover {
     pub state_dump: StateDump,
     /// Where the receiver listens, as given.
     pub to: String,
-    /// What it knows the migration by.
-    pub id: MigrationId,
+    /// Which migration it is.
+    pub claim: Claim,
 }
 
 /// One of the rounds of a hand-over.
@@ -198,7 +198,7 @@ impl Handover {
         round: u32,
         parts: &mut Parts<'_>,
     ) -> Result<HandedOver, HandoverError> {
-        let images = tempdir(self.id)?;
+        let images = tempdir(self.claim.id)?;
         let mut dump = self.dump(root, &images)?;
         // What the first hardware breakpoint costs, CRIU's would cost the frozen tree.
         let _warm = perf::TaskEvents::keep();
@@ -461,7 +461,7 @@ impl Handover {
         work: &mut Work,
         sink: &mut dyn PageSink,
     ) -> Result<(), HandoverError> {
-        let record = Record::new(&self.to, self.id, root)?;
+        let record = Record::new(&self.to, self.claim, root);
         record.write()?;
         // From here on it cannot run here, whoever dies.
         record.signal(Signal::SIGSTOP);

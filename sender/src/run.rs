@@ -16,7 +16,7 @@ use nix::sys::signal::Signal;
 use pageferry_common::criu::{BadOption, Criu, NoCriu};
 use pageferry_common::tls::TlsError;
 use pageferry_common::wire::WireError;
-use pageferry_common::{BufferPool, MigrationId};
+use pageferry_common::{BufferPool, Claim, MigrationId, Token};
 use std::io::{self, IsTerminal, Read};
 use std::net::ToSocketAddrs;
 use std::path::Path;
@@ -105,9 +105,9 @@ enum Failure {
 /// Ends a move whose end was lost sight of: asks the receiver, and lets the copy here go on or go.
 fn resolve(cli: &Cli, root: i32) -> Result<(), Failure> {
     let record = Record::read(root)?;
-    let id = record.id().ok_or(Failure::BadRecord(root))?;
+    let claim = record.claim().ok_or(Failure::BadRecord(root))?;
     let tls = cli.tls.client()?;
-    match crate::sink::resolve(record.to.clone(), id, record.root_pid, cli.timeout, tls) {
+    match crate::sink::resolve(record.to.clone(), claim, cli.timeout, tls) {
         Ok(true) => {
             record.signal(Signal::SIGKILL);
             record.await_end();
@@ -143,7 +143,11 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     let gone = |_| MigrateError::TargetGone(pid);
     let depth = namespace_depth(pid).map_err(gone)?;
     let root_pid = crate::task::pid_in_namespace(pid, depth).map_err(gone)?;
-    let id = random_id().map_err(Failure::Prepare)?;
+    let claim = Claim {
+        id: MigrationId(random().map_err(Failure::Prepare)?),
+        root_pid,
+        token: Token(random().map_err(Failure::Prepare)?),
+    };
     let handover = match cli.migrate {
         true => Some(Handover {
             criu: match Criu::find(cli.criu.as_deref())?.with_options(&cli.criu_args)? {
@@ -153,7 +157,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
             options: cli.criu_options(),
             state_dump: cli.state_dump,
             to: to.to_owned(),
-            id,
+            claim,
         }),
         false => None,
     };
@@ -163,8 +167,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     let pool = BufferPool::new(usize::from(cli.buffers));
     let connect = Connect {
         to: to.to_owned(),
-        id,
-        root_pid,
+        claim,
         stall: cli.timeout,
         tls,
         compression: cli.compress,
@@ -177,7 +180,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     }
     let progress = Progress::start(sink.counters());
     let mut report = Report::new(pid, tracker.name());
-    report.migration = id.to_string();
+    report.migration = claim.id.to_string();
     sink.directory().clone_into(&mut report.directory);
     let plan = Plan {
         root: pid,
@@ -212,10 +215,10 @@ fn refuse_plaintext(cli: &Cli, to: &str) -> Result<(), Failure> {
     }
 }
 
-fn random_id() -> io::Result<MigrationId> {
-    let mut id = [0; 16];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut id)?;
-    Ok(MigrationId(id))
+fn random<const N: usize>() -> io::Result<[u8; N]> {
+    let mut bytes = [0; N];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(bytes)
 }
 
 fn start_log(verbose: u8) {

@@ -289,8 +289,11 @@ mod tests {
             version: 1,
             page_size: 4096,
             features: 0,
-            id: crate::MigrationId([7; 16]),
-            root_pid: 1,
+            claim: crate::Claim {
+                id: crate::MigrationId([7; 16]),
+                root_pid: 1,
+                token: crate::Token([8; 32]),
+            },
         }
     }
 

@@ -2,7 +2,7 @@
 
 use super::frame::FrameKind;
 use crate::addr::{BadRange, PAGE_SIZE, PageRange};
-use crate::ids::{ImageId, MemfdName, MigrationId, StateName};
+use crate::ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
 use crate::needed::{BUILD_ID_MAX, NeededFile};
 use crate::{BUFFER_PAGES, BUFFER_SIZE};
 
@@ -40,6 +40,8 @@ pub enum RefuseCode {
     Busy = 5,
     /// The process cannot be restored here.
     Restore = 6,
+    /// The migration is somebody else's.
+    Denied = 7,
 }
 
 /// What both ends count over a round and compare before it is acked.
@@ -130,8 +132,7 @@ pub enum Message {
         version: u16,
         page_size: u32,
         features: u64,
-        id: MigrationId,
-        root_pid: u32,
+        claim: Claim,
     },
     /// See [`FrameKind::Welcome`].
     Welcome {
@@ -178,7 +179,7 @@ pub enum Message {
     /// See [`FrameKind::Running`].
     Running,
     /// See [`FrameKind::Resolve`].
-    Resolve { root_pid: u32, id: MigrationId },
+    Resolve(Claim),
     /// See [`FrameKind::Outcome`].
     Outcome { running: bool },
     /// See [`FrameKind::Memfd`].
@@ -257,7 +258,7 @@ impl Message {
             Self::Restored => FrameKind::Restored,
             Self::Commit => FrameKind::Commit,
             Self::Running => FrameKind::Running,
-            Self::Resolve { .. } => FrameKind::Resolve,
+            Self::Resolve(_) => FrameKind::Resolve,
             Self::Outcome { .. } => FrameKind::Outcome,
             Self::Memfd(_) => FrameKind::Memfd,
             Self::File(_) => FrameKind::File,
@@ -276,12 +277,10 @@ impl Message {
                 version,
                 page_size,
                 features,
-                id,
-                root_pid,
+                claim,
             } => {
                 out.u16(*version).u32(*page_size).u64(*features);
-                out.0.extend_from_slice(&id.0);
-                out.u32(*root_pid);
+                out.claim(claim);
             }
             Self::Welcome {
                 version,
@@ -340,10 +339,7 @@ impl Message {
             Self::Restore { options } => {
                 out.u32(*options);
             }
-            Self::Resolve { root_pid, id } => {
-                out.u32(*root_pid);
-                out.0.extend_from_slice(&id.0);
-            }
+            Self::Resolve(claim) => out.claim(claim),
             Self::Memfd(name) => {
                 out.text(name.as_str());
             }
@@ -383,8 +379,7 @@ impl Message {
                 version: input.u16()?,
                 page_size: input.u32()?,
                 features: input.u64()?,
-                id: MigrationId(input.array()?),
-                root_pid: input.u32()?,
+                claim: input.claim()?,
             },
             FrameKind::Welcome => Self::Welcome {
                 version: input.u16()?,
@@ -428,6 +423,7 @@ impl Message {
                     4 => RefuseCode::Limit,
                     5 => RefuseCode::Busy,
                     6 => RefuseCode::Restore,
+                    7 => RefuseCode::Denied,
                     other => return Err(bad("refusal", u64::from(other))),
                 },
                 reason: input.text()?,
@@ -446,10 +442,7 @@ impl Message {
             FrameKind::Restored => Self::Restored,
             FrameKind::Commit => Self::Commit,
             FrameKind::Running => Self::Running,
-            FrameKind::Resolve => Self::Resolve {
-                root_pid: input.u32()?,
-                id: MigrationId(input.array()?),
-            },
+            FrameKind::Resolve => Self::Resolve(input.claim()?),
             FrameKind::File => Self::File(NeededFile {
                 size: input.u64()?,
                 path: input.text()?,
@@ -481,6 +474,12 @@ fn bad(what: &'static str, value: u64) -> MessageError {
 struct Encoder(Vec<u8>);
 
 impl Encoder {
+    fn claim(&mut self, claim: &Claim) {
+        self.0.extend_from_slice(&claim.id.0);
+        self.u32(claim.root_pid);
+        self.0.extend_from_slice(&claim.token.0);
+    }
+
     fn u8(&mut self, value: u8) -> &mut Self {
         self.0.push(value);
         self
@@ -527,6 +526,14 @@ struct Decoder<'a> {
 }
 
 impl Decoder<'_> {
+    fn claim(&mut self) -> Result<Claim, MessageError> {
+        Ok(Claim {
+            id: MigrationId(self.array()?),
+            root_pid: self.u32()?,
+            token: Token(self.array()?),
+        })
+    }
+
     fn array<const N: usize>(&mut self) -> Result<[u8; N], MessageError> {
         let (head, rest) = self
             .rest
@@ -682,15 +689,22 @@ mod tests {
         })
     }
 
+    fn arb_claim() -> impl Strategy<Value = Claim> {
+        any::<([u8; 16], u32, [u8; 32])>().prop_map(|(id, root_pid, token)| Claim {
+            id: MigrationId(id),
+            root_pid,
+            token: Token(token),
+        })
+    }
+
     fn arb_message() -> impl Strategy<Value = Message> {
         prop_oneof![
-            any::<(u16, u32, u64, [u8; 16], u32)>().prop_map(
-                |(version, page_size, features, id, root_pid)| Message::Hello {
+            (any::<(u16, u32, u64)>(), arb_claim()).prop_map(
+                |((version, page_size, features), claim)| Message::Hello {
                     version,
                     page_size,
                     features,
-                    id: MigrationId(id),
-                    root_pid
+                    claim
                 }
             ),
             (any::<u16>(), any::<u64>(), ".{0,40}").prop_map(|(version, features, directory)| {
@@ -738,10 +752,7 @@ mod tests {
             Just(Message::Restored),
             Just(Message::Commit),
             Just(Message::Running),
-            (any::<u32>(), any::<[u8; 16]>()).prop_map(|(root_pid, id)| Message::Resolve {
-                root_pid,
-                id: MigrationId(id),
-            }),
+            arb_claim().prop_map(Message::Resolve),
             any::<bool>().prop_map(|running| Message::Outcome { running }),
             (
                 ".{0,40}",

@@ -22,7 +22,7 @@
 //!
 //! ```text
 //!  S                                                            R
-//!  | Hello {version, page size, features, id, root PID}         |
+//!  | Hello {version, page size, features, claim}                |
 //!  | ---------------------------------------------------------> |
 //!  |            Welcome {version, features, directory}  or  Refuse
 //!  | <--------------------------------------------------------- |
@@ -60,7 +60,7 @@
 //!
 //! | kind | name | from | metadata |
 //! |---|---|---|---|
-//! | 1 | Hello | S | version u16, page size u32, features u64, migration id 16 bytes, root PID u32 |
+//! | 1 | Hello | S | version u16, page size u32, features u64, claim |
 //! | 2 | Welcome | R | version u16, features u64 (those both ends have), directory string |
 //! | 3 | RoundBegin | S | round u32 (from 1, ascending), kind u8 (1 pre-dump, 2 final), uptime u64 µs |
 //! | 4 | ImageOpen | S | kind u8 (1 process, 2 segment), id u64 |
@@ -82,9 +82,11 @@
 //! | 15 | Restored | R | |
 //! | 16 | Commit | S | |
 //! | 17 | Running | R | |
-//! | 18 | Resolve | S | root PID u32, migration id 16 bytes; first message of a connection |
+//! | 18 | Resolve | S | claim; first message of a connection |
 //! | 19 | Outcome | R | running u8 (0, 1); the connection ends |
 //!
+//! A claim is a migration's id (16 bytes), the root's PID (u32) and a secret of 32 bytes that the receiver has
+//! only from Hello.
 //! A string is a u16 length and that many bytes of UTF-8, at most [`message::STRING_MAX`].
 //! A chunk's entry is `address u64, pages u32, kind u32`; kinds are 1 data (its pages follow, in
 //! order), 2 zero (present, all zero bytes, nothing follows), 3 parent (unchanged since the

@@ -12,7 +12,7 @@ use crate::image::writer::{sync, sync_all};
 use crate::restore::{Images, Outcome, Progress, Restorer, Restoring, complete};
 use crate::store::Store;
 use crate::with_causes;
-use pageferry_common::MigrationId;
+use pageferry_common::Claim;
 use pageferry_common::criu::{Criu, Options, Work};
 use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::Path;
@@ -161,10 +161,13 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         &mut self,
         store: &Store,
         criu: Option<&Criu>,
-        root_pid: u32,
-        id: MigrationId,
+        claim: &Claim,
     ) -> Result<(), Failure> {
-        let home = store.home(root_pid, id);
+        if !store.is_owner(claim)? {
+            let what = "this migration is somebody else's";
+            return Err(Refusal::new(RefuseCode::Denied, what).into());
+        }
+        let home = store.home(claim);
         // Somebody who works on it comes to an end: the connection that it works for is lost.
         let taken = loop {
             match store.take(&home) {

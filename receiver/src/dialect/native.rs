@@ -104,9 +104,9 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         migration: &mut Migration,
     ) -> Result<(), Failure> {
         let home = match self.message().await? {
-            Message::Resolve { root_pid, id } => {
+            Message::Resolve(claim) => {
                 let criu = restorer.map(|restorer| &restorer.criu);
-                return self.resolve(store, criu, root_pid, id).await;
+                return self.resolve(store, criu, &claim).await;
             }
             hello => self.greet(hello, store, restorer.is_some()).await?,
         };
@@ -246,8 +246,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             version,
             page_size,
             features,
-            id,
-            root_pid,
+            claim,
         } = hello
         else {
             unreachable!("the phase table lets nothing else begin");
@@ -261,7 +260,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         if u64::from(page_size) != PAGE_SIZE {
             return Err(unsupported(format!("pages of {page_size} bytes")).into());
         }
-        let directory = store.create(root_pid, id).map_err(|error| {
+        let directory = store.create(&claim).map_err(|error| {
             let code = match is_taken(&error) {
                 true => RefuseCode::Busy,
                 false => RefuseCode::Storage,

@@ -280,7 +280,7 @@ fn sync_each(paths: &[PathBuf]) -> Result<(), FileError> {
 }
 
 /// Creates an image file that only its owner can read: memory is full of secrets.
-pub(super) fn create_image(path: &Path) -> Result<File, FileError> {
+pub(crate) fn create_image(path: &Path) -> Result<File, FileError> {
     OpenOptions::new()
         .write(true)
         .create_new(true)

@@ -3,8 +3,8 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pageferry_common::MigrationId;
 use pageferry_common::process::Process;
+use pageferry_common::{Claim, MigrationId, Token};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
@@ -22,8 +22,10 @@ pub struct Record {
     pub to: String,
     /// What it knows the migration by: 32 hex digits.
     id: String,
+    /// What proves to it that we may ask: 64 hex digits.
+    token: String,
     /// The root, as its own PID namespace counts.
-    pub root_pid: u32,
+    root_pid: u32,
     root: i32,
     tree: Vec<Process>,
 }
@@ -39,37 +41,28 @@ pub struct RecordError {
 
 impl Record {
     /// Of the tree under `root`, which is frozen.
-    ///
-    /// # Errors
-    /// [`RecordError`] if the root is gone.
-    pub fn new(to: &str, id: MigrationId, root: i32) -> Result<Self, RecordError> {
-        let failed = |source| RecordError {
-            what: "describe the process in",
-            path: path(root),
-            source,
-        };
-        let depth = crate::task::namespace_depth(root).map_err(failed)?;
-        let root_pid = crate::task::pid_in_namespace(root, depth).map_err(failed)?;
+    #[must_use]
+    pub fn new(to: &str, claim: Claim, root: i32) -> Self {
         let tree = crate::freeze::process_list(root);
         let tree = tree.iter().filter_map(|it| Process::find(it.pid));
-        Ok(Self {
+        Self {
             to: to.to_owned(),
-            id: id.to_string(),
-            root_pid,
+            id: claim.id.to_string(),
+            token: claim.token.to_hex(),
+            root_pid: claim.root_pid,
             root,
             tree: tree.collect(),
-        })
+        }
     }
 
-    /// The migration's id.
+    /// Which migration it is; `None` if that is not what was written down.
     #[must_use]
-    pub fn id(&self) -> Option<MigrationId> {
-        let byte = |at: usize| u8::from_str_radix(self.id.get(2 * at..2 * at + 2)?, 16).ok();
-        let mut id = [0; 16];
-        for (at, place) in id.iter_mut().enumerate() {
-            *place = byte(at)?;
-        }
-        Some(MigrationId(id))
+    pub fn claim(&self) -> Option<Claim> {
+        Some(Claim {
+            id: MigrationId::from_hex(&self.id)?,
+            root_pid: self.root_pid,
+            token: Token::from_hex(&self.token)?,
+        })
     }
 
     /// Writes it down, durably as far as the place is.

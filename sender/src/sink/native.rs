@@ -12,7 +12,7 @@ use pageferry_common::wire::{
     self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Phase, RoundKind, SharedPhase,
     Totals, WireError,
 };
-use pageferry_common::{BufferPool, ImageId, MemfdName, MigrationId, PAGE_SIZE, StateName};
+use pageferry_common::{BufferPool, Claim, ImageId, MemfdName, PAGE_SIZE, StateName};
 use rustls::ClientConfig;
 use std::io::{self, Read};
 use std::sync::Arc;
@@ -45,10 +45,8 @@ pub enum Compression {
 pub struct Connect {
     /// `HOST:PORT`.
     pub to: String,
-    /// Random.
-    pub id: MigrationId,
-    /// The tree's root, as its PID namespace counts.
-    pub root_pid: u32,
+    /// Which migration this is.
+    pub claim: Claim,
     /// Longest silence of the receiver, and longest time for one frame to leave.
     pub stall: Duration,
     /// How to prove who we are, and check who the receiver is; `None` to send in the clear.
@@ -112,8 +110,7 @@ impl NativeSink {
             version: wire::VERSION,
             page_size: PAGE_SIZE as u32,
             features,
-            id: connect.id,
-            root_pid: connect.root_pid,
+            claim: connect.claim,
         };
         let link = {
             let (connect, counters) = (connect.clone(), Arc::clone(&counters));
@@ -318,13 +315,12 @@ impl Destination for NativeSink {
     fn ask_again(&mut self) -> Result<bool, SinkError> {
         let Connect {
             to,
-            id,
-            root_pid,
+            claim,
             stall,
             tls,
             ..
         } = self.connect.clone();
-        resolve(to, id, root_pid, stall, tls)
+        resolve(to, claim, stall, tls)
     }
 }
 
@@ -335,15 +331,14 @@ impl Destination for NativeSink {
 /// [`SinkError`]; then it has not answered.
 pub fn resolve(
     to: String,
-    id: MigrationId,
-    root_pid: u32,
+    claim: Claim,
     patience: Duration,
     tls: Option<Arc<ClientConfig>>,
 ) -> Result<bool, SinkError> {
     let conversation = move |_: mpsc::Receiver<()>, replies: mpsc::UnboundedSender<bool>| async move {
         let began = Instant::now();
         loop {
-            match ask(&to, id, root_pid, patience, tls.as_ref()).await {
+            match ask(&to, claim, patience, tls.as_ref()).await {
                 Ok(running) => {
                     // The one who asks waits for it.
                     let _ = replies.send(running);
@@ -360,8 +355,7 @@ pub fn resolve(
 
 async fn ask(
     to: &str,
-    id: MigrationId,
-    root_pid: u32,
+    claim: Claim,
     stall: Duration,
     tls: Option<&Arc<ClientConfig>>,
 ) -> Result<bool, SinkError> {
@@ -369,7 +363,7 @@ async fn ask(
     let phase = SharedPhase::default();
     let mut reader = FrameReader::new(read, phase.clone(), stall);
     let mut writer = FrameWriter::new(write, phase, stall);
-    writer.send(&Message::Resolve { root_pid, id }).await?;
+    writer.send(&Message::Resolve(claim)).await?;
     loop {
         match reader.next().await? {
             Incoming::Message(Message::Working) => {}
