@@ -26,3 +26,10 @@ pub use addr::{PAGE_SIZE, PageRange};
 pub use buffer::{BUFFER_PAGES, BUFFER_SIZE, BufferPool, PageBuf};
 pub use ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
 pub use page_set::PageSet;
+
+/// An error and what caused it, in one line.
+#[must_use]
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
+}

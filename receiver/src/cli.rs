@@ -154,6 +154,10 @@ pub struct Serve {
     #[arg(long)]
     pub once: bool,
 
+    /// With --once: if the connection is lost, the sender may come again for so many seconds
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_time)]
+    pub reconnect_for: Duration,
+
     /// Give up on a sender that is silent for so many seconds
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
     pub timeout: Duration,
@@ -201,12 +205,19 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
         .map_err(|_| "it is a PORT, or ADDRESS:PORT like 192.0.2.1:7700 or [::1]:7700".to_owned())
 }
 
-fn parse_seconds(text: &str) -> Result<Duration, String> {
+/// Seconds, or none.
+fn parse_time(text: &str) -> Result<Duration, String> {
     let seconds = text.strip_suffix('s').unwrap_or(text).parse().ok();
     seconds
         .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .filter(|time| !time.is_zero())
         .ok_or_else(|| "it is a number of seconds".to_owned())
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    match parse_time(text)? {
+        Duration::ZERO => Err("it must be more than nothing".to_owned()),
+        time => Ok(time),
+    }
 }
 
 #[cfg(test)]

@@ -18,8 +18,4 @@ pub mod store;
 #[allow(unsafe_code)]
 pub mod sys;
 
-/// An error and what caused it, in one line.
-pub(crate) fn with_causes(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |line, cause| format!("{line}: {cause}"))
-}
+pub(crate) use pageferry_common::with_causes;

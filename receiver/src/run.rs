@@ -257,7 +257,7 @@ fn serve_until_end(
         let options = Options {
             restorer,
             secure,
-            once: serve.once,
+            once: serve.once.then_some(serve.reconnect_for),
             max_senders: usize::from(serve.max_senders),
             limits: Limits {
                 stall: serve.timeout,

@@ -4,7 +4,7 @@
 //! They are memory that the restored processes need anyway. Any that cannot be kept (no memory, no name)
 //! is read from the images.
 
-use crate::image::index::{Catalog, Index};
+use crate::image::index::{Catalog, Index, Pages};
 use crate::image::{FileError, failed};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -63,6 +63,15 @@ struct Memfd {
     file: File,
 }
 
+impl Memfd {
+    fn new(name: &MemfdName) -> io::Result<Self> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create(name.as_str(), flags)?);
+        let name = name.clone();
+        Ok(Self { name, file })
+    }
+}
+
 impl Segments {
     /// What is put from now on belongs to an image; whether that has a parent.
     pub fn open(&mut self, image: ImageId, has_parent: bool) {
@@ -76,28 +85,54 @@ impl Segments {
         }
     }
 
-    /// The open image is of a segment of that name. One is kept from its first round on, or not at all.
-    pub fn name(&mut self, name: &MemfdName, has_parent: bool) {
-        let Some(id) = self.open else {
-            return;
-        };
+    /// The open image is of a segment of that name. One is kept from its first round on; the id of one that
+    /// is not kept and has a parent is returned, see [`Segments::recover`].
+    pub fn name(&mut self, name: &MemfdName, has_parent: bool) -> Option<u64> {
+        let id = self.open?;
         match self.memfds.get(&id) {
             Some(known) if known.name == *name => {}
             Some(_) => drop(self.memfds.remove(&id)),
-            None if has_parent => {}
-            None => match memfd_create(
-                name.as_str(),
-                MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING,
-            ) {
-                Ok(fd) => {
-                    let (name, file) = (name.clone(), File::from(fd));
-                    self.memfds.insert(id, Memfd { name, file });
-                }
+            None if has_parent => return Some(id),
+            None => match Memfd::new(name) {
+                Ok(memfd) => drop(self.memfds.insert(id, memfd)),
                 Err(error) => {
-                    tracing::warn!(id, %error, "a shared segment will be read when restoring")
+                    tracing::warn!(id, %error, "a shared segment will be read when restoring");
                 }
             },
         }
+        None
+    }
+
+    /// Keeps a segment from now on whose rounds so far were not kept: `pages` has them.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn recover(
+        &mut self,
+        id: u64,
+        name: &MemfdName,
+        index: &Index,
+        pages: &Pages,
+    ) -> Result<(), FileError> {
+        let at = Path::new(name.as_str());
+        let memfd = Memfd::new(name).map_err(failed("make", at))?;
+        let mut buffer = vec![0; 1 << 20];
+        for range in index.ranges() {
+            let mut rest = Some(range);
+            while let Some(range) = rest {
+                let read = pages.read(range.start(), &mut buffer)?;
+                let (now, later) = range.split_at(read);
+                let Some(now) = now else {
+                    return Err(failed("fill", at)(io::ErrorKind::UnexpectedEof.into()));
+                };
+                let content = &buffer[..now.bytes() as usize];
+                let write = memfd.file.write_all_at(content, now.start());
+                write.map_err(failed("fill", at))?;
+                rest = later;
+            }
+        }
+        self.memfds.insert(id, memfd);
+        Ok(())
     }
 
     /// Keeps a chunk of the open image.

@@ -4,7 +4,7 @@ use crate::dialect::detect::{Dialect, FIRST_BYTES, detect};
 use crate::dialect::{Failure, Limits, Migration, criu, moving, native};
 use crate::restore::Restorer;
 use crate::secure::{Accepted, Secure};
-use crate::store::Store;
+use crate::store::{Cut, Store};
 use crate::with_causes;
 use std::io;
 use std::net::SocketAddr;
@@ -14,13 +14,13 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, split};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc};
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 
 /// How the server works.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// End after one migration.
-    pub once: bool,
+    /// End after one migration. If its connection is lost, its sender may come again for so long.
+    pub once: Option<Duration>,
     /// Most senders at once.
     pub max_senders: usize,
     /// Of each.
@@ -54,7 +54,11 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
     let places = Arc::new(Semaphore::new(options.max_senders));
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let (over, mut ended) = mpsc::unbounded_channel();
+    let (over, mut ended) = mpsc::unbounded_channel::<(Dialect, Over)>();
+    // With `once`: a migration that has lost its connection.
+    let mut lost: Option<Over> = None;
+    let patience = options.once.unwrap_or_default();
+    let mut waiting = Box::pin(sleep(patience));
     loop {
         let (stream, peer) = tokio::select! {
             accepted = listener.accept() => match accepted {
@@ -66,9 +70,26 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
                     continue;
                 }
             },
-            Some((migration, result)) = ended.recv() => {
-                if options.once {
+            Some((dialect, (migration, result))) = ended.recv() => {
+                if options.once.is_none() {
+                    continue;
+                }
+                // CRIU does not come again.
+                let native = dialect == Dialect::Native;
+                let broken = result.as_ref().is_err_and(Failure::is_broken_connection);
+                if !(native && broken) || patience.is_zero() {
                     return Ok(Ended::Once(migration, result));
+                }
+                tracing::info!(?patience, "its sender may come again");
+                lost = Some((migration, result));
+                waiting.as_mut().reset(Instant::now() + patience);
+                continue;
+            }
+            () = &mut waiting, if lost.is_some() => {
+                let came = |lost: &mut (Migration, _)| store.is_taken(&lost.0.directory);
+                match lost.take_if(|lost| !came(lost)) {
+                    Some((migration, result)) => return Ok(Ended::Once(migration, result)),
+                    None => waiting.as_mut().reset(Instant::now() + patience),
                 }
                 continue;
             }
@@ -90,14 +111,24 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
     }
 }
 
+/// How a connection's migration went.
+type Over = (Migration, Result<(), Failure>);
+
 /// Serves one connection. `None` if it was no migration.
 async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
     store: &Arc<Store>,
     options: &Options,
-) -> Option<(Migration, Result<(), Failure>)> {
+) -> Option<(Dialect, Over)> {
     let limits = options.limits;
+    let cut = match Cut::of(&stream) {
+        Ok(cut) => cut,
+        Err(error) => {
+            tracing::error!(%peer, %error, "refused");
+            return None;
+        }
+    };
     let Ok(Ok(Some(first))) = timeout(limits.handshake, first_bytes(&stream)).await else {
         // Connected and gone, or not a word: a port scan, a health check.
         tracing::debug!(%peer, "said nothing");
@@ -135,7 +166,7 @@ async fn connection(
                     return None;
                 }
             }
-            converse(dialect, read, write, peer, store, options).await
+            converse(dialect, read, write, cut, peer, store, options).await
         }
         (Some(_), dialect) => {
             tracing::warn!(%peer, "refused: it does not encrypt, as this receiver wants it");
@@ -152,7 +183,7 @@ async fn connection(
         }
         (None, dialect) => {
             let (read, write) = stream.into_split();
-            converse(dialect, read, write, peer, store, options).await
+            converse(dialect, read, write, cut, peer, store, options).await
         }
     }
 }
@@ -162,16 +193,17 @@ async fn converse(
     dialect: Dialect,
     read: impl AsyncRead + Unpin,
     write: impl AsyncWrite + Unpin,
+    cut: Cut,
     peer: SocketAddr,
     store: &Arc<Store>,
     options: &Options,
-) -> Option<(Migration, Result<(), Failure>)> {
+) -> Option<(Dialect, Over)> {
     let limits = options.limits;
     let mut migration = Migration::default();
     let result = match dialect {
         Dialect::Native => {
             let restorer = options.restorer.as_ref();
-            native::receive(read, write, store, limits, restorer, &mut migration).await
+            native::receive(read, write, store, limits, restorer, &cut, &mut migration).await
         }
         Dialect::Criu => {
             tracing::info!(%peer, "CRIU begins a dump");
@@ -193,7 +225,7 @@ async fn converse(
     }
     // A peer that broke the protocol before it was welcome began no migration.
     let began = !migration.directory.as_os_str().is_empty();
-    began.then_some((migration, result))
+    began.then_some((dialect, (migration, result)))
 }
 
 /// The first bytes, left where they are; `None` if the peer goes without sending as many.

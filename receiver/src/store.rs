@@ -5,10 +5,12 @@ use crate::image::chain::names;
 use crate::image::writer::{create_image, sync};
 use crate::image::{DirName, FileError, failed};
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{Shutdown, shutdown};
 use pageferry_common::{Claim, ImageId, Token};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -17,8 +19,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// The file that says which receiver works here.
 const LOCK: &str = ".lock";
 
-/// The file in a migration's directory that has its sender's [`Token`].
+/// The file in a migration's directory that has its sender's [`Token`], and in a second line when this host was
+/// started last before it began.
 const TOKEN: &str = "token";
+
+/// Another each time that the host is started.
+const BOOT: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The directory of all migrations, ours alone while this lives.
 #[derive(Debug)]
@@ -26,16 +32,38 @@ pub struct Store {
     dir: PathBuf,
     /// The number of the last dump that CRIU began.
     last_dump: AtomicU32,
-    /// Migrations that somebody works on.
-    busy: Arc<Mutex<BTreeSet<PathBuf>>>,
+    /// Migrations that somebody works on, and how to end that.
+    busy: Arc<Mutex<BTreeMap<PathBuf, Cut>>>,
     _lock: Flock<File>,
+}
+
+/// Cuts a connection, as if the link were gone: whoever converses on it comes to an end.
+#[derive(Debug, Clone, Default)]
+pub struct Cut(Option<Arc<OwnedFd>>);
+
+impl Cut {
+    /// Of a connection.
+    ///
+    /// # Errors
+    /// The kernel's, if there are too many descriptors.
+    pub fn of(stream: &impl AsFd) -> io::Result<Self> {
+        let socket = stream.as_fd().try_clone_to_owned()?;
+        Ok(Self(Some(Arc::new(socket))))
+    }
+
+    fn cut(&self) {
+        if let Some(socket) = &self.0 {
+            // One that is closed already needs no cutting.
+            let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
+        }
+    }
 }
 
 /// A migration that nobody else works on while this lives.
 #[derive(Debug)]
 pub struct Taken {
     home: PathBuf,
-    busy: Arc<Mutex<BTreeSet<PathBuf>>>,
+    busy: Arc<Mutex<BTreeMap<PathBuf, Cut>>>,
 }
 
 impl Drop for Taken {
@@ -120,7 +148,8 @@ impl Store {
             .map_err(failed("create", &home))?;
         let path = home.join(TOKEN);
         let write = |mut file: File| {
-            file.write_all(claim.token.to_hex().as_bytes())?;
+            let boot = fs::read_to_string(BOOT)?;
+            write!(file, "{}\n{boot}", claim.token.to_hex())?;
             file.sync_all()
         };
         write(create_image(&path)?).map_err(failed("write", &path))?;
@@ -142,20 +171,57 @@ impl Store {
         let home = self.home(claim);
         let path = home.join(TOKEN);
         match fs::read_to_string(&path) {
-            Ok(text) => Ok(Token::from_hex(&text) == Some(claim.token)),
+            Ok(text) => {
+                let token = text.lines().next().and_then(Token::from_hex);
+                Ok(token == Some(claim.token))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(!home.exists()),
             Err(error) => Err(failed("read", &path)(error)),
         }
     }
 
-    /// Takes a migration for oneself; `None` if somebody has it.
+    /// Takes a migration for oneself. If somebody has it, returns `None`, and cuts that connection: its sender
+    /// says that it is lost.
     #[must_use]
-    pub fn take(&self, home: &Path) -> Option<Taken> {
+    pub fn take(&self, home: &Path, cut: &Cut) -> Option<Taken> {
         let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        busy.insert(home.to_owned()).then(|| Taken {
+        if let Some(theirs) = busy.get(home) {
+            theirs.cut();
+            return None;
+        }
+        busy.insert(home.to_owned(), cut.clone());
+        Some(Taken {
             home: home.to_owned(),
             busy: Arc::clone(&self.busy),
         })
+    }
+
+    /// Whether somebody works on a migration.
+    #[must_use]
+    pub fn is_taken(&self, home: &Path) -> bool {
+        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.contains_key(home)
+    }
+
+    /// How many complete rounds there are of a migration. Those of before this host was started do not count if
+    /// they need not be `durable`: then the last may be torn.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn rounds(&self, home: &Path, durable: bool) -> Result<u32, FileError> {
+        let path = home.join(TOKEN);
+        let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
+        let now = fs::read_to_string(BOOT).map_err(failed("read", Path::new(BOOT)))?;
+        if !durable && text.lines().nth(1) != Some(now.trim()) {
+            let what = io::Error::other("this host was restarted since the migration began");
+            return Err(failed("go on with", home)(what));
+        }
+        let numbers = names(home)?.into_iter();
+        let numbers = numbers.filter_map(|name| match DirName::of(&name) {
+            Some(round @ DirName::Round(number)) if round.to_string() == name => Some(number),
+            Some(_) | None => None,
+        });
+        Ok(numbers.max().unwrap_or(0))
     }
 
     /// Where all migrations are that were ever to be restored here.
@@ -241,12 +307,6 @@ fn is_migration(name: &str) -> bool {
     })
 }
 
-/// Whether an error says that the directory is there already.
-#[must_use]
-pub fn is_taken(error: &FileError) -> bool {
-    error.source.kind() == io::ErrorKind::AlreadyExists
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -292,7 +352,8 @@ mod tests {
         for name in ["criu-3", ".criu-4.tmp", ".criu-x.tmp", "criu-05"] {
             fs::create_dir(dir.path().join(name)).unwrap();
         }
-        assert!(is_taken(&store.create(&claim(2)).unwrap_err()));
+        let taken = store.create(&claim(2)).unwrap_err();
+        assert_eq!(taken.source.kind(), io::ErrorKind::AlreadyExists);
         assert!(matches!(
             Store::open(dir.path()),
             Err(StoreError::InUse { by, .. }) if by == std::process::id().to_string()

@@ -11,7 +11,7 @@ use pageferry_common::{Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token}
 use pageferry_receiver::dialect::native::receive;
 use pageferry_receiver::dialect::{Failure, Limits, Migration};
 use pageferry_receiver::image::verify::verify;
-use pageferry_receiver::store::Store;
+use pageferry_receiver::store::{Cut, Store};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -39,11 +39,15 @@ impl Sender {
     }
 
     async fn greet(&mut self, version: u16) -> Result<Message, WireError> {
+        self.greet_as(version, claim(2)).await
+    }
+
+    async fn greet_as(&mut self, version: u16, claim: Claim) -> Result<Message, WireError> {
         let hello = Message::Hello {
             version,
             page_size: PAGE_SIZE as u32,
             features: wire::FEATURES,
-            claim: claim(2),
+            claim,
         };
         self.say(hello).await;
         self.hear().await
@@ -125,8 +129,9 @@ async fn session<F: AsyncFnOnce(&mut Sender)>(
         handshake: STALL,
         buffers: 1,
     };
+    let cut = Cut::default();
     let (result, ()) = tokio::join!(
-        receive(read, write, &store, limits, None, &mut migration),
+        receive(read, write, &store, limits, None, &cut, &mut migration),
         async {
             script(&mut sender).await;
             drop(sender);
@@ -145,10 +150,12 @@ fn refusal(heard: Result<Message, WireError>) -> RefuseCode {
     }
 }
 
+/// Everything in a migration's directory but its token.
 fn rounds(migration: &Migration) -> Vec<String> {
     let entries = fs::read_dir(&migration.directory).unwrap();
     let mut names: Vec<_> = entries
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name != "token")
         .collect();
     names.sort();
     names
@@ -244,25 +251,53 @@ async fn rounds_out_of_order_are_refused() {
 }
 
 #[tokio::test]
-async fn another_version_and_a_known_id_are_refused() {
+async fn another_version_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (_, result) = session(dir.path(), async |sender| {
         assert_eq!(refusal(sender.greet(2).await), RefuseCode::Unsupported);
     })
     .await;
     assert!(result.is_err());
-    for expected in [None, Some(RefuseCode::Busy)] {
-        let (_, result) = session(dir.path(), async |sender| {
-            let answer = sender.greet(1).await;
-            match expected {
-                None => assert!(answer.is_ok()),
-                Some(code) => assert_eq!(refusal(answer), code),
-            }
-        })
-        .await;
-        // Gone without a word, or refused.
-        assert!(result.is_err());
-    }
+}
+
+#[tokio::test]
+async fn a_sender_that_comes_again_goes_on_and_a_stranger_does_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let welcomed = |answer| match answer {
+        Ok(Message::Welcome { rounds, .. }) => rounds,
+        other => panic!("not welcome: {other:?}"),
+    };
+    let (_, result) = session(dir.path(), async |sender| {
+        assert_eq!(welcomed(sender.greet(1).await), 0);
+        for round in 1..=2 {
+            sender.begin(round).await;
+            sender.chunk(0x1000, 0, None).await;
+            sender.end().await.unwrap();
+        }
+        // This one is torn.
+        sender.begin(3).await;
+        sender.chunk(0x1000, 0, None).await;
+    })
+    .await;
+    assert!(result.unwrap_err().is_broken_connection());
+    let (_, result) = session(dir.path(), async |stranger| {
+        let answer = stranger.greet_as(1, claim(3)).await;
+        assert_eq!(refusal(answer), RefuseCode::Denied);
+    })
+    .await;
+    assert!(!result.unwrap_err().is_broken_connection());
+    let (migration, result) = session(dir.path(), async |sender| {
+        assert_eq!(welcomed(sender.greet(1).await), 2);
+        sender.begin(3).await;
+        sender.chunk(0x2000, 0, None).await;
+        sender.end().await.unwrap();
+        sender.say(Message::Finish).await;
+        assert_eq!(sender.hear().await.unwrap(), Message::FinishAck);
+    })
+    .await;
+    result.unwrap();
+    assert_eq!(rounds(&migration), ["1", "2", "3"]);
+    assert!(verify(&migration.directory).unwrap().problems.is_empty());
 }
 
 #[tokio::test]

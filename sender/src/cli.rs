@@ -107,6 +107,16 @@ pub struct Cli {
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
     pub timeout: Duration,
 
+    /// When the connection is lost, try for so long to connect again, and go on with the round that was on
+    /// its way; 0 to give up at once
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration)]
+    pub reconnect_for: Duration,
+
+    /// While the target is frozen, wait for the receiver no longer than this; then the target runs again, and
+    /// the last round is sent later
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = parse_duration)]
+    pub max_frozen: Duration,
+
     /// Who to trust, and who to be
     #[command(flatten)]
     pub tls: TlsFiles,

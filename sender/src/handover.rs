@@ -172,15 +172,15 @@ impl Handover {
         }
     }
 
-    /// Hands over the tree under `root` with its last rounds, from number `round` on. Afterwards it runs at
-    /// the receiver, and nothing of it is left here.
+    /// Hands over the tree under `root` with its last rounds, from number `round` on, which is then that of the
+    /// round after them. Afterwards it runs at the receiver, and nothing of it is left here.
     ///
     /// # Errors
     /// [`HandoverError`]. The tree runs on here then, except if it is [`HandoverError::InDoubt`].
     pub fn run(
         &self,
         root: i32,
-        round: u32,
+        round: &mut u32,
         mut parts: Parts<'_>,
     ) -> Result<HandedOver, HandoverError> {
         for _ in 1..ATTEMPTS {
@@ -195,7 +195,7 @@ impl Handover {
     fn attempt(
         &self,
         root: i32,
-        round: u32,
+        round: &mut u32,
         parts: &mut Parts<'_>,
     ) -> Result<HandedOver, HandoverError> {
         let images = tempdir(self.claim.id)?;
@@ -349,7 +349,7 @@ impl Handover {
     fn round_during(
         &self,
         dump: &mut Dump,
-        round: u32,
+        round: &mut u32,
         parts: &mut Parts<'_>,
     ) -> (
         Result<LastRound, HandoverError>,
@@ -389,7 +389,7 @@ impl Handover {
         &self,
         root: i32,
         images: &Dir,
-        round: u32,
+        round: &mut u32,
         more: bool,
         parts: &mut Parts<'_>,
     ) -> Result<LastRound, HandoverError> {
@@ -401,7 +401,7 @@ impl Handover {
             parts.tree.doubt_children();
         }
         let sent = match more {
-            true => self.round(round + 1, Look::AfterCriu, parts),
+            true => self.round(round, Look::AfterCriu, parts),
             false => self.round(round, Look::Stopped, parts),
         };
         match parts.tree.one_that_ended() {
@@ -412,7 +412,7 @@ impl Handover {
 
     fn round(
         &self,
-        round: u32,
+        round: &mut u32,
         look: Look,
         parts: &mut Parts<'_>,
     ) -> Result<LastRound, HandoverError> {
@@ -423,9 +423,11 @@ impl Handover {
             pool,
         } = parts;
         let began = Instant::now();
-        sink.begin(round, look.kind(), crate::migrate::uptime_us()?)?;
+        sink.begin(*round, look.kind(), crate::migrate::uptime_us()?)?;
         let scanned = tree.send(look, *tracker, *sink, pool)?;
         let receipt = sink.commit()?;
+        tree.acked();
+        *round += 1;
         let took = began.elapsed();
         tracing::debug!(round, ?took, ?scanned, "sent");
         Ok(LastRound {

@@ -12,6 +12,7 @@ pub mod dirty;
 pub mod files;
 pub mod freeze;
 pub mod handover;
+pub mod held;
 pub mod maps;
 pub mod migrate;
 pub mod progress;

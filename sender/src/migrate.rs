@@ -7,10 +7,11 @@ use crate::handover::{self, Handover, HandoverError};
 use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
 use crate::sink::{PageSink, Receipt, SinkError};
+use crate::stream::StreamError;
 use crate::sys::sched::Urgent;
-use crate::tree::{Look, SendError, Tree, TreeFault};
+use crate::tree::{Look, Scanned, SendError, Tree, TreeFault};
 use pageferry_common::wire::RoundKind;
-use pageferry_common::{BufferPool, PAGE_SIZE};
+use pageferry_common::{BufferPool, PAGE_SIZE, with_causes};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -35,9 +36,30 @@ pub enum MigrateError {
     /// The process could not follow its memory.
     #[error(transparent)]
     Handover(#[from] HandoverError),
+    /// The connection was lost in every hand-over.
+    #[error("the connection was lost in {0} hand-overs")]
+    HandoversLost(u32),
     /// The host's uptime is not to be had.
     #[error("cannot read /proc/uptime")]
     Uptime(#[source] io::Error),
+}
+
+impl MigrateError {
+    /// What the sink says of a connection that is lost.
+    ///
+    /// # Errors
+    /// The error itself, if it is something else.
+    fn broken_connection(self) -> Result<SinkError, Self> {
+        match self {
+            Self::Sink(sink)
+            | Self::Send(SendError::Stream(StreamError::Sink(sink)))
+            | Self::Handover(
+                HandoverError::Sink(sink)
+                | HandoverError::Send(SendError::Stream(StreamError::Sink(sink))),
+            ) if sink.is_broken_connection() => Ok(sink),
+            other => Err(other),
+        }
+    }
 }
 
 /// What moves, and until when.
@@ -67,10 +89,21 @@ pub struct Parts<'a> {
     pub progress: &'a Progress,
 }
 
+/// How often a hand-over may lose its connection.
+const HANDOVERS_LOST: u32 = 5;
+
+/// What is known of a round before the receiver has it.
+#[derive(Debug, Default)]
+struct Attempt {
+    stopped: Duration,
+    scanned: Scanned,
+}
+
 /// Copies or moves a process tree, in rounds. Each round stops the tree, lists its mappings, ends the
 /// trackers' epoch and begins the next; a pre-dump round lets the tree run before it reads
 /// anything, a final round after the receiver has acked it; if the process itself follows its memory,
-/// the final round is part of the hand-over. The rounds done are added to `report`.
+/// the final round is part of the hand-over. A round whose connection is lost is sent again. The rounds done
+/// are added to `report`.
 ///
 /// # Errors
 /// [`MigrateError`]. Whatever it is, the tree runs then (but for [`HandoverError::InDoubt`]), and the
@@ -78,101 +111,79 @@ pub struct Parts<'a> {
 pub fn migrate(
     plan: &Plan,
     tree: &mut Tree,
-    parts: Parts<'_>,
+    mut parts: Parts<'_>,
     report: &mut Report,
 ) -> Result<(), MigrateError> {
-    let Parts {
-        freezer,
-        tracker,
-        sink,
-        pool,
-        progress,
-    } = parts;
     let began = Instant::now();
     if let Some(handover) = &plan.handover {
-        handover.check_files(plan.root, sink)?;
+        handover.check_files(plan.root, parts.sink)?;
     }
     let mut history = Vec::new();
+    let (mut round, mut handovers_lost) = (1, 0);
+    // While the connection was lost, the tree has gone on.
+    let mut catch_up = false;
     loop {
-        let round = history.len() as u32 + 1;
-        let next = converge::decide(&history, &plan.limits);
-        let (kind, name) = match next {
+        let mut next = converge::decide(&history, &plan.limits);
+        if std::mem::take(&mut catch_up) && plan.limits.max_rounds > 0 && next != Next::Done {
+            next = Next::PreDump;
+        }
+        let name = match next {
             Next::Done => break,
-            Next::PreDump => (RoundKind::PreDump, "pre-dump"),
+            Next::PreDump => "pre-dump",
             Next::Final(why) => {
                 announce_end(why, &history, plan);
                 report.ended = Some(why);
-                (RoundKind::Final, "final")
+                "final"
             }
         };
+        let progress = parts.progress;
         progress.update(|status| (status.round, status.kind) = (round, name));
 
-        sink.prepare()?;
         let start = Instant::now();
-        if let (Next::Final(_), Some(handover)) = (next, &plan.handover) {
-            let parts = handover::Parts {
-                tree,
-                tracker,
-                sink,
-                pool,
-            };
-            let done = handover.run(plan.root, round, parts)?;
-            let stopped = Duration::from_secs_f64(done.downtime.total_ms() / 1e3);
-            let last = done.rounds.len() - 1;
-            for (index, sent) in done.rounds.iter().enumerate() {
-                // The tree does not run between them.
-                let (name, stopped) = match index == last {
-                    true => ("final", stopped),
-                    false => ("during-dump", Duration::ZERO),
-                };
-                let round = round + index as u32;
-                let scanned = sent.scanned.pages;
-                report.add(round_report(
-                    round,
-                    name,
-                    &sent.receipt,
-                    stopped,
-                    sent.took,
-                    scanned,
-                ));
-            }
-            tracing::info!(downtime = ?done.downtime, "handed over: it runs at the receiver");
-            report.handover = Some(done.downtime);
-            break;
-        }
-        let urgent = Urgent::begin();
-        let mut frozen = freezer.freeze(plan.root)?;
-        if kind == RoundKind::Final && plan.then == Then::Stop {
-            frozen.settle()?;
-        }
-        let uptime = uptime_us().map_err(MigrateError::Uptime)?;
-        tree.collect(&mut frozen, tracker)?;
-        let (receipt, stopped, collected) = match kind {
-            RoundKind::PreDump => {
-                let stopped = frozen.thaw(Then::Run)?;
-                drop(urgent);
-                progress.update(|status| status.frozen_ms = stopped.as_secs_f64() * 1e3);
-                sink.begin(round, kind, uptime)?;
-                tree.survey_descriptors();
-                let scanned = tree.send(Look::Running, tracker, sink, pool)?;
-                (sink.commit()?, stopped, scanned)
-            }
-            RoundKind::Final => {
-                // Reading and sending takes longer than anybody may be kept waiting.
-                drop(urgent);
-                sink.begin(round, kind, uptime)?;
-                tree.survey_descriptors();
-                let scanned = tree.send(Look::Stopped, tracker, sink, pool)?;
-                // Killed while frozen (by the OOM killer, say): no image of it is whole.
-                if let Some(pid) = tree.one_that_ended() {
-                    return Err(MigrateError::TargetGone(pid));
+        let mut attempt = Attempt::default();
+        let sent = match (next, &plan.handover) {
+            (Next::Final(_), Some(handover)) => {
+                match hand_over(plan, handover, &mut round, tree, &mut parts, report) {
+                    Ok(()) => break,
+                    Err(error) => Err(error),
                 }
-                let receipt = sink.commit()?;
-                (receipt, frozen.thaw(plan.then)?, scanned)
+            }
+            (Next::Final(_), None) => last_round(plan, round, tree, &mut parts, &mut attempt),
+            (Next::PreDump | Next::Done, _) => {
+                pre_dump(plan, round, tree, &mut parts, &mut attempt)
             }
         };
         let took = start.elapsed();
-        let done = round_report(round, name, &receipt, stopped, took, collected.pages);
+        let (receipt, went_on) = match sent {
+            Ok(receipt) => (receipt, false),
+            Err(error) => {
+                let receipt = parts.sink.reconnect(error.broken_connection()?)?;
+                report.totals.reconnects += 1;
+                catch_up = true;
+                if plan.handover.is_some() && matches!(next, Next::Final(_)) {
+                    handovers_lost += 1;
+                    if handovers_lost == HANDOVERS_LOST {
+                        return Err(MigrateError::HandoversLost(HANDOVERS_LOST));
+                    }
+                }
+                match receipt {
+                    Some(receipt) => (receipt, true),
+                    None => {
+                        tree.lost(parts.tracker);
+                        continue;
+                    }
+                }
+            }
+        };
+        tree.acked();
+        let done = round_report(
+            round,
+            name,
+            &receipt,
+            attempt.stopped,
+            took,
+            attempt.scanned.pages,
+        );
         tracing::info!(
             round,
             kind = name,
@@ -181,31 +192,146 @@ pub fn migrate(
             unchanged_pages = done.unchanged_pages,
             zero_pages = done.zero_pages,
             bytes_wire = done.bytes_wire,
-            scan_ms = collected.scan_time.as_secs_f64() * 1e3,
+            scan_ms = attempt.scanned.scan_time.as_secs_f64() * 1e3,
             seconds = done.seconds,
             "round done"
         );
+        round += 1;
         let sent = done.bytes_raw;
         report.add(done);
-        if kind == RoundKind::Final {
+        // It is the last only if the tree is as it says.
+        let stays = plan.handover.is_none() && (plan.then == Then::Run || !went_on);
+        if matches!(next, Next::Final(_)) && stays {
             break;
         }
 
         if !tree.root_alive() {
             return Err(MigrateError::TargetGone(plan.root));
         }
-        let dirty_after = tree.pending_pages(tracker) * PAGE_SIZE;
+        let dirty_after = tree.pending_pages(parts.tracker) * PAGE_SIZE;
         progress.update(|status| status.dirty_rate = dirty_after as f64 / took.as_secs_f64());
         history.push(Observed {
             sent,
             took,
-            overhead: stopped + collected.scan_time,
+            overhead: attempt.stopped + attempt.scanned.scan_time,
             dirty_after,
         });
     }
-    sink.finish()?;
+    match parts.sink.finish() {
+        // Everything is acked already.
+        Err(error) if error.is_broken_connection() => {
+            tracing::warn!(
+                why = with_causes(&error),
+                "the receiver's goodbye was not heard"
+            );
+        }
+        goodbye => goodbye?,
+    }
     (report.processes, report.segments) = tree.size();
     report.totals.seconds = began.elapsed().as_secs_f64();
+    Ok(())
+}
+
+/// A round while the tree runs.
+fn pre_dump(
+    plan: &Plan,
+    round: u32,
+    tree: &mut Tree,
+    parts: &mut Parts<'_>,
+    attempt: &mut Attempt,
+) -> Result<Receipt, MigrateError> {
+    let Parts { tracker, sink, .. } = parts;
+    sink.prepare()?;
+    let urgent = Urgent::begin();
+    let mut frozen = parts.freezer.freeze(plan.root)?;
+    let uptime = uptime_us().map_err(MigrateError::Uptime)?;
+    tree.collect(&mut frozen, *tracker)?;
+    attempt.stopped = frozen.thaw(Then::Run)?;
+    drop(urgent);
+    let frozen_ms = attempt.stopped.as_secs_f64() * 1e3;
+    parts.progress.update(|status| status.frozen_ms = frozen_ms);
+    sink.begin(round, RoundKind::PreDump, uptime)?;
+    tree.survey_descriptors();
+    attempt.scanned = tree.send(Look::Running, *tracker, *sink, parts.pool)?;
+    Ok(sink.commit()?)
+}
+
+/// The last round, of a frozen tree.
+fn last_round(
+    plan: &Plan,
+    round: u32,
+    tree: &mut Tree,
+    parts: &mut Parts<'_>,
+    attempt: &mut Attempt,
+) -> Result<Receipt, MigrateError> {
+    let Parts { tracker, sink, .. } = parts;
+    sink.prepare()?;
+    sink.frozen(true);
+    let urgent = Urgent::begin();
+    let mut frozen = parts.freezer.freeze(plan.root)?;
+    if plan.then == Then::Stop {
+        frozen.settle()?;
+    }
+    let uptime = uptime_us().map_err(MigrateError::Uptime)?;
+    tree.collect(&mut frozen, *tracker)?;
+    // Reading and sending takes longer than anybody may be kept waiting.
+    drop(urgent);
+    sink.begin(round, RoundKind::Final, uptime)?;
+    tree.survey_descriptors();
+    attempt.scanned = tree.send(Look::Stopped, *tracker, *sink, parts.pool)?;
+    // Killed while frozen (by the OOM killer, say): no image of it is whole.
+    if let Some(pid) = tree.one_that_ended() {
+        return Err(MigrateError::TargetGone(pid));
+    }
+    let receipt = sink.commit()?;
+    attempt.stopped = frozen.thaw(plan.then)?;
+    sink.frozen(false);
+    Ok(receipt)
+}
+
+/// The last rounds, and the process itself.
+fn hand_over(
+    plan: &Plan,
+    handover: &Handover,
+    round: &mut u32,
+    tree: &mut Tree,
+    parts: &mut Parts<'_>,
+    report: &mut Report,
+) -> Result<(), MigrateError> {
+    parts.sink.prepare()?;
+    parts.sink.frozen(true);
+    let first = *round;
+    let done = handover.run(
+        plan.root,
+        round,
+        handover::Parts {
+            tree,
+            tracker: &mut *parts.tracker,
+            sink: &mut *parts.sink,
+            pool: parts.pool,
+        },
+    )?;
+    parts.sink.frozen(false);
+    let stopped = Duration::from_secs_f64(done.downtime.total_ms() / 1e3);
+    let last = done.rounds.len() - 1;
+    for (index, sent) in done.rounds.iter().enumerate() {
+        // The tree does not run between them.
+        let (name, stopped) = match index == last {
+            true => ("final", stopped),
+            false => ("during-dump", Duration::ZERO),
+        };
+        let scanned = sent.scanned.pages;
+        report.add(round_report(
+            first + index as u32,
+            name,
+            &sent.receipt,
+            stopped,
+            sent.took,
+            scanned,
+        ));
+    }
+    tracing::info!(downtime = ?done.downtime, "handed over: it runs at the receiver");
+    report.handover = Some(done.downtime);
     Ok(())
 }
 

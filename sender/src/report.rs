@@ -46,6 +46,8 @@ pub struct Totals {
     pub bytes_wire: u64,
     /// From the first freeze to the end, s.
     pub seconds: f64,
+    /// How often the connection was lost, and made again.
+    pub reconnects: u32,
 }
 
 /// How long nothing ran, by phase, ms.

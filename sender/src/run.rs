@@ -169,6 +169,8 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
         to: to.to_owned(),
         claim,
         stall: cli.timeout,
+        reconnect_for: cli.reconnect_for,
+        max_frozen: cli.max_frozen,
         tls,
         compression: cli.compress,
         moves: cli.migrate,
@@ -274,6 +276,10 @@ fn judge_migration(error: &MigrateError) -> (Exit, &'static str) {
     match error {
         MigrateError::TargetGone(_) => (Exit::TargetGone, "is the PID right?"),
         MigrateError::Uptime(_) => (Exit::Failed, ""),
+        MigrateError::HandoversLost(_) => (
+            Exit::Failed,
+            "the target runs; the receiver's log says more",
+        ),
         MigrateError::Handover(error) => judge_handover(error),
         MigrateError::Sink(error)
         | MigrateError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),

@@ -5,9 +5,10 @@
 //! of our own ([`Witness`]); else contents are compared.
 
 use crate::dirty::ContentHashes;
+use crate::held::Held;
 use crate::maps::{Device, Vma};
 use crate::sys::witness::Witness;
-use pageferry_common::{MemfdName, PAGE_SIZE, PageRange, PageSet};
+use pageferry_common::{MemfdName, PAGE_SIZE, PageRange};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
@@ -62,8 +63,8 @@ pub struct Segment {
     pub file: File,
     /// The name of the memfd that it is, or that CRIU makes of it: `None` if of neither.
     pub memfd: Option<MemfdName>,
-    /// What the receiver holds of it since the last round.
-    pub announced: PageSet,
+    /// What the receiver holds of it.
+    pub held: Held,
     /// Content hashes of what the receiver holds.
     pub hashes: ContentHashes,
     /// Who maps it, at the last freeze.
@@ -74,7 +75,7 @@ pub struct Segment {
     /// Whether somebody may execute it, at the last freeze.
     pub executable: bool,
     /// Whether a process has had a descriptor of it.
-    pub held: bool,
+    pub opened: bool,
     /// Whether somebody else maps it, if that is known.
     pub shared_outside: Option<bool>,
     /// Tells of pages that were taken away, if writes are tracked.
@@ -88,12 +89,12 @@ impl Segment {
         Self {
             memfd: memfd_name(&file),
             file,
-            announced: PageSet::new(),
+            held: Held::default(),
             hashes: ContentHashes::of_everything(),
             mappings: Vec::new(),
             tracked: false,
             executable: false,
-            held: false,
+            opened: false,
             shared_outside: None,
             witness: None,
         }
@@ -114,7 +115,7 @@ impl Segment {
     #[must_use]
     pub fn trackable(&self) -> bool {
         let anonymous = |name: &MemfdName| name.as_str() == ANONYMOUS;
-        !self.held && self.memfd.as_ref().is_some_and(anonymous)
+        !self.opened && self.memfd.as_ref().is_some_and(anonymous)
     }
 
     /// Looks at it while the tree is stopped: who maps it now. `same_processes`: none came, went, or came
@@ -131,10 +132,17 @@ impl Segment {
         self.mappings = mappings;
     }
 
+    /// The round on its way did not arrive. It may not have compared all of it, and what it was told of
+    /// writes, nothing tells again: the next compares.
+    pub fn lost(&mut self) {
+        self.held.lost();
+        self.shared_outside = None;
+    }
+
     /// What was taken away, of what the receiver holds, since it was sent; everything, if that is not known.
     pub fn taken_away(&self) -> Vec<PageRange> {
         let mut gone = Vec::new();
-        for range in self.announced.iter() {
+        for range in self.held.pages().iter() {
             let found = self
                 .witness
                 .as_ref()

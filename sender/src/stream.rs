@@ -37,6 +37,8 @@ pub struct ImageStream<'a> {
     /// What the receiver holds from the previous round.
     parent: &'a PageSet,
     hashes: &'a mut ContentHashes,
+    /// Changed since then, as far as nothing will tell again.
+    owed: &'a mut PageSet,
     /// How to say "unchanged" of what is batched now; `None` if it is to be sent all the same.
     kept_kind: Option<EntryKind>,
     /// To be read: ascending, together at most a buffer.
@@ -69,18 +71,20 @@ pub struct Sent {
 }
 
 impl<'a> ImageStream<'a> {
-    /// The image must have been opened in `sink`.
+    /// The image must have been opened in `sink`. Pages that change are added to `owed`, however it ends.
     pub fn new(
         sink: &'a mut dyn PageSink,
         pool: &'a BufferPool,
         parent: &'a PageSet,
         hashes: &'a mut ContentHashes,
+        owed: &'a mut PageSet,
     ) -> Self {
         Self {
             sink,
             pool,
             parent,
             hashes,
+            owed,
             kept_kind: Some(EntryKind::Parent),
             wanted: Vec::with_capacity(PIECES_MAX),
             wanted_pages: 0,
@@ -144,6 +148,10 @@ impl<'a> ImageStream<'a> {
     }
 
     fn want(&mut self, source: &mut dyn PageSource, range: PageRange) -> Result<(), StreamError> {
+        // What is compared until it has been, will be compared again.
+        if !self.hashes.has_everything() {
+            self.owed.insert(range);
+        }
         let mut rest = Some(range);
         while let Some(range) = rest {
             self.make_room(source)?;
@@ -179,8 +187,10 @@ impl<'a> ImageStream<'a> {
         self.announced
             .extend(entries.iter().map(|entry| entry.range));
         let changed = |entry: &&Entry| matches!(entry.kind, EntryKind::Data | EntryKind::Zero);
-        let changed = entries.iter().filter(changed);
-        self.changed_pages += changed.map(|entry| entry.range.pages()).sum::<u64>();
+        for entry in entries.iter().filter(changed) {
+            self.changed_pages += entry.range.pages();
+            self.owed.insert(entry.range);
+        }
         self.sink.put(entries, pages)?;
         Ok(())
     }

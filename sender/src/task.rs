@@ -1,10 +1,11 @@
 //! One process of the tree, as remembered from round to round.
 
 use crate::dirty::ContentHashes;
+use crate::held::Held;
 use crate::maps::{Class, Device, KernelMounts, Vma};
 use crate::segment::SegmentKey;
 use crate::sys::pidfd;
-use pageferry_common::{ImageId, PageRange, PageSet};
+use pageferry_common::{ImageId, PageRange};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,8 +28,8 @@ pub struct Task {
     /// Page faults of its children that it has waited for, at the last freeze; `None` if it need not wait
     /// for them.
     pub children_faults: Option<u64>,
-    /// What the receiver holds of it since the last round: only these can be in-parent entries.
-    pub announced: PageSet,
+    /// What the receiver holds of it.
+    pub held: Held,
     /// Content hashes of what the receiver holds, where contents are compared.
     pub hashes: ContentHashes,
     /// Its page table, opened at the last freeze: stays with that memory even if it execs.
@@ -53,7 +54,7 @@ impl Task {
             vmas: Vec::new(),
             shared: Vec::new(),
             children_faults: None,
-            announced: PageSet::new(),
+            held: Held::default(),
             hashes: ContentHashes::of_nothing(),
             pagemap: open_pagemap(tid)?,
             memory: open_memory(tid)?,

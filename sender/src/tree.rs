@@ -2,6 +2,7 @@
 
 use crate::dirty::{ContentHashes, DirtyTracker, Part, Run, TrackError};
 use crate::freeze::{Frozen, FrozenProcess, children, threads};
+use crate::held::Held;
 use crate::maps::{Class, KernelMounts, list};
 use crate::segment::{Mapping, Segment, SegmentKey};
 use crate::sink::PageSink;
@@ -317,7 +318,7 @@ impl Tree {
             for (key, file) in found.segments {
                 held.insert(key);
                 let segment = self.segments.entry(key);
-                segment.or_insert_with(|| Segment::meet(file)).held = true;
+                segment.or_insert_with(|| Segment::meet(file)).opened = true;
             }
             if found.direct_io && !task.direct_io {
                 tracing::info!(
@@ -396,6 +397,23 @@ impl Tree {
             self.untracked_sent += send_segment(*key, segment, written, sink, pool, &mut scanned)?;
         }
         Ok(scanned)
+    }
+
+    /// The receiver has the round that was sent last.
+    pub fn acked(&mut self) {
+        let tasks = self.tasks.values_mut().map(|task| &mut task.held);
+        let segments = self.segments.values_mut().map(|it| &mut it.held);
+        tasks.chain(segments).for_each(Held::acked);
+    }
+
+    /// The receiver has not got the round that was sent last, or only in part, and will not have it. What
+    /// that knew to have changed is sent by the next.
+    pub fn lost(&mut self, tracker: &mut dyn DirtyTracker) {
+        for task in self.tasks.values_mut() {
+            task.held.lost();
+        }
+        self.segments.values_mut().for_each(Segment::lost);
+        tracker.lost();
     }
 
     /// Finds out which segments processes map that are not of the tree, where that is not known.
@@ -477,13 +495,15 @@ fn send_task(
     scanned: &mut Scanned,
 ) -> Result<u64, StreamError> {
     sink.open(task.image()).map_err(StreamError::Sink)?;
-    let parent = std::mem::take(&mut task.announced);
+    runs.clear();
+    let mut owed = PageSet::new();
     let mut hashes = std::mem::replace(&mut task.hashes, ContentHashes::of_nothing());
     let result = (|| {
         let task = &*task;
+        let parent = task.held.pages();
         let mut source = TaskSource::new(task);
         let copy = sink.copies().then_some(EntryKind::Copy);
-        let mut stream = ImageStream::new(sink, pool, &parent, &mut hashes);
+        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut owed);
         for vma in &task.vmas {
             let kept = match (vma.class, look.kind()) {
                 (Class::Foreign | Class::Segment, _) => continue,
@@ -544,7 +564,7 @@ fn send_task(
         }) => {
             scanned.scan_time += compare_time;
             scanned.compared += compared_pages;
-            task.announced = announced;
+            task.held.sent(announced, owed);
             scanned.pages += scanned_pages;
             Ok(changed_pages)
         }
@@ -552,9 +572,18 @@ fn send_task(
         // an in-parent entry.
         Err(StreamError::Source(error)) if is_gone(&error) && look.kind() == RoundKind::PreDump => {
             tracing::debug!(task.pid, %error, "gone in the middle of its image");
+            task.held.sent(PageSet::new(), task.held.pages().clone());
             Ok(0)
         }
-        Err(error) => Err(error),
+        Err(error) => {
+            // What was asked for last was not handed to the stream to its end, perhaps.
+            if !task.hashes.has_everything() {
+                let written = runs.iter().filter(|run| run.written);
+                owed = owed.union(&written.map(|run| run.range).collect());
+            }
+            task.held.torn(&owed);
+            Err(error)
+        }
     }
 }
 
@@ -663,16 +692,17 @@ fn send_segment(
     if let Some(name) = &segment.memfd {
         sink.memfd(name)?;
     }
-    let parent = std::mem::take(&mut segment.announced);
     let file = segment.file.try_clone().map_err(StreamError::Source)?;
     let size = file.metadata().map_err(StreamError::Source)?.len();
     let all = PageRange::from_bounds(0, size.next_multiple_of(PAGE_SIZE));
     let mut runs = Vec::new();
+    let mut owed = PageSet::new();
     match written {
         Some(written) => {
-            for range in parent.union(&written).iter() {
+            for range in segment.held.pages().union(&written).iter() {
                 written.split(range, |range, written| runs.push(Run { range, written }));
             }
+            owed = written;
         }
         None => runs.extend(all.map(|range| Run {
             range,
@@ -681,6 +711,7 @@ fn send_segment(
     }
     let kept = Some(EntryKind::Parent);
     let mut hashes = std::mem::replace(&mut segment.hashes, ContentHashes::of_everything());
+    let held = std::mem::take(&mut segment.held);
     let result = (|| {
         let mut source = SegmentSource { file: &file };
         let mut data = Populated {
@@ -688,7 +719,8 @@ fn send_segment(
             last: None,
             walks: WALKS_SPARED,
         };
-        let mut stream = ImageStream::new(sink, pool, &parent, &mut hashes);
+        let parent = held.pages();
+        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut owed);
         for run in runs {
             if !run.written {
                 stream.run(&mut source, run, kept)?;
@@ -711,8 +743,9 @@ fn send_segment(
         stream.finish(&mut source)
     })();
     segment.hashes = hashes;
-    let sent = result?;
-    segment.announced = sent.announced;
+    segment.held = held;
+    let sent = result.inspect_err(|_| segment.held.torn(&owed))?;
+    segment.held.sent(sent.announced, owed);
     scanned.pages += sent.scanned_pages;
     scanned.compared += sent.compared_pages;
     scanned.scan_time += sent.compare_time;

@@ -9,7 +9,7 @@
 //! let pair = Pair::start(&[]);
 //! let report = pair.send(victim.pid(), &["--then", "stop"]).expect_report();
 //! let truth = Snapshot::take(&Frozen::already(victim.pid()).unwrap()).unwrap();
-//! images::compare(&truth, &pair.last_round(&report)).unwrap();
+//! images::compare(&truth, &report.last_round()).unwrap();
 //! ```
 #![forbid(unsafe_code)]
 
@@ -18,6 +18,7 @@ pub mod daemon;
 pub mod host;
 pub mod huge;
 pub mod images;
+pub mod link;
 pub mod memory;
 pub mod mover;
 pub mod net;

@@ -88,6 +88,22 @@ impl Net {
         self.route(B);
     }
 
+    /// Takes the wire to A, B or C down: what is on it is lost, and nobody there is told.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub fn cut(&self, host: &str) {
+        run(&format!("ip -n {} link set to{host} down", self.name("R")));
+    }
+
+    /// Takes it up again.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub fn mend(&self, host: &str) {
+        run(&format!("ip -n {} link set to{host} up", self.name("R")));
+    }
+
     fn route(&self, via: &str) {
         run(&format!(
             "ip -n {} route replace {SERVICE} via {via}",

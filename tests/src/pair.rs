@@ -45,6 +45,19 @@ pub struct Report {
     pub totals: serde_json::Map<String, serde_json::Value>,
 }
 
+impl Report {
+    /// Where the last round has its images, over those of the rounds before.
+    ///
+    /// # Panics
+    /// If it names no directory or has no round.
+    #[must_use]
+    pub fn last_round(&self) -> PathBuf {
+        let directory = self.totals.get("directory").and_then(|it| it.as_str());
+        let round = self.rounds.last().expect("there was a round").round;
+        Path::new(directory.expect("a report names the directory")).join(round.to_string())
+    }
+}
+
 /// A run of `send` that is over.
 #[derive(Debug)]
 pub struct Sent {
@@ -237,19 +250,6 @@ impl Pair {
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
-    }
-
-    /// Where the last round that a report tells of has its images, over those of the rounds before.
-    ///
-    /// # Panics
-    /// If the report names no directory or has no round.
-    #[must_use]
-    pub fn last_round(&self, report: &Report) -> PathBuf {
-        let directory = report.totals.get("directory").and_then(|it| it.as_str());
-        let round = report.rounds.last().expect("there was a round").round;
-        self.dir
-            .join(directory.expect("a report names the directory"))
-            .join(round.to_string())
     }
 
     /// Where the receiver listens.

@@ -117,6 +117,15 @@ impl Program {
         let _ = self.child.kill();
     }
 
+    /// The same, and waits until it is gone, with its port and its locks.
+    ///
+    /// # Panics
+    /// If it is not our child.
+    pub fn end(&mut self) {
+        self.kill();
+        self.child.wait().expect("it is our child");
+    }
+
     /// Waits for a line on standard error that `wanted` makes something of.
     ///
     /// # Panics

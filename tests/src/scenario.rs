@@ -40,15 +40,35 @@ pub fn flatten(dir: &Path, out: &Path) {
     assert!(flattened.status.success(), "{}", flattened.stderr);
 }
 
-/// Claims that the last round that `report` tells of, in the directory of `pair`, is the memory
-/// of the stopped tree under `root`, byte by byte.
+/// Whether this kernel has a tracker; if not, says so by name. Where `PAGEFERRY_ALL_TRACKERS` is
+/// set (in the VM), it must.
+///
+/// # Panics
+/// If it must, and has not.
+#[must_use]
+pub fn has_tracker(tracker: &str) -> bool {
+    let victim = Victim::start("heap=1");
+    let pair = Pair::start(&[]);
+    let sent = pair.send(victim.pid(), &["--tracker", tracker, "--rounds", "1"]);
+    let missing = sent.stderr.contains("this kernel has no");
+    assert!(sent.status.success() || missing, "{}", sent.stderr);
+    if missing {
+        let required = std::env::var_os("PAGEFERRY_ALL_TRACKERS").is_some();
+        assert!(!required, "{}", sent.stderr);
+        eprintln!("SKIPPED: --tracker {tracker}: {}", sent.stderr.trim());
+    }
+    !missing
+}
+
+/// Claims that the last round that `report` tells of is the memory of the stopped tree under `root`,
+/// byte by byte.
 ///
 /// # Panics
 /// If it is not.
-pub fn assert_arrived(root: i32, pair: &Pair, report: &Report) -> Stats {
+pub fn assert_arrived(root: i32, report: &Report) -> Stats {
     let frozen = Frozen::already(root).expect("the tree is stopped");
     let truth = Snapshot::take(&frozen).expect("the tree's memory can be read");
-    let round = pair.last_round(report);
+    let round = report.last_round();
     assert_verified(&round);
     compare_chain(&truth, &round)
 }
@@ -82,7 +102,7 @@ pub fn assert_sent(victim: &mut Victim, options: &[&str]) -> Report {
     let report = pair
         .send(victim.pid(), &[&["--then", "stop"], options].concat())
         .expect_report();
-    assert_arrived(victim.pid(), &pair, &report);
+    assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
     victim.assert_unharmed();
     report

@@ -19,7 +19,7 @@ fn crit_decodes_every_image() {
             &["--max-downtime", "0ms", "--max-rounds", "3"],
         )
         .expect_report();
-    let home = pair.last_round(&report).parent().unwrap().to_owned();
+    let home = report.last_round().parent().unwrap().to_owned();
     let mut kinds = [0; 3];
     for round in 1..=report.rounds.len() {
         for image in fs::read_dir(home.join(round.to_string())).unwrap() {
@@ -73,8 +73,8 @@ fn criu_restores_from_a_chain_of_our_rounds() {
             let options = ["--max-downtime", "0ms", "--max-rounds", "3"];
             let options = [&options[..], &["--then", "stop"]].concat();
             let report = pair.send(pid, &options).expect_report();
-            assert_arrived(pid, &pair, &report);
-            let round = pair.last_round(&report);
+            assert_arrived(pid, &report);
+            let round = report.last_round();
             assert!(round.join("parent").exists());
 
             // CRIU's part, of the very moment that our last round was taken in.

@@ -95,7 +95,7 @@ fn who_wants_what_is_not_there_is_sent_away() {
     let victim = Victim::start("heap=1");
     let pair = Pair::start(&[]);
     let report = pair.send(victim.pid(), &["--rounds", "1"]).expect_report();
-    let round = pair.last_round(&report);
+    let round = report.last_round();
     let (mut server, address) = serve_pages(&round);
     let request = |command: u32, pages: u32, address: u64, process: u64| {
         let parts: [&[u8]; 4] = [

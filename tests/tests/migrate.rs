@@ -6,6 +6,7 @@ use pageferry_tests::daemon::{Daemon, until};
 use pageferry_tests::host::Host;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::images;
+use pageferry_tests::link::{Link, Step};
 use pageferry_tests::memory;
 use pageferry_tests::pair::{receive_command, send_command};
 use pageferry_tests::program::Finished;
@@ -13,12 +14,10 @@ use pageferry_tests::program::Program;
 use pageferry_tests::scenario::receive;
 use pageferry_tests::{Receiver, Send, Victim};
 use std::fs;
-use std::io::{self, Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::atomic::Ordering;
 
 /// Every process of a victim, here and on other hosts of this machine, each with its number where it
 /// is, which is that of `tree` everywhere; whether it can run.
@@ -200,14 +199,13 @@ fn memory_is_filled_while_everything_changes() {
 /// What happens at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
+    /// For good.
     Cut,
+    /// Another connection can be made at once.
+    CutOnce,
     KillSend,
     KillReceive,
 }
-
-/// A step of a hand-over: its name, the number of its frame in the protocol, whether the receiver says it,
-/// and the round from which on the first such frame is meant.
-type Step = (&'static str, u8, bool, u32);
 
 /// After one round of a tree that runs, one is sent while CRIU dumps it, and then the last.
 const DURING: u32 = 2;
@@ -232,100 +230,6 @@ const STEPS: [Step; 12] = [
     ("finish", 8, false, LAST),
     ("goodbye", 9, true, LAST),
 ];
-
-/// A link that passes frames on, until that step of the connection; then it says so, waits until it
-/// may go on, and is cut if it is to be. Later connections pass freely.
-struct Link {
-    address: SocketAddr,
-    reached: mpsc::Receiver<()>,
-    go_on: mpsc::Sender<bool>,
-    /// Whether later connections are let through.
-    open: Arc<AtomicBool>,
-}
-
-impl Link {
-    fn to(receiver: SocketAddr, step: Step, after: bool) -> Self {
-        let (_, kind, from_receiver, round) = step;
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let (reach, reached) = mpsc::channel();
-        let (go_on, may_go_on) = mpsc::channel();
-        let open = Arc::new(AtomicBool::new(true));
-        let is_open = Arc::clone(&open);
-        std::thread::spawn(move || {
-            let mut watch = Some((reach, may_go_on));
-            let current = Arc::new(AtomicU32::new(0));
-            for sender in listener.incoming().flatten() {
-                if !is_open.load(Ordering::SeqCst) {
-                    continue;
-                }
-                let Ok(receiver) = TcpStream::connect(receiver) else {
-                    continue;
-                };
-                let directions = [(&sender, &receiver, false), (&receiver, &sender, true)];
-                for (from, to, is_receiver) in directions {
-                    let (from, to) = (from.try_clone().unwrap(), to.try_clone().unwrap());
-                    let watch = match is_receiver == from_receiver {
-                        true => watch.take(),
-                        false => None,
-                    };
-                    let current = Arc::clone(&current);
-                    std::thread::spawn(move || {
-                        let _ = pass(&from, &to, (kind, round), after, watch, &current);
-                        for end in [from, to] {
-                            let _ = end.shutdown(Shutdown::Both);
-                        }
-                    });
-                }
-            }
-        });
-        Self {
-            address,
-            reached,
-            go_on,
-            open,
-        }
-    }
-}
-
-type Watch = (mpsc::Sender<()>, mpsc::Receiver<bool>);
-
-/// Passes frames on; at the one watched for, as above.
-fn pass(
-    mut from: &TcpStream,
-    mut to: &TcpStream,
-    (kind, round): (u8, u32),
-    after: bool,
-    mut watch: Option<Watch>,
-    current: &AtomicU32,
-) -> io::Result<()> {
-    loop {
-        let mut frame = vec![0; 32];
-        from.read_exact(&mut frame)?;
-        let number = |frame: &[u8], at| u32::from_le_bytes(frame[at..at + 4].try_into().unwrap());
-        let rest = number(&frame, 8) + number(&frame, 12);
-        frame.resize(32 + rest as usize, 0);
-        from.read_exact(&mut frame[32..])?;
-        // A round's beginning says which it is; what the other side says of it comes later.
-        if frame[4] == 3 {
-            current.store(number(&frame, 32), Ordering::SeqCst);
-        }
-        let here = frame[4] == kind && current.load(Ordering::SeqCst) >= round;
-        if after || !here {
-            to.write_all(&frame)?;
-        }
-        if here && let Some((reach, may_go_on)) = watch.take() {
-            reach.send(()).map_err(io::Error::other)?;
-            match may_go_on.recv() {
-                Ok(true) if !after => to.write_all(&frame)?,
-                Ok(true) => {}
-                Ok(false) | Err(_) => return Ok(()),
-            }
-        } else if here && !after {
-            to.write_all(&frame)?;
-        }
-    }
-}
 
 fn kill_receive(receiver: &mut Receiver) {
     // The program under test is nsenter's child.
@@ -358,12 +262,17 @@ fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
     let mut victim = Victim::detached("heap=8 children=1 dirty=20");
     let (pid, tree) = (victim.pid(), victim.tree());
     let link = Link::to(address, step, after);
-    let mut send = migrate(criu, link.address, pid, &["--max-rounds", "1"]);
+    let patience = match fault {
+        Fault::CutOnce => "60s",
+        Fault::Cut | Fault::KillSend | Fault::KillReceive => "0",
+    };
+    let options = ["--max-rounds", "1", "--reconnect-for", patience];
+    let mut send = migrate(criu, link.address, pid, &options);
     link.reached
         .recv()
         .unwrap_or_else(|_| panic!("{what}: it ended before"));
     match fault {
-        Fault::Cut => {}
+        Fault::Cut | Fault::CutOnce => {}
         Fault::KillSend => send.program().kill(),
         Fault::KillReceive => {
             kill_receive(&mut receiver);
@@ -408,8 +317,9 @@ fn fault_at_every_step(fault: Fault) {
                 if after { "after" } else { "before" },
                 step.0
             );
-            // Before the commit it never moves; from the answer on it has.
+            // Before the commit it never moves, unless it may try again; from the answer on it has.
             match step.1 {
+                _ if fault == Fault::CutOnce => assert!(moved, "{step:?} {after}"),
                 16 => {}
                 17 | 8 | 9 => assert!(moved, "{step:?} {after}"),
                 _ => assert!(!moved, "{step:?} {after}"),
@@ -421,6 +331,11 @@ fn fault_at_every_step(fault: Fault) {
 #[test]
 fn the_link_is_cut_at_every_step() {
     fault_at_every_step(Fault::Cut);
+}
+
+#[test]
+fn the_link_is_cut_once_at_every_step_and_the_process_moves_all_the_same() {
+    fault_at_every_step(Fault::CutOnce);
 }
 
 #[test]
@@ -478,7 +393,14 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
         let mut victim = Victim::detached("heap=8 children=1 dirty=20");
         let (pid, tree) = (victim.pid(), victim.tree());
         let link = Link::to(receiver.address(), step, false);
-        let options = ["--max-rounds", "1", "--timeout", "1s"];
+        let options = [
+            "--max-rounds",
+            "1",
+            "--timeout",
+            "1s",
+            "--reconnect-for",
+            "0",
+        ];
         let send = migrate(&criu, link.address, pid, &options);
         link.reached.recv().unwrap();
         link.open.store(false, Ordering::SeqCst);
@@ -555,7 +477,14 @@ fn an_outcome_that_cannot_be_written_leaves_the_copy_here() {
     let mut victim = Victim::detached("heap=8 children=1 dirty=20");
     let (pid, tree) = (victim.pid(), victim.tree());
     let link = Link::to(receiver.address(), ("commit", 16, false, LAST), false);
-    let options = ["--max-rounds", "1", "--timeout", "1s"];
+    let options = [
+        "--max-rounds",
+        "1",
+        "--timeout",
+        "1s",
+        "--reconnect-for",
+        "0",
+    ];
     let send = migrate(&criu, link.address, pid, &options);
     link.reached.recv().unwrap();
     let homes = fs::read_dir(dir.path()).unwrap().flatten();

@@ -67,7 +67,7 @@ fn our_rounds_are_the_parent_of_crius_dump() {
             let pair = Pair::start(&[]);
             let options = ["--tracker", tracker, "--rounds", "3"];
             let report = pair.send(pid, &options).expect_report();
-            let last = pair.last_round(&report).parent().unwrap().join("last");
+            let last = report.last_round().parent().unwrap().join("last");
             fs::create_dir(&last).unwrap();
             let pid_text = pid.to_string();
             let options = ["-t", &pid_text, "--track-mem", "--prev-images-dir", "../3"];
@@ -205,7 +205,7 @@ fn pre_dumps_compared() {
         let pair = Pair::start(&[]);
         let options = ["--tracker", tracker, "--rounds", "2"];
         let report = pair.send(victim.pid(), &options).expect_report();
-        let counts = counts(victim.pid(), &pair.last_round(&report));
+        let counts = counts(victim.pid(), &report.last_round());
         let way = format!("send --tracker {tracker}, 2 rounds");
         table.push(row(&way, counts));
         ours.push((way, counts));

@@ -27,7 +27,7 @@ fn assert_precopied(root: i32, options: &[&str]) -> Report {
     ]
     .concat();
     let report = pair.send(root, &all).expect_report();
-    let stats = assert_arrived(root, &pair, &report);
+    let stats = assert_arrived(root, &report);
     go_on(root);
     eprintln!("{:?} {stats:?}", report.totals);
     assert!(report.rounds.len() >= 2);
@@ -162,7 +162,7 @@ fn a_tree_in_its_own_pid_namespace() {
     });
     let pair = Pair::start(&[]);
     let report = pair.send(root, &["--rounds", "2"]).expect_report();
-    let round = pair.last_round(&report);
+    let round = report.last_round();
     let mut images: Vec<_> = std::fs::read_dir(&round)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())

@@ -109,7 +109,7 @@ fn memory_arrives_and_nobody_reads_along() {
         let (address, tap) = tap(pair.address());
         here.extend(["--then", "stop"].map(str::to_owned));
         let report = Send::start(address, victim.pid(), &strs(&here)).finish();
-        assert_arrived(victim.pid(), &pair, &report.expect_report());
+        assert_arrived(victim.pid(), &report.expect_report());
         go_on(victim.pid());
         victim.assert_unharmed();
         let said = tap.join().unwrap().unwrap();

@@ -5,7 +5,7 @@ use pageferry_sender::vm_flags::VmFlags;
 use pageferry_tests::criu::skip;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::images::{Entry, Pagemap};
-use pageferry_tests::scenario::assert_sent;
+use pageferry_tests::scenario::{assert_sent, has_tracker};
 use pageferry_tests::{Pair, Victim};
 use std::fs;
 use std::path::Path;
@@ -15,25 +15,9 @@ const TRACKERS: [&str; 3] = ["uffd", "soft-dirty", "hash"];
 /// Rounds go on until the plateau shows: several, with everything that rounds bring.
 const MANY_ROUNDS: [&str; 4] = ["--max-downtime", "0ms", "--max-rounds", "4"];
 
-/// Whether this kernel has a tracker; if not, says so by name. Where PAGEFERRY_ALL_TRACKERS is
-/// set (in the VM), it must.
-fn is_here(tracker: &str) -> bool {
-    let victim = Victim::start("heap=1");
-    let pair = Pair::start(&[]);
-    let sent = pair.send(victim.pid(), &["--tracker", tracker, "--rounds", "1"]);
-    let missing = sent.stderr.contains("this kernel has no");
-    assert!(sent.status.success() || missing, "{}", sent.stderr);
-    if missing {
-        let required = std::env::var_os("PAGEFERRY_ALL_TRACKERS").is_some();
-        assert!(!required, "{}", sent.stderr);
-        eprintln!("SKIPPED: --tracker {tracker}: {}", sent.stderr.trim());
-    }
-    !missing
-}
-
 fn with_each_tracker(features: &str, options: &[&str]) {
     let mut tested = 0;
-    for tracker in TRACKERS.into_iter().filter(|tracker| is_here(tracker)) {
+    for tracker in TRACKERS.into_iter().filter(|tracker| has_tracker(tracker)) {
         let mut victim = Victim::start(features);
         for skipped in victim.skipped() {
             eprintln!("SKIPPED: {skipped}");
@@ -84,7 +68,7 @@ fn huge_pages_that_are_set_aside_are_whole_in_the_last_round() {
     let regions = victim.regions();
     let huge = regions.iter().find(|region| region.kind == "hugetlb");
     let huge = huge.expect("the victim has such a region");
-    let last = pair.last_round(&report);
+    let last = report.last_round();
     let pagemap = fs::read(last.join(format!("pagemap-{}.img", victim.pid()))).unwrap();
     let pagemap = Pagemap::parse(&pagemap).unwrap();
     let inside =

@@ -64,7 +64,7 @@ fn sends_killed_at_any_instant_leave_no_trace() {
     }
     // And it can be sent as if nothing had happened.
     let report = pair.send(victim.pid(), &["--then", "stop"]).expect_report();
-    assert_arrived(victim.pid(), &pair, &report);
+    assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
     victim.assert_unharmed();
 }
@@ -73,7 +73,8 @@ fn sends_killed_at_any_instant_leave_no_trace() {
 fn an_interrupted_send_ends_by_name_and_leaves_the_target_running() {
     let mut victim = Victim::start("heap=64 threads=4 dirty=100");
     let pair = Pair::start(&[]);
-    let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
+    let options = ["--rounds", "1000", "--reconnect-for", "0"];
+    let mut send = pair.start_send(victim.pid(), &options);
     send.program()
         .await_stderr(|line| line.contains("round=2").then_some(()));
     kill(Pid::from_raw(send.program().pid()), Signal::SIGINT).unwrap();
@@ -87,7 +88,8 @@ fn an_interrupted_send_ends_by_name_and_leaves_the_target_running() {
 fn a_receiver_that_dies_fails_the_send_and_not_the_target() {
     let mut victim = Victim::start("heap=64 dirty=100");
     let mut pair = Pair::start(&[]);
-    let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
+    let options = ["--rounds", "1000", "--reconnect-for", "0"];
+    let mut send = pair.start_send(victim.pid(), &options);
     send.program()
         .await_stderr(|line| line.contains("round=2").then_some(()));
     pair.receiver().program().kill();
@@ -103,7 +105,8 @@ fn a_receiver_that_dies_fails_the_send_and_not_the_target() {
 fn a_receiver_that_was_killed_discards_the_torn_round_and_keeps_the_others() {
     let victim = Victim::start("heap=64 dirty=100");
     let mut pair = Pair::start(&[]);
-    let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
+    let options = ["--rounds", "1000", "--reconnect-for", "0"];
+    let mut send = pair.start_send(victim.pid(), &options);
     send.program()
         .await_stderr(|line| line.contains("round=3").then_some(()));
     pair.receiver().program().kill();
@@ -183,7 +186,7 @@ fn several_senders_at_once_do_not_mix() {
         .collect();
     for (mut victim, send) in victims.into_iter().zip(sends) {
         let report = send.finish().expect_report();
-        assert_arrived(victim.pid(), &pair, &report);
+        assert_arrived(victim.pid(), &report);
         go_on(victim.pid());
         victim.assert_unharmed();
     }
@@ -205,7 +208,7 @@ fn chaos_for_twenty_rounds() {
         let report = pair
             .send(victim.pid(), &["--tracker", tracker, "--then", "stop"])
             .expect_report();
-        assert_arrived(victim.pid(), &pair, &report);
+        assert_arrived(victim.pid(), &report);
         go_on(victim.pid());
         victim.assert_unharmed();
     }
@@ -234,7 +237,7 @@ fn changes_of_the_tree_between_rounds_are_followed() {
         }
     }
     let report = send.finish().expect_report();
-    assert_arrived(victim.pid(), &pair, &report);
+    assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
     victim.assert_unharmed();
 }
@@ -247,7 +250,7 @@ fn a_round_may_last_longer_than_the_timeout() {
     let slow = ["--timeout", "3s", "--compress", "zstd:19", "--then", "stop"];
     let report = pair.send(victim.pid(), &slow).expect_report();
     assert!(report.rounds[0].seconds > 3.0, "{:?}", report.rounds);
-    assert_arrived(victim.pid(), &pair, &report);
+    assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
     victim.assert_unharmed();
 }

@@ -5,8 +5,10 @@ use super::message::{Chunk, Message, MessageError, RefuseCode};
 use super::phase::{OutOfPhase, Phase};
 use bytes::{Buf, Bytes};
 use std::io;
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
@@ -68,23 +70,52 @@ impl SharedPhase {
     }
 }
 
+/// The longest time without progress, shared by a connection's two directions and whoever changes it.
+#[derive(Debug, Clone)]
+pub struct Patience(Arc<AtomicU64>);
+
+impl Patience {
+    /// How long it is now.
+    #[must_use]
+    pub fn get(&self) -> Duration {
+        Duration::from_millis(self.0.load(Ordering::Relaxed))
+    }
+
+    /// Makes it as long, from now on and for what is awaited already.
+    pub fn set(&self, stall: Duration) {
+        let millis = u64::try_from(stall.as_millis()).unwrap_or(u64::MAX);
+        self.0.store(millis, Ordering::Relaxed);
+    }
+}
+
+impl From<Duration> for Patience {
+    fn from(stall: Duration) -> Self {
+        let patience = Self(Arc::default());
+        patience.set(stall);
+        patience
+    }
+}
+
+/// How often it is looked whether a connection's patience is at its end.
+const LOOK: Duration = Duration::from_millis(250);
+
 /// The sending direction.
 #[derive(Debug)]
 pub struct FrameWriter<W> {
     io: W,
     phase: SharedPhase,
-    stall: Duration,
+    stall: Patience,
     seq: u64,
     bytes: u64,
 }
 
 impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// Writes frames to `io`; a frame that does not leave within `stall` is an error.
-    pub fn new(io: W, phase: SharedPhase, stall: Duration) -> Self {
+    pub fn new(io: W, phase: SharedPhase, stall: impl Into<Patience>) -> Self {
         Self {
             io,
             phase,
-            stall,
+            stall: stall.into(),
             seq: 0,
             bytes: 0,
         }
@@ -134,10 +165,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
             self.io.write_all_buf(&mut frame).await?;
             self.io.flush().await
         };
-        match timeout(self.stall, write).await {
-            Err(_) => Err(WireError::Stalled(self.stall)),
-            Ok(written) => written.map_err(WireError::Io),
-        }
+        in_time(&self.stall, write).await?.map_err(WireError::Io)
     }
 }
 
@@ -164,7 +192,7 @@ pub enum Incoming {
 pub struct FrameReader<R> {
     io: R,
     phase: SharedPhase,
-    stall: Duration,
+    stall: Patience,
     /// Phases in which the peer owes us nothing, however long they last.
     patient_in: &'static [Phase],
     seq: u64,
@@ -173,11 +201,11 @@ pub struct FrameReader<R> {
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
     /// Reads frames from `io`; a peer silent for longer than `stall` is an error.
-    pub fn new(io: R, phase: SharedPhase, stall: Duration) -> Self {
+    pub fn new(io: R, phase: SharedPhase, stall: impl Into<Patience>) -> Self {
         Self {
             io,
             phase,
-            stall,
+            stall: stall.into(),
             patient_in: &[],
             seq: 0,
             bytes: 0,
@@ -252,26 +280,44 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
     }
 
     async fn first_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, WireError> {
+        let mut silent_since = Instant::now();
         loop {
+            let stall = self.stall.get();
             // A read that is given up has read nothing.
-            match timeout(self.stall, self.io.read(buffer)).await {
+            match timeout(LOOK.min(stall), self.io.read(buffer)).await {
                 Ok(got) => {
                     let got = got.map_err(WireError::Io)?;
                     self.bytes += got as u64;
                     return Ok(got);
                 }
-                Err(_) if self.patient_in.contains(&self.phase.get()) => {}
-                Err(_) => return Err(WireError::Stalled(self.stall)),
+                Err(_) if self.patient_in.contains(&self.phase.get()) => {
+                    silent_since = Instant::now();
+                }
+                Err(_) if silent_since.elapsed() < stall => {}
+                Err(_) => return Err(WireError::Stalled(stall)),
             }
         }
     }
 
     /// Fills `buffer`. The deadline is a whole message's: a peer that trickles does not renew it.
     async fn read(&mut self, buffer: &mut [u8]) -> Result<(), WireError> {
-        let read = timeout(self.stall, self.io.read_exact(buffer)).await;
-        let got = read.map_err(|_| WireError::Stalled(self.stall))?;
+        let got = in_time(&self.stall, self.io.read_exact(buffer)).await?;
         self.bytes += got.map_err(WireError::Io)? as u64;
         Ok(())
+    }
+}
+
+/// Awaits what must not take longer than `patience` has, which may change meanwhile.
+async fn in_time<T>(patience: &Patience, work: impl Future<Output = T>) -> Result<T, WireError> {
+    let began = Instant::now();
+    let mut work = pin!(work);
+    loop {
+        let stall = patience.get();
+        match timeout(LOOK.min(stall), &mut work).await {
+            Ok(done) => return Ok(done),
+            Err(_) if began.elapsed() < stall => {}
+            Err(_) => return Err(WireError::Stalled(stall)),
+        }
     }
 }
 
@@ -323,6 +369,7 @@ mod tests {
             let welcome = Message::Welcome {
                 version: 1,
                 features: 0,
+                rounds: 0,
                 directory: "d".into(),
             };
             let begin = Message::RoundBegin {
@@ -386,6 +433,21 @@ mod tests {
             assert_eq!(heard.unwrap(), Incoming::Message(hello()));
             // Now an answer is due.
             assert!(matches!(reader.next().await, Err(WireError::Stalled(_))));
+        });
+    }
+
+    #[test]
+    fn patience_that_ends_ends_what_is_awaited_already() {
+        run(async {
+            let (_a, b) = tokio::io::duplex(256);
+            let patience = Patience::from(STALL);
+            let mut reader = FrameReader::new(b, SharedPhase::default(), patience.clone());
+            let (heard, ()) = tokio::join!(reader.next(), async {
+                tokio::task::yield_now().await;
+                patience.set(Duration::from_millis(10));
+            });
+            let short = Duration::from_millis(10);
+            assert!(matches!(heard, Err(WireError::Stalled(stall)) if stall == short));
         });
     }
 

@@ -42,6 +42,8 @@ pub enum RefuseCode {
     Restore = 6,
     /// The migration is somebody else's.
     Denied = 7,
+    /// The sender was silent for too long. It may come again.
+    Silent = 8,
 }
 
 /// What both ends count over a round and compare before it is acked.
@@ -138,6 +140,7 @@ pub enum Message {
     Welcome {
         version: u16,
         features: u64,
+        rounds: u32,
         directory: String,
     },
     /// See [`FrameKind::RoundBegin`].
@@ -285,9 +288,13 @@ impl Message {
             Self::Welcome {
                 version,
                 features,
+                rounds,
                 directory,
             } => {
-                out.u16(*version).u64(*features).text(directory);
+                out.u16(*version)
+                    .u64(*features)
+                    .u32(*rounds)
+                    .text(directory);
             }
             Self::RoundBegin {
                 round,
@@ -384,6 +391,7 @@ impl Message {
             FrameKind::Welcome => Self::Welcome {
                 version: input.u16()?,
                 features: input.u64()?,
+                rounds: input.u32()?,
                 directory: input.text()?,
             },
             FrameKind::RoundBegin => Self::RoundBegin {
@@ -424,6 +432,7 @@ impl Message {
                     5 => RefuseCode::Busy,
                     6 => RefuseCode::Restore,
                     7 => RefuseCode::Denied,
+                    8 => RefuseCode::Silent,
                     other => return Err(bad("refusal", u64::from(other))),
                 },
                 reason: input.text()?,
@@ -707,13 +716,14 @@ mod tests {
                     claim
                 }
             ),
-            (any::<u16>(), any::<u64>(), ".{0,40}").prop_map(|(version, features, directory)| {
-                Message::Welcome {
+            (any::<(u16, u64, u32)>(), ".{0,40}").prop_map(
+                |((version, features, rounds), directory)| Message::Welcome {
                     version,
                     features,
+                    rounds,
                     directory,
                 }
-            }),
+            ),
             (any::<u32>(), any::<bool>(), any::<u64>()).prop_map(|(round, last, uptime_us)| {
                 Message::RoundBegin {
                     round,

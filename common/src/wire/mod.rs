@@ -24,7 +24,7 @@
 //!  S                                                            R
 //!  | Hello {version, page size, features, claim}                |
 //!  | ---------------------------------------------------------> |
-//!  |            Welcome {version, features, directory}  or  Refuse
+//!  |    Welcome {version, features, rounds, directory}  or  Refuse
 //!  | <--------------------------------------------------------- |
 //!  |                                                            |
 //!  | File {path, size, build id} ..., Check                     |  if the process moves:
@@ -61,7 +61,7 @@
 //! | kind | name | from | metadata |
 //! |---|---|---|---|
 //! | 1 | Hello | S | version u16, page size u32, features u64, claim |
-//! | 2 | Welcome | R | version u16, features u64 (those both ends have), directory string |
+//! | 2 | Welcome | R | version u16, features u64 (those both ends have), complete rounds u32, directory string |
 //! | 3 | RoundBegin | S | round u32 (from 1, ascending), kind u8 (1 pre-dump, 2 final), uptime u64 µs |
 //! | 4 | ImageOpen | S | kind u8 (1 process, 2 segment), id u64 |
 //! | 21 | File | S | size u64, path string, build id: its length u8 (at most 64) and that many bytes |
@@ -85,6 +85,10 @@
 //! | 18 | Resolve | S | claim; first message of a connection |
 //! | 19 | Outcome | R | running u8 (0, 1); the connection ends |
 //!
+//! A sender whose connection is lost says Hello again, on another, with the same claim. The receiver then ends what
+//! is left of the first, discards a round that has not come to its end, and says in its Welcome how many it has: the
+//! sender goes on with the next.
+//!
 //! A claim is a migration's id (16 bytes), the root's PID (u32) and a secret of 32 bytes that the receiver has
 //! only from Hello.
 //! A string is a u16 length and that many bytes of UTF-8, at most [`message::STRING_MAX`].
@@ -103,7 +107,7 @@ pub mod frame;
 pub mod message;
 pub mod phase;
 
-pub use connection::{FrameReader, FrameWriter, Incoming, SharedPhase, WireError};
+pub use connection::{FrameReader, FrameWriter, Incoming, Patience, SharedPhase, WireError};
 pub use frame::{FrameKind, Header};
 pub use message::{Chunk, Entry, EntryKind, Message, RefuseCode, RoundKind, Totals};
 pub use phase::Phase;

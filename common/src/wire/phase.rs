@@ -75,9 +75,10 @@ impl Phase {
             (Self::Fresh, K::Resolve) => Some(Self::Resolving),
             (Self::Resolving, K::Outcome) => Some(Self::Closed),
 
-            (Self::Fresh | Self::Greeting, K::Working) => None,
+            (Self::Fresh, K::Working) => None,
             (
-                Self::Ready
+                Self::Greeting
+                | Self::Ready
                 | Self::Round
                 | Self::Image
                 | Self::Sealing

@@ -86,6 +86,17 @@ pub enum Failure {
     Refusal(#[from] Refusal),
 }
 
+impl Failure {
+    /// Whether the connection is lost, and nothing else is wrong.
+    #[must_use]
+    pub fn is_broken_connection(&self) -> bool {
+        matches!(
+            self,
+            Self::Wire(WireError::Io(_) | WireError::Closed | WireError::Stalled(_))
+        )
+    }
+}
+
 impl From<FileError> for Failure {
     fn from(error: FileError) -> Self {
         Refusal::from(error).into()

@@ -3,27 +3,23 @@
 //! Whatever goes wrong before the sender's commit is on the disk, nothing runs here, and the sender
 //! lets its copy go on. From then on it runs here, whatever happens to the connection.
 
-use super::native::{Kept, Session, WORKING_INTERVAL};
+use super::native::{Kept, Session, WORKING_INTERVAL, owned};
 use super::{Failure, Refusal};
 use crate::image::DirName;
 use crate::image::chain::newest_round;
 use crate::image::lazy::Prepared;
 use crate::image::writer::{sync, sync_all};
 use crate::restore::{Images, Outcome, Progress, Restorer, Restoring, complete};
-use crate::store::Store;
+use crate::store::{Cut, Store};
 use crate::with_causes;
 use pageferry_common::Claim;
 use pageferry_common::criu::{Criu, Options, Work};
 use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::spawn_blocking;
-use tokio::time::{sleep, timeout};
-
-/// How often it is looked whether somebody still works on a migration.
-const LOOK: Duration = Duration::from_millis(20);
+use tokio::time::timeout;
 
 impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     /// Restores what is in the last round of the migration at `home`: up to the moment before it would
@@ -161,23 +157,13 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         &mut self,
         store: &Store,
         criu: Option<&Criu>,
+        cut: &Cut,
         claim: &Claim,
     ) -> Result<(), Failure> {
-        if !store.is_owner(claim)? {
-            let what = "this migration is somebody else's";
-            return Err(Refusal::new(RefuseCode::Denied, what).into());
-        }
+        owned(store, claim)?;
         let home = store.home(claim);
-        // Somebody who works on it comes to an end: the connection that it works for is lost.
-        let taken = loop {
-            match store.take(&home) {
-                Some(taken) => break taken,
-                None => {
-                    sleep(LOOK).await;
-                    self.writer.send(&Message::Working).await?;
-                }
-            }
-        };
+        // Whoever works on it comes to an end: the connection that it works for is lost.
+        let taken = self.take(store, &home, cut).await?;
         let running = match Outcome::read(&home)? {
             Some(Outcome::Running) => true,
             Some(committed @ Outcome::Committed { .. }) => {

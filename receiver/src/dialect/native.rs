@@ -4,13 +4,14 @@
 
 use super::{Failure, Limits, Migration, Refusal};
 use crate::disk::Disk;
-use crate::image::DirName;
-use crate::image::index::Catalog;
+use crate::image::chain::levels;
+use crate::image::index::{Catalog, Pages};
 use crate::image::lazy::{self, Prepared};
 use crate::image::writer::{DirWriter, sync, sync_all, write_state};
+use crate::image::{DirName, FileError};
 use crate::restore::{Outcome, Restorer};
 use crate::segments::Segments;
-use crate::store::{Store, is_taken};
+use crate::store::{Cut, Store, Taken};
 use crate::with_causes;
 use bytes::Bytes;
 use pageferry_common::criu::{Options, Work};
@@ -22,16 +23,22 @@ use pageferry_common::wire::{
     self, Chunk, FrameReader, FrameWriter, Incoming, Message, RefuseCode, RoundKind, SharedPhase,
     Totals, WireError,
 };
-use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, MemfdName, PAGE_SIZE, StateName};
+use pageferry_common::{BUFFER_SIZE, BufferPool, Claim, ImageId, MemfdName, PAGE_SIZE, StateName};
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
 
 /// How often a sender that waits for a long fsync is told that we live.
 pub(super) const WORKING_INTERVAL: Duration = Duration::from_secs(1);
+
+/// How often it is looked whether somebody still works on a migration.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// How long a sender may take to stop sending after it was refused: closing earlier would reset
 /// the connection and destroy our reason on its way.
@@ -40,8 +47,9 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Highest round number taken: bounds chains that a reader must follow.
 const ROUNDS_MAX: u32 = 1000;
 
-/// Takes one migration, whose progress is in `migration` however it ends. With `restorer`, the process
-/// itself may follow its memory.
+/// Takes one migration, or the rest of one whose connection was lost; its progress is in `migration` however
+/// it ends. With `restorer`, the process itself may follow its memory. `cut` is of this connection, for the case
+/// that it is lost and its sender comes on another.
 ///
 /// # Errors
 /// [`Failure`]; the sender was told why, if it could be.
@@ -51,6 +59,7 @@ pub async fn receive<R, W>(
     store: &Store,
     limits: Limits,
     restorer: Option<&Restorer>,
+    cut: &Cut,
     migration: &mut Migration,
 ) -> Result<(), Failure>
 where
@@ -58,7 +67,7 @@ where
     W: AsyncWrite + Unpin,
 {
     let mut session = Session::new(read, write, limits.stall, limits.buffers);
-    let result = session.run(store, limits, restorer, migration).await;
+    let result = session.run(store, limits, restorer, cut, migration).await;
     migration.bytes_wire = session.reader.bytes();
     if let Err(error) = &result {
         session.say_why(error).await;
@@ -101,22 +110,30 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         store: &Store,
         limits: Limits,
         restorer: Option<&Restorer>,
+        cut: &Cut,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
-        let home = match self.message().await? {
+        let greeted = match self.message().await? {
             Message::Resolve(claim) => {
                 let criu = restorer.map(|restorer| &restorer.criu);
-                return self.resolve(store, criu, &claim).await;
+                return self.resolve(store, criu, cut, &claim).await;
             }
-            hello => self.greet(hello, store, restorer.is_some()).await?,
+            hello => self.greet(hello, store, restorer.is_some(), cut).await?,
         };
-        let (home, moves) = home;
-        let kept = restorer.filter(|restorer| moves && restorer.lazy);
-        let kept = kept.map(|_| SharedKept::default());
+        let Greeted {
+            home,
+            moves,
+            rounds,
+            taken: _taken,
+        } = greeted;
+        let kept = match restorer.filter(|restorer| moves && restorer.lazy) {
+            Some(_) => Some(Arc::new(Mutex::new(Kept::of(&home, rounds).await))),
+            None => None,
+        };
         // What the first hardware breakpoint costs, CRIU's would cost the process that waits to be restored.
         let _warm = moves.then(TaskEvents::keep);
         migration.directory.clone_from(&home);
-        let _taken = store.take(&home);
+        migration.rounds = rounds;
         let mut ready = None;
         if let (true, Some(restorer)) = (moves, restorer) {
             Outcome::make_room(&home).map_err(Refusal::from)?;
@@ -235,13 +252,14 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         }
     }
 
-    /// Returns the migration's directory, and whether the process itself is to follow its memory.
+    /// Agrees with a sender on what it begins, or goes on with.
     async fn greet(
         &mut self,
         hello: Message,
         store: &Store,
         restores: bool,
-    ) -> Result<(PathBuf, bool), Failure> {
+        cut: &Cut,
+    ) -> Result<Greeted, Failure> {
         let Message::Hello {
             version,
             page_size,
@@ -260,24 +278,75 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         if u64::from(page_size) != PAGE_SIZE {
             return Err(unsupported(format!("pages of {page_size} bytes")).into());
         }
-        let directory = store.create(&claim).map_err(|error| {
-            let code = match is_taken(&error) {
-                true => RefuseCode::Busy,
-                false => RefuseCode::Storage,
-            };
-            Refusal::new(code, with_causes(&error))
-        })?;
         let ours = match restores {
             true => wire::FEATURES,
             false => wire::FEATURES & !wire::FEATURE_RESTORE,
         };
+        let features = features & ours;
+        let moves = features & wire::FEATURE_RESTORE != 0;
+        let home = store.home(&claim);
+        let (taken, rounds) = match home.is_dir() {
+            true => self.go_on(store, &claim, moves, cut).await?,
+            false => {
+                let taken = self.take(store, &home, cut).await?;
+                store.create(&claim)?;
+                (taken, 0)
+            }
+        };
         let welcome = Message::Welcome {
             version: wire::VERSION,
-            features: features & ours,
-            directory: directory.display().to_string(),
+            features,
+            rounds,
+            directory: home.display().to_string(),
         };
         self.writer.send(&welcome).await?;
-        Ok((directory, features & wire::FEATURE_RESTORE != 0))
+        Ok(Greeted {
+            home,
+            moves,
+            rounds,
+            taken,
+        })
+    }
+
+    /// Goes on with a migration whose sender comes again: takes it from the connection that is lost, and
+    /// returns how many rounds it has.
+    async fn go_on(
+        &mut self,
+        store: &Store,
+        claim: &Claim,
+        moves: bool,
+        cut: &Cut,
+    ) -> Result<(Taken, u32), Failure> {
+        owned(store, claim)?;
+        let home = store.home(claim);
+        let taken = self.take(store, &home, cut).await?;
+        match Outcome::read(&home)? {
+            // It was not to run here in an attempt that its sender knows to have failed.
+            None | Some(Outcome::Aborted) => {}
+            Some(Outcome::Running | Outcome::Committed { .. }) => {
+                let what = "this process has been moved here already";
+                return Err(Refusal::new(RefuseCode::Restore, what).into());
+            }
+        }
+        let rounds = store.rounds(&home, !moves)?;
+        tracing::info!(home = %home.display(), rounds, "its sender is here again");
+        Ok((taken, rounds))
+    }
+
+    /// Takes a migration, from a connection that has it if need be.
+    pub(super) async fn take(
+        &mut self,
+        store: &Store,
+        home: &Path,
+        cut: &Cut,
+    ) -> Result<Taken, Failure> {
+        loop {
+            if let Some(taken) = store.take(home, cut) {
+                return Ok(taken);
+            }
+            sleep(LOOK).await;
+            self.writer.send(&Message::Working).await?;
+        }
     }
 
     /// The next message other than "still working".
@@ -356,7 +425,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             Failure::Wire(
                 error @ (WireError::Frame(_) | WireError::Message(_) | WireError::Phase(_)),
             ) => (RefuseCode::Protocol, with_causes(error)),
-            Failure::Wire(error @ WireError::Stalled(_)) => (RefuseCode::Limit, error.to_string()),
+            Failure::Wire(error @ WireError::Stalled(_)) => (RefuseCode::Silent, error.to_string()),
             Failure::Wire(_) => return,
         };
         if self
@@ -370,6 +439,27 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             let drain = async { while matches!(reader.read(&mut scrap).await, Ok(1..)) {} };
             // It need not go away; we do.
             let _ = tokio::time::timeout(LAST_WORDS, drain).await;
+        }
+    }
+}
+
+/// What was agreed upon.
+struct Greeted {
+    home: PathBuf,
+    /// Whether the process itself is to follow its memory.
+    moves: bool,
+    /// Complete rounds that are there.
+    rounds: u32,
+    taken: Taken,
+}
+
+/// Refuses who does not know a migration's secret.
+pub(super) fn owned(store: &Store, claim: &Claim) -> Result<(), Failure> {
+    match store.is_owner(claim)? {
+        true => Ok(()),
+        false => {
+            let what = "this migration is somebody else's";
+            Err(Refusal::new(RefuseCode::Denied, what).into())
         }
     }
 }
@@ -417,6 +507,8 @@ pub(super) struct Kept {
     pub(super) segments: Segments,
     /// `None` once it cannot be kept.
     pub(super) catalog: Option<Catalog>,
+    /// Segments that came with rounds of an earlier connection.
+    earlier: BTreeSet<u64>,
 }
 
 impl Default for Kept {
@@ -424,11 +516,55 @@ impl Default for Kept {
         Self {
             segments: Segments::default(),
             catalog: Some(Catalog::default()),
+            earlier: BTreeSet::new(),
         }
     }
 }
 
 impl Kept {
+    /// Of a migration that has so many rounds.
+    async fn of(home: &Path, rounds: u32) -> Self {
+        let home = home.to_owned();
+        let load = move || {
+            let mut kept = Self::default();
+            (0..rounds).for_each(|_| kept.advance(&home));
+            let images = kept.catalog.iter().flat_map(Catalog::images);
+            let segments = images.filter_map(|(image, _)| match image {
+                ImageId::Shmem(id) => Some(id),
+                ImageId::Task(_) => None,
+            });
+            kept.earlier = segments.collect();
+            kept
+        };
+        spawn_blocking(load)
+            .await
+            .expect("reading pagemaps does not panic")
+    }
+
+    /// The open image is of a segment of that name.
+    fn name(&mut self, home: &Path, name: &MemfdName, has_parent: bool) {
+        let Some(id) = self.segments.name(name, has_parent) else {
+            return;
+        };
+        // It is not known, and has a parent.
+        if !self.earlier.remove(&id) {
+            return;
+        }
+        let image = ImageId::Shmem(id);
+        let recover = |catalog: &Catalog| -> Result<(), FileError> {
+            let Some(index) = catalog.get(image) else {
+                return Ok(());
+            };
+            let round = home.join(DirName::Round(catalog.rounds()).to_string());
+            let pages = Pages::open(&levels(&round)?, image, index.clone())?;
+            self.segments.recover(id, name, index, &pages)
+        };
+        if let Some(Err(error)) = self.catalog.as_ref().map(recover) {
+            let why = with_causes(&error);
+            tracing::warn!(id, why, "a shared segment will be read when restoring");
+        }
+    }
+
     /// A round is complete.
     fn advance(&mut self, home: &Path) {
         let advanced = self.catalog.as_mut().map(|catalog| catalog.advance(home));
@@ -450,8 +586,6 @@ impl Kept {
         Ok(prepared.map(|prepared| (prepared, catalog)))
     }
 }
-
-type SharedKept = Arc<Mutex<Kept>>;
 
 /// The writing thread. `kept` if the process itself is to follow its memory.
 fn work(
@@ -485,7 +619,7 @@ fn work(
             }
             Job::Memfd(name) => {
                 if let Some(mut kept) = keep() {
-                    kept.segments.name(&name, has_parent);
+                    kept.name(home, &name, has_parent);
                 }
             }
             Job::Put {

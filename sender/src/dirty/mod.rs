@@ -101,6 +101,10 @@ pub trait DirtyTracker {
     /// `ESRCH` if that memory is gone.
     fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>>;
 
+    /// The round of the last epoch did not arrive, perhaps before every process was scanned. What a scan tells
+    /// once and only once, whoever scanned remembers.
+    fn lost(&mut self) {}
+
     /// The process is gone.
     fn forget(&mut self, pid: i32);
 }

@@ -18,6 +18,9 @@ pub struct SoftDirty {
     scanner: Scanner,
     /// For each process, the pages written in the epoch that ended last.
     written: HashMap<i32, PageSet>,
+    /// What was written in epochs whose rounds did not arrive, and is not told again otherwise: bits are
+    /// cleared for the whole process at once.
+    untold: HashMap<i32, PageSet>,
 }
 
 impl SoftDirty {
@@ -39,6 +42,7 @@ impl SoftDirty {
             true => Ok(Self {
                 scanner,
                 written: HashMap::new(),
+                untold: HashMap::new(),
             }),
             false => Err(io::ErrorKind::Unsupported.into()),
         }
@@ -87,6 +91,10 @@ impl DirtyTracker for SoftDirty {
         let pid = task.pid;
         match self.collect_and_clear(task) {
             Ok(written) => {
+                let written = match self.untold.remove(&pid) {
+                    Some(untold) => written.union(&untold),
+                    None => written,
+                };
                 self.written.insert(pid, written);
                 Ok(())
             }
@@ -112,7 +120,15 @@ impl DirtyTracker for SoftDirty {
         Ok(Some(pages))
     }
 
+    fn lost(&mut self) {
+        for (pid, written) in self.written.drain() {
+            let untold = self.untold.entry(pid).or_default();
+            *untold = untold.union(&written);
+        }
+    }
+
     fn forget(&mut self, pid: i32) {
         self.written.remove(&pid);
+        self.untold.remove(&pid);
     }
 }

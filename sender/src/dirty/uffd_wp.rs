@@ -148,6 +148,8 @@ impl DirtyTracker for UffdWp {
     }
 
     fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Task) -> Result<(), TrackError> {
+        // If an end came to nothing.
+        self.concluded = false;
         if let Some(before) = self.armed.remove(&task.pid)
             && let Some(armed) = Armed::new(before.uffd, task)
         {

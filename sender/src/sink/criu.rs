@@ -198,7 +198,14 @@ async fn converse(
 async fn dial_patiently(connect: &Connect, first: bool) -> Result<Box<dyn Duplex>, SinkError> {
     let began = Instant::now();
     loop {
-        match dial(&connect.to, connect.stall, connect.tls.as_ref()).await {
+        match dial(
+            &connect.to,
+            connect.stall,
+            connect.stall,
+            connect.tls.as_ref(),
+        )
+        .await
+        {
             Err(SinkError::Connect { source, .. })
                 if source.kind() == io::ErrorKind::ConnectionRefused
                     && !first

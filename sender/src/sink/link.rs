@@ -120,30 +120,32 @@ pub(super) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
 
-/// Connects to `HOST:PORT`. What is not acknowledged for as long as `stall` ends the connection.
+/// Connects to `HOST:PORT` within `attempt`. What is not acknowledged for as long as `stall` ends the
+/// connection.
 pub(super) async fn dial(
     to: &str,
+    attempt: Duration,
     stall: Duration,
     tls: Option<&Arc<ClientConfig>>,
 ) -> Result<Box<dyn Duplex>, SinkError> {
-    let stream = dial_plain(to, stall).await?;
+    let stream = dial_plain(to, attempt, stall).await?;
     let Some(config) = tls else {
         return Ok(Box::new(stream));
     };
     let name = tls::server_name(to).map_err(|error| SinkError::Tls(error.to_string()))?;
     let connected = timeout(
-        stall,
+        attempt,
         TlsConnector::from(Arc::clone(config)).connect(name, stream),
     );
     match connected.await {
         Ok(Ok(stream)) => Ok(Box::new(stream)),
         Ok(Err(error)) => Err(SinkError::Tls(tls::words(&error))),
-        Err(_) => Err(WireError::Stalled(stall).into()),
+        Err(_) => Err(WireError::Stalled(attempt).into()),
     }
 }
 
-async fn dial_plain(to: &str, stall: Duration) -> Result<TcpStream, SinkError> {
-    let dialled = timeout(stall, TcpStream::connect(to)).await;
+async fn dial_plain(to: &str, attempt: Duration, stall: Duration) -> Result<TcpStream, SinkError> {
+    let dialled = timeout(attempt, TcpStream::connect(to)).await;
     dialled
         .map_err(|_| io::ErrorKind::TimedOut.into())
         .flatten()

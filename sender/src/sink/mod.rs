@@ -12,7 +12,7 @@ use bytes::Bytes;
 use pageferry_common::criu::Options;
 use pageferry_common::needed::NeededFile;
 use pageferry_common::tls;
-use pageferry_common::wire::{Entry, RoundKind, Totals, WireError};
+use pageferry_common::wire::{Entry, RefuseCode, RoundKind, Totals, WireError};
 use pageferry_common::{BufferPool, ImageId, MemfdName, StateName};
 use std::io;
 use std::sync::Arc;
@@ -89,6 +89,43 @@ pub enum SinkError {
     Io(#[source] io::Error),
 }
 
+impl SinkError {
+    /// Whether the connection is lost, and nothing else is wrong.
+    #[must_use]
+    pub fn is_broken_connection(&self) -> bool {
+        matches!(
+            self,
+            Self::Wire(
+                WireError::Io(_)
+                    | WireError::Closed
+                    | WireError::Stalled(_)
+                    | WireError::Refused {
+                        code: RefuseCode::Silent,
+                        ..
+                    }
+            )
+        )
+    }
+
+    /// Whether it may be otherwise if one connects again.
+    #[must_use]
+    pub fn may_pass(&self) -> bool {
+        match self {
+            Self::Wire(WireError::Refused { code, .. }) => matches!(
+                code,
+                RefuseCode::Silent | RefuseCode::Limit | RefuseCode::Busy | RefuseCode::Storage
+            ),
+            Self::Wire(_) | Self::Connect { .. } | Self::Tls(_) => true,
+            Self::Disagreement
+            | Self::PageServer(_)
+            | Self::NoRestore
+            | Self::State(_)
+            | Self::Interrupted
+            | Self::Io(_) => false,
+        }
+    }
+}
+
 impl From<WireError> for SinkError {
     fn from(error: WireError) -> Self {
         match &error {
@@ -154,6 +191,19 @@ pub trait PageSink {
     /// [`SinkError`]; the sink is of no use afterwards. So for all that follows.
     fn prepare(&mut self) -> Result<(), SinkError> {
         Ok(())
+    }
+
+    /// While the tree is frozen, a receiver is not waited for as long as otherwise.
+    fn frozen(&mut self, _is: bool) {}
+
+    /// After a failure that [`SinkError::is_broken_connection`]: connects anew, and finds out what arrived. If
+    /// a round was on its way, returns its receipt if the receiver has it after all; else it has not, and never
+    /// will.
+    ///
+    /// # Errors
+    /// [`SinkError`]; `broken` itself if that is all there is to say.
+    fn reconnect(&mut self, broken: SinkError) -> Result<Option<Receipt>, SinkError> {
+        Err(broken)
     }
 
     /// A round begins. `uptime_us` is the source host's uptime when its tree was frozen, µs.

@@ -1,6 +1,6 @@
 //! The native protocol over TCP: a thread of its own with the socket, fed by a bounded channel.
 
-use super::link::{Link, dial};
+use super::link::{Duplex, Link, dial};
 use super::{Destination, Lost, PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
@@ -9,16 +9,16 @@ use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::needed::NeededFile;
 use pageferry_common::wire::message::PIECE_MAX;
 use pageferry_common::wire::{
-    self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Phase, RoundKind, SharedPhase,
-    Totals, WireError,
+    self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Patience, Phase, RoundKind,
+    SharedPhase, Totals, WireError,
 };
-use pageferry_common::{BufferPool, Claim, ImageId, MemfdName, PAGE_SIZE, StateName};
+use pageferry_common::{BufferPool, Claim, ImageId, MemfdName, PAGE_SIZE, StateName, with_causes};
 use rustls::ClientConfig;
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
-use tokio::io::{AsyncRead, AsyncWrite, split};
+use tokio::io::{AsyncRead, AsyncWrite, ReadHalf, WriteHalf, split};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
@@ -30,6 +30,12 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// How often a receiver that cannot be reached is asked again.
 const RETRY: Duration = Duration::from_millis(200);
+
+/// How long to wait before connecting again: at first, and at most.
+const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(2));
+
+/// How long one attempt to connect again may take.
+const ATTEMPT: Duration = Duration::from_secs(10);
 
 /// Whether and how hard pages are compressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +55,10 @@ pub struct Connect {
     pub claim: Claim,
     /// Longest silence of the receiver, and longest time for one frame to leave.
     pub stall: Duration,
+    /// How long to try to connect again when the connection is lost; not at all if zero.
+    pub reconnect_for: Duration,
+    /// [`Connect::stall`] while the tree is frozen, if that is longer.
+    pub max_frozen: Duration,
     /// How to prove who we are, and check who the receiver is; `None` to send in the clear.
     pub tls: Option<Arc<ClientConfig>>,
     /// What to do with pages.
@@ -72,9 +82,14 @@ pub struct NativeSink {
     pool: BufferPool,
     compressor: Option<zstd::bulk::Compressor<'static>>,
     counters: Arc<Counters>,
+    /// Of the connection.
+    patience: Patience,
     /// Bytes sent when the round began.
     round_start: u64,
-    round: u32,
+    /// The last round that the receiver is known to have.
+    acked: u32,
+    /// Whether the round behind that was sent to its end.
+    ended: bool,
     totals: Totals,
     digest: RoundDigest,
     directory: String,
@@ -96,54 +111,51 @@ impl NativeSink {
                 Some(zstd::bulk::Compressor::new(level).map_err(SinkError::Io)?)
             }
         };
-        let moves = if connect.moves {
-            wire::FEATURE_RESTORE
-        } else {
-            0
-        };
-        let features = moves
-            | match compressor {
-                Some(_) => wire::FEATURE_ZSTD,
-                None => 0,
-            };
-        let hello = Message::Hello {
-            version: wire::VERSION,
-            page_size: PAGE_SIZE as u32,
-            features,
-            claim: connect.claim,
-        };
-        let link = {
-            let (connect, counters) = (connect.clone(), Arc::clone(&counters));
-            Link::start(|commands, replies| converse(connect, commands, replies, counters))?
-        };
+        let patience = Patience::from(connect.stall);
         let mut sink = Self {
-            link,
+            link: start(&connect, &counters, &patience, Duration::ZERO)?,
             pool: pool.clone(),
             compressor,
             counters,
+            patience,
             round_start: 0,
-            round: 0,
+            acked: 0,
+            ended: false,
             totals: Totals::default(),
             digest: RoundDigest::default(),
             directory: String::new(),
             restores: false,
             connect,
         };
-        sink.say(hello)?;
-        match sink.link.hear()? {
-            Message::Welcome {
-                directory,
-                features: theirs,
-                ..
-            } => {
-                sink.directory = directory;
-                sink.restores = theirs & wire::FEATURE_RESTORE != 0;
-                if theirs & wire::FEATURE_ZSTD == 0 {
-                    sink.compressor = None;
-                }
-                Ok(sink)
-            }
+        match sink.welcome()? {
+            0 => Ok(sink),
             _ => Err(SinkError::Disagreement),
+        }
+    }
+
+    /// Waits until the receiver has greeted. Returns how many rounds it has.
+    fn welcome(&mut self) -> Result<u32, SinkError> {
+        let Message::Welcome {
+            directory,
+            features,
+            rounds,
+            ..
+        } = self.link.hear()?
+        else {
+            return Err(SinkError::Disagreement);
+        };
+        self.directory = directory;
+        self.restores = features & wire::FEATURE_RESTORE != 0;
+        if features & wire::FEATURE_ZSTD == 0 {
+            self.compressor = None;
+        }
+        Ok(rounds)
+    }
+
+    fn receipt(&self) -> Receipt {
+        Receipt {
+            totals: self.totals,
+            bytes_wire: self.counters.bytes.load(Ordering::Relaxed) - self.round_start,
         }
     }
 
@@ -172,8 +184,41 @@ impl NativeSink {
 }
 
 impl PageSink for NativeSink {
+    fn frozen(&mut self, is: bool) {
+        let Connect {
+            stall, max_frozen, ..
+        } = self.connect;
+        self.patience
+            .set(if is { stall.min(max_frozen) } else { stall });
+    }
+
+    fn reconnect(&mut self, broken: SinkError) -> Result<Option<Receipt>, SinkError> {
+        let within = self.connect.reconnect_for;
+        if within.is_zero() {
+            return Err(broken);
+        }
+        self.frozen(false);
+        let why = with_causes(&broken);
+        tracing::warn!(
+            why,
+            ?within,
+            "the connection is lost, the target runs: connecting again"
+        );
+        self.link = start(&self.connect, &self.counters, &self.patience, within)?;
+        let rounds = self.welcome()?;
+        tracing::info!(rounds, "connected again");
+        let ended = std::mem::take(&mut self.ended);
+        match rounds.checked_sub(self.acked) {
+            Some(0) => Ok(None),
+            Some(1) if ended => {
+                self.acked = rounds;
+                Ok(Some(self.receipt()))
+            }
+            _ => Err(SinkError::Disagreement),
+        }
+    }
+
     fn begin(&mut self, round: u32, kind: RoundKind, uptime_us: u64) -> Result<(), SinkError> {
-        self.round = round;
         self.totals = Totals::default();
         self.digest = RoundDigest::default();
         self.round_start = self.counters.bytes.load(Ordering::Relaxed);
@@ -218,18 +263,16 @@ impl PageSink for NativeSink {
 
     fn commit(&mut self) -> Result<Receipt, SinkError> {
         self.totals.digest = self.digest.value();
+        self.ended = true;
         self.say(Message::RoundEnd(self.totals))?;
-        let expected = Message::RoundAck {
-            round: self.round,
-            totals: self.totals,
-        };
-        if self.link.hear()? != expected {
+        let round = self.acked + 1;
+        let totals = self.totals;
+        if self.link.hear()? != (Message::RoundAck { round, totals }) {
             return Err(SinkError::Disagreement);
         }
-        Ok(Receipt {
-            totals: self.totals,
-            bytes_wire: self.counters.bytes.load(Ordering::Relaxed) - self.round_start,
-        })
+        self.ended = false;
+        self.acked = round;
+        Ok(self.receipt())
     }
 
     fn finish(&mut self) -> Result<(), SinkError> {
@@ -359,7 +402,7 @@ async fn ask(
     stall: Duration,
     tls: Option<&Arc<ClientConfig>>,
 ) -> Result<bool, SinkError> {
-    let (read, write) = split(dial(to, stall, tls).await?);
+    let (read, write) = split(dial(to, stall, stall, tls).await?);
     let phase = SharedPhase::default();
     let mut reader = FrameReader::new(read, phase.clone(), stall);
     let mut writer = FrameWriter::new(write, phase, stall);
@@ -373,23 +416,46 @@ async fn ask(
     }
 }
 
+/// Starts the network thread, which connects and greets first, trying again if need be for so long.
+fn start(
+    connect: &Connect,
+    counters: &Arc<Counters>,
+    patience: &Patience,
+    within: Duration,
+) -> Result<Link<Outgoing, Message>, SinkError> {
+    let (connect, counters) = (connect.clone(), Arc::clone(counters));
+    let patience = patience.clone();
+    Link::start(move |commands, replies| {
+        converse(connect, patience, within, commands, replies, counters)
+    })
+}
+
 /// The network thread.
 async fn converse(
     connect: Connect,
+    patience: Patience,
+    within: Duration,
     commands: mpsc::Receiver<Outgoing>,
     replies: mpsc::UnboundedSender<Message>,
     counters: Arc<Counters>,
 ) -> Result<(), SinkError> {
-    let stream = dial(&connect.to, connect.stall, connect.tls.as_ref()).await?;
-    let (read, write) = split(stream);
-    let phase = SharedPhase::default();
-    // A receiver speaks when a round is over; that it takes what we send is seen by writing.
-    let mut reader = FrameReader::new(read, phase.clone(), connect.stall).patient_in(&[
-        Phase::Ready,
-        Phase::Round,
-        Phase::Image,
-    ]);
-    let mut writer = FrameWriter::new(write, phase.clone(), connect.stall);
+    let began = Instant::now();
+    let mut pause = BACK_OFF.0;
+    let attempt = match within.is_zero() {
+        true => connect.stall,
+        false => connect.stall.min(ATTEMPT),
+    };
+    let (mut reader, mut writer, phase) = loop {
+        match greet(&connect, attempt, &patience, &replies).await {
+            Ok(greeted) => break greeted,
+            Err(error) if !error.may_pass() || began.elapsed() + pause > within => {
+                return Err(error);
+            }
+            Err(error) => tracing::debug!(why = with_causes(&error), "not connected yet"),
+        }
+        sleep(pause).await;
+        pause = BACK_OFF.1.min(pause * 2);
+    };
     let listening = listen(&mut reader, replies);
     tokio::pin!(listening);
     let ended = tokio::select! {
@@ -409,6 +475,56 @@ async fn converse(
     Err(ended.into())
 }
 
+type Greeted = (
+    FrameReader<ReadHalf<Box<dyn Duplex>>>,
+    FrameWriter<WriteHalf<Box<dyn Duplex>>>,
+    SharedPhase,
+);
+
+/// Connects, says who we are, and passes on that we are welcome.
+async fn greet(
+    connect: &Connect,
+    attempt: Duration,
+    patience: &Patience,
+    replies: &mpsc::UnboundedSender<Message>,
+) -> Result<Greeted, SinkError> {
+    let (read, write) =
+        split(dial(&connect.to, attempt, connect.stall, connect.tls.as_ref()).await?);
+    let phase = SharedPhase::default();
+    // A receiver speaks when a round is over; that it takes what we send is seen by writing.
+    let mut reader = FrameReader::new(read, phase.clone(), patience.clone()).patient_in(&[
+        Phase::Ready,
+        Phase::Round,
+        Phase::Image,
+    ]);
+    let mut writer = FrameWriter::new(write, phase.clone(), patience.clone());
+    let mut features = 0;
+    if connect.moves {
+        features |= wire::FEATURE_RESTORE;
+    }
+    if connect.compression != Compression::None {
+        features |= wire::FEATURE_ZSTD;
+    }
+    let hello = Message::Hello {
+        version: wire::VERSION,
+        page_size: PAGE_SIZE as u32,
+        features,
+        claim: connect.claim,
+    };
+    writer.send(&hello).await?;
+    loop {
+        match reader.next().await? {
+            Incoming::Message(Message::Working) => {}
+            Incoming::Message(welcome @ Message::Welcome { .. }) => {
+                // Whoever waits for it is there as long as the link.
+                let _ = replies.send(welcome);
+                return Ok((reader, writer, phase));
+            }
+            Incoming::Message(_) | Incoming::Chunk { .. } => return Err(SinkError::Disagreement),
+        }
+    }
+}
+
 /// Sends what the migration says, and that we are alive when it says nothing.
 async fn talk(
     writer: &mut FrameWriter<impl AsyncWrite + Unpin>,
@@ -416,6 +532,8 @@ async fn talk(
     phase: &SharedPhase,
     bytes_sent: &AtomicU64,
 ) -> Result<(), WireError> {
+    // Those of the connections before this one.
+    let before = bytes_sent.load(Ordering::Relaxed);
     loop {
         match timeout(WORKING_INTERVAL, commands.recv()).await {
             Ok(Some(Outgoing::Message(message))) => writer.send(&message).await?,
@@ -445,7 +563,7 @@ async fn talk(
                 | Phase::Resolving => writer.send(&Message::Working).await?,
             },
         }
-        bytes_sent.store(writer.bytes(), Ordering::Relaxed);
+        bytes_sent.store(before + writer.bytes(), Ordering::Relaxed);
     }
 }
 
@@ -458,8 +576,7 @@ async fn listen(
         match reader.next().await? {
             Incoming::Message(Message::Working) => {}
             Incoming::Message(
-                message @ (Message::Welcome { .. }
-                | Message::Lacks { .. }
+                message @ (Message::Lacks { .. }
                 | Message::Checked
                 | Message::RoundAck { .. }
                 | Message::Restored
