@@ -162,12 +162,32 @@ pub struct Serve {
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
     pub timeout: Duration,
 
-    /// Buffers of 4 MiB for each sender
+    /// Most rounds of a migration
+    #[arg(long, value_name = "N", default_value_t = 1000,
+          value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_rounds: u32,
+
+    /// Most that a migration may write to the disk in all its rounds; with K, M, G or T
+    #[arg(long, value_name = "SIZE", default_value = "16T", value_parser = parse_size)]
+    pub max_bytes: u64,
+
+    /// Most processes and shared segments of a round, and images of CRIU's of the state
+    #[arg(long, value_name = "N", default_value_t = 65536,
+          value_parser = clap::value_parser!(u32).range(1..=1 << 24))]
+    pub max_images: u32,
+
+    /// Space to leave free on the disk, whoever takes the rest; with K, M, G or T. A migration is refused
+    /// before it would take it
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub keep_free: u64,
+
+    /// Buffers of 4 MiB for each sender. Memory is at most 48 MiB, and for each of --max-senders that many
+    /// buffers, 13 MiB, 128 bytes of --max-images and 12 KiB of --max-rounds (docs/security.md)
     #[arg(long, value_name = "N", default_value_t = 4,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub buffers: u16,
 
-    /// Most senders at once; others are refused
+    /// Most senders at once; others are told so, and refused
     #[arg(long, value_name = "N", default_value_t = 16,
           value_parser = clap::value_parser!(u16).range(1..))]
     pub max_senders: u16,
@@ -220,6 +240,23 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
+fn parse_size(text: &str) -> Result<u64, String> {
+    let units = [
+        ('K', 1 << 10),
+        ('M', 1 << 20),
+        ('G', 1 << 30),
+        ('T', 1 << 40),
+    ];
+    let unit = units
+        .iter()
+        .find_map(|&(letter, unit)| Some((text.strip_suffix(letter)?, unit)));
+    let (number, unit) = unit.unwrap_or((text, 1));
+    let number = number.parse::<u64>().ok();
+    number
+        .and_then(|number| number.checked_mul(unit))
+        .ok_or_else(|| "a size looks like 4096, 256M or 2T".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -238,6 +275,16 @@ mod tests {
             &["flatten", "d"],
         ] {
             assert!(parse(wrong).is_err());
+        }
+    }
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, size) in [("0", 0), ("4096", 4096), ("3K", 3072), ("16T", 1 << 44)] {
+            assert_eq!(parse_size(text), Ok(size));
+        }
+        for wrong in ["", "K", "-1", "1.5G", "1m", "1GB", "99999999T"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
         }
     }
 }

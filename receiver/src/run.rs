@@ -6,11 +6,13 @@ use crate::dialect::serve_pages::{ServeError, Served};
 use crate::dialect::{Limits, Migration};
 use crate::image::flatten::{Pages, flatten};
 use crate::image::verify::verify;
+use crate::quota::Bounds;
 use crate::restore::Restorer;
 use crate::secure::Secure;
 use crate::server::{self, Ended, Options};
 use crate::store::{Store, StoreError};
 use crate::with_causes;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use pageferry_common::criu::Criu;
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpStream};
@@ -250,6 +252,12 @@ fn serve_until_end(
         })?;
         let at = listener.local_addr().map_err(|error| complain(error, ""))?;
         eprintln!("listening on {at}");
+        // A chain has two files for each of its rounds, and who reads its last may need all.
+        let most = getrlimit(Resource::RLIMIT_NOFILE);
+        let allow = most.and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
+        if let Err(error) = allow {
+            tracing::warn!(%error, "few files may be open at once");
+        }
         let restorer = match serve.restore {
             Some(how) => Some(restorer(how, serve)?),
             None => None,
@@ -263,6 +271,12 @@ fn serve_until_end(
                 stall: serve.timeout,
                 handshake: serve.handshake_timeout,
                 buffers: usize::from(serve.buffers),
+                bounds: Bounds {
+                    rounds: serve.max_rounds,
+                    bytes: serve.max_bytes,
+                    images: serve.max_images as usize,
+                    keep_free: serve.keep_free,
+                },
             },
             chain_dumps: serve.chain_dumps,
         };

@@ -2,7 +2,7 @@
 //! CRIU takes instead of reading the images. Without that the time to restore would grow with them.
 //!
 //! They are memory that the restored processes need anyway. Any that cannot be kept (no memory, no name)
-//! is read from the images.
+//! is read from the images, and so is all that comes when little memory is left.
 
 use crate::image::index::{Catalog, Index, Pages};
 use crate::image::{FileError, failed};
@@ -31,6 +31,9 @@ const SOCKET: &str = "segments.socket";
 /// How long to wait before accepting again what could not be accepted.
 const AGAIN: Duration = Duration::from_millis(20);
 
+/// How many bytes are kept before it is looked again how much memory is left.
+const LOOK_AFTER: u64 = 16 << 20;
+
 /// CRIU's image of all memfds.
 const MEMFDS: &str = "memfd.img";
 
@@ -50,11 +53,25 @@ struct MemfdInode {
 }
 
 /// The segments of a migration whose rounds arrive.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Segments {
     memfds: BTreeMap<u64, Memfd>,
     /// Whose pages come now, if they are kept.
     open: Option<u64>,
+    /// Bytes that may be kept before the next look.
+    until_look: u64,
+    is_short: fn() -> bool,
+}
+
+impl Default for Segments {
+    fn default() -> Self {
+        Self {
+            memfds: BTreeMap::new(),
+            open: None,
+            until_look: 0,
+            is_short: memory_is_short,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -140,6 +157,18 @@ impl Segments {
         let Some((id, memfd)) = self.open.and_then(|id| Some((id, self.memfds.get(&id)?))) else {
             return;
         };
+        match self.until_look.checked_sub(pages.len() as u64) {
+            Some(bytes) => self.until_look = bytes,
+            None if (self.is_short)() => {
+                tracing::warn!(
+                    id,
+                    "little memory is left: a shared segment will be read when restoring"
+                );
+                self.memfds.remove(&id);
+                return;
+            }
+            None => self.until_look = LOOK_AFTER,
+        }
         let mut rest = pages;
         let kept = entries.iter().try_for_each(|entry| match entry.kind {
             EntryKind::Data => {
@@ -186,6 +215,23 @@ impl Segments {
         }
         self.memfds.clear();
         Ok(Prefilled(ready))
+    }
+}
+
+/// Whether less than a quarter of this host's memory is left for others.
+fn memory_is_short() -> bool {
+    std::fs::read_to_string("/proc/meminfo").is_ok_and(|text| is_short(&text))
+}
+
+/// The same by the words of `/proc/meminfo`.
+fn is_short(text: &str) -> bool {
+    let kib = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    match (kib("MemAvailable:"), kib("MemTotal:")) {
+        (Some(available), Some(total)) => available < total / 4,
+        _ => false,
     }
 }
 
@@ -468,6 +514,20 @@ mod tests {
         let mut segments = Segments::default();
         put_round(home.path(), &mut segments, 2, &old, &[3; 8]);
         assert!(finish(home.path(), &mut segments, 2, &good).is_empty());
+    }
+
+    #[test]
+    fn nothing_is_kept_when_little_memory_is_left() {
+        let home = tempfile::tempdir().unwrap();
+        let mut segments = Segments {
+            is_short: || true,
+            ..Segments::default()
+        };
+        put_round(home.path(), &mut segments, 1, &[], &[1; 8]);
+        assert!(finish(home.path(), &mut segments, 1, &memfd(8)).is_empty());
+        let text = |available| format!("MemTotal: 4000 kB\nMemAvailable: {available} kB\n");
+        assert!(is_short(&text(999)) && !is_short(&text(1000)));
+        assert!(!is_short("MemTotal: 4000 kB\n"));
     }
 
     #[test]

@@ -2,10 +2,12 @@
 
 use crate::dialect::detect::{Dialect, FIRST_BYTES, detect};
 use crate::dialect::{Failure, Limits, Migration, criu, moving, native};
+use crate::door::{Door, Guest};
 use crate::restore::Restorer;
 use crate::secure::{Accepted, Secure};
 use crate::store::{Cut, Store};
 use crate::with_causes;
+use pageferry_common::wire::WireError;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,8 +15,8 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, split};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, mpsc};
-use tokio::time::{Instant, sleep, timeout};
+use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep};
 
 /// How the server works.
 #[derive(Debug, Clone)]
@@ -51,7 +53,7 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
     if let Some(restorer) = &options.restorer {
         moving::finish_all(&restorer.criu, &store).await;
     }
-    let places = Arc::new(Semaphore::new(options.max_senders));
+    let door = Door::new(options.max_senders);
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let (over, mut ended) = mpsc::unbounded_channel::<(Dialect, Over)>();
@@ -96,17 +98,16 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
             _ = interrupt.recv() => return Ok(Ended::Signal(2)),
             _ = terminate.recv() => return Ok(Ended::Signal(15)),
         };
-        let Ok(place) = Arc::clone(&places).try_acquire_owned() else {
-            tracing::warn!(%peer, "refused: --max-senders are here already");
+        let Some(guest) = door.let_in(options.limits.handshake) else {
+            tracing::warn!(%peer, "closed: too many have not said yet what they want");
             continue;
         };
         let (store, over, options) = (Arc::clone(&store), over.clone(), options.clone());
         tokio::spawn(async move {
-            if let Some(outcome) = connection(stream, peer, &store, &options).await {
+            if let Some(outcome) = connection(stream, peer, guest, &store, &options).await {
                 // The server is gone only if everything is over.
                 let _ = over.send(outcome);
             }
-            drop(place);
         });
     }
 }
@@ -118,18 +119,21 @@ type Over = (Migration, Result<(), Failure>);
 async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
+    guest: Guest,
     store: &Arc<Store>,
     options: &Options,
 ) -> Option<(Dialect, Over)> {
     let limits = options.limits;
-    let cut = match Cut::of(&stream) {
-        Ok(cut) => cut,
+    let guest = match Cut::of(&stream) {
+        Ok(cut) => guest.with(cut),
         Err(error) => {
             tracing::error!(%peer, %error, "refused");
             return None;
         }
     };
-    let Ok(Ok(Some(first))) = timeout(limits.handshake, first_bytes(&stream)).await else {
+    let first = first_bytes(&stream);
+    let first = guest.in_time(async { first.await.map_err(WireError::Io) });
+    let Ok(Some(first)) = first.await else {
         // Connected and gone, or not a word: a port scan, a health check.
         tracing::debug!(%peer, "said nothing");
         return None;
@@ -137,12 +141,12 @@ async fn connection(
     let _ = stream.set_nodelay(true);
     match (&options.secure, detect(first)) {
         (Some(secure), Dialect::Tls) => {
-            let accepted = timeout(limits.handshake, secure.accept(stream)).await;
+            let accepted = async { Ok::<_, WireError>(secure.accept(stream).await) };
             let Accepted {
                 stream,
                 first,
                 name,
-            } = match accepted {
+            } = match guest.in_time(accepted).await {
                 Ok(Ok(accepted)) => accepted,
                 Ok(Err(why)) => {
                     tracing::warn!(%peer, why, "refused");
@@ -166,7 +170,7 @@ async fn connection(
                     return None;
                 }
             }
-            converse(dialect, read, write, cut, peer, store, options).await
+            converse(dialect, read, write, peer, guest, store, options).await
         }
         (Some(_), dialect) => {
             tracing::warn!(%peer, "refused: it does not encrypt, as this receiver wants it");
@@ -183,7 +187,7 @@ async fn connection(
         }
         (None, dialect) => {
             let (read, write) = stream.into_split();
-            converse(dialect, read, write, cut, peer, store, options).await
+            converse(dialect, read, write, peer, guest, store, options).await
         }
     }
 }
@@ -193,8 +197,8 @@ async fn converse(
     dialect: Dialect,
     read: impl AsyncRead + Unpin,
     write: impl AsyncWrite + Unpin,
-    cut: Cut,
     peer: SocketAddr,
+    guest: Guest,
     store: &Arc<Store>,
     options: &Options,
 ) -> Option<(Dialect, Over)> {
@@ -203,12 +207,14 @@ async fn converse(
     let result = match dialect {
         Dialect::Native => {
             let restorer = options.restorer.as_ref();
-            native::receive(read, write, store, limits, restorer, &cut, &mut migration).await
+            let migration = &mut migration;
+            native::receive(read, write, guest, store, limits, restorer, migration).await
         }
         Dialect::Criu => {
             tracing::info!(%peer, "CRIU begins a dump");
             let chain = options.chain_dumps;
-            criu::receive(read, write, store, limits, chain, &mut migration).await
+            let migration = &mut migration;
+            criu::receive(read, write, guest, store, limits, chain, migration).await
         }
         Dialect::Tls | Dialect::Unknown => {
             tracing::warn!(%peer, "refused: neither `send` nor CRIU");

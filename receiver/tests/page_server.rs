@@ -5,9 +5,11 @@ use pageferry_common::psi::{self, Command, Header, Place, Width};
 use pageferry_common::{ImageId, PAGE_SIZE};
 use pageferry_receiver::dialect::criu::receive;
 use pageferry_receiver::dialect::{Failure, Limits, Migration};
+use pageferry_receiver::door::Door;
 use pageferry_receiver::image::chain::{Cursor, levels};
 use pageferry_receiver::image::format::PagemapEntry;
 use pageferry_receiver::image::verify::verify;
+use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::store::Store;
 use std::fs;
 use std::path::Path;
@@ -65,6 +67,16 @@ impl Script {
 
 /// Plays a script to a receiver in `dir`. Returns what the receiver answered, and how it went.
 fn play(dir: &Path, chain: bool, script: &[u8]) -> (Vec<u8>, Migration, Result<(), Failure>) {
+    play_bounded(Bounds::NONE, dir, chain, script)
+}
+
+/// The same with limits.
+fn play_bounded(
+    bounds: Bounds,
+    dir: &Path,
+    chain: bool,
+    script: &[u8],
+) -> (Vec<u8>, Migration, Result<(), Failure>) {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -77,10 +89,12 @@ fn play(dir: &Path, chain: bool, script: &[u8]) -> (Vec<u8>, Migration, Result<(
             stall: Duration::from_secs(20),
             handshake: Duration::from_secs(20),
             buffers: 2,
+            bounds,
         };
+        let guest = Door::new(1).let_in(limits.handshake).unwrap();
         let mut migration = Migration::default();
         let receiving = async {
-            let result = receive(read, write, &store, limits, chain, &mut migration).await;
+            let result = receive(read, write, guest, &store, limits, chain, &mut migration).await;
             // As the connection of a real one ends with it.
             (migration, result)
         };
@@ -338,4 +352,42 @@ fn damaged_and_torn_dumps_leave_nothing_or_something_whole() {
         }
     }
     assert!(taken > 50 && refused > 500, "{taken} {refused}");
+}
+
+#[test]
+fn every_limit_ends_a_dump_and_leaves_nothing() {
+    let no_more = Bounds::NONE;
+    for (option, bounds) in [
+        (
+            "--max-images",
+            Bounds {
+                images: 1,
+                ..no_more
+            },
+        ),
+        (
+            "--max-bytes",
+            Bounds {
+                bytes: 1 << 20,
+                ..no_more
+            },
+        ),
+        (
+            "--keep-free",
+            Bounds {
+                keep_free: u64::MAX,
+                ..no_more
+            },
+        ),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let script = dump(Width::Wide).bytes;
+        let (_, migration, result) = play_bounded(bounds, dir.path(), false, &script);
+        let Err(Failure::Refusal(refusal)) = result else {
+            panic!("{option}: {result:?}");
+        };
+        assert!(refusal.reason.contains(option), "{}", refusal.reason);
+        assert!(!migration.directory.exists());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "the lock");
+    }
 }

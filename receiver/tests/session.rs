@@ -7,12 +7,15 @@ use pageferry_common::wire::{
     self, Chunk, Entry, EntryKind, FrameReader, FrameWriter, Incoming, Message, RefuseCode,
     RoundKind, SharedPhase, Totals, WireError,
 };
-use pageferry_common::{Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token};
+use pageferry_common::{Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, StateName, Token};
 use pageferry_receiver::dialect::native::receive;
 use pageferry_receiver::dialect::{Failure, Limits, Migration};
+use pageferry_receiver::door::Door;
 use pageferry_receiver::image::verify::verify;
-use pageferry_receiver::store::{Cut, Store};
+use pageferry_receiver::quota::Bounds;
+use pageferry_receiver::store::Store;
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 use std::time::Duration;
 use tokio::io::{DuplexStream, ReadHalf, WriteHalf, duplex, split};
@@ -53,10 +56,9 @@ impl Sender {
         self.hear().await
     }
 
-    async fn begin(&mut self, round: u32) {
+    async fn say_begin(&mut self, round: u32, kind: RoundKind) {
         self.totals = Totals::default();
         self.digest = RoundDigest::default();
-        let kind = RoundKind::PreDump;
         let uptime_us = 1;
         self.say(Message::RoundBegin {
             round,
@@ -64,6 +66,10 @@ impl Sender {
             uptime_us,
         })
         .await;
+    }
+
+    async fn begin(&mut self, round: u32) {
+        self.say_begin(round, RoundKind::PreDump).await;
         self.totals.images += 1;
         self.digest.open(ImageId::Task(7));
         self.say(Message::ImageOpen(ImageId::Task(7))).await;
@@ -71,7 +77,18 @@ impl Sender {
 
     /// Two pages of data, as they should be or with a false digest, and perhaps compressed.
     async fn chunk(&mut self, at: u64, false_digest: u64, compressed: Option<Vec<u8>>) {
-        let pages = Bytes::from(vec![5; 2 * PAGE_SIZE as usize]);
+        self.chunk_of(5, at, false_digest, compressed).await;
+    }
+
+    /// The same, the pages all of this byte.
+    async fn chunk_of(
+        &mut self,
+        byte: u8,
+        at: u64,
+        false_digest: u64,
+        compressed: Option<Vec<u8>>,
+    ) {
+        let pages = Bytes::from(vec![byte; 2 * PAGE_SIZE as usize]);
         let range = PageRange::new(at, 2).unwrap();
         let kind = EntryKind::Data;
         let chunk = Chunk {
@@ -87,6 +104,22 @@ impl Sender {
         };
         self.writer
             .send_chunk(&meta, is_compressed, data)
+            .await
+            .unwrap();
+    }
+
+    /// An entry without pages.
+    async fn entry(&mut self, at: u64, pages: u64, kind: EntryKind) {
+        let range = PageRange::new(at, pages).unwrap();
+        let chunk = Chunk {
+            entries: vec![Entry { range, kind }],
+            digest: digest(&[]),
+        };
+        self.totals.count(&chunk.entries);
+        let meta = Message::Chunk(chunk).encode();
+        self.digest.chunk(&meta);
+        self.writer
+            .send_chunk(&meta, false, Bytes::new())
             .await
             .unwrap();
     }
@@ -112,6 +145,25 @@ async fn session<F: AsyncFnOnce(&mut Sender)>(
     dir: &Path,
     script: F,
 ) -> (Migration, Result<(), Failure>) {
+    bounded_session(Bounds::NONE, dir, script).await
+}
+
+/// The same with limits.
+async fn bounded_session<F: AsyncFnOnce(&mut Sender)>(
+    bounds: Bounds,
+    dir: &Path,
+    script: F,
+) -> (Migration, Result<(), Failure>) {
+    session_at(&Door::new(1), bounds, dir, script).await
+}
+
+/// The same by this door.
+async fn session_at<F: AsyncFnOnce(&mut Sender)>(
+    door: &Door,
+    bounds: Bounds,
+    dir: &Path,
+    script: F,
+) -> (Migration, Result<(), Failure>) {
     let store = Store::open(dir).unwrap();
     let (ours, theirs) = duplex(1 << 16);
     let (read, write) = split(ours);
@@ -128,10 +180,11 @@ async fn session<F: AsyncFnOnce(&mut Sender)>(
         stall: STALL,
         handshake: STALL,
         buffers: 1,
+        bounds,
     };
-    let cut = Cut::default();
+    let guest = door.let_in(STALL).unwrap();
     let (result, ()) = tokio::join!(
-        receive(read, write, &store, limits, None, &cut, &mut migration),
+        receive(read, write, guest, &store, limits, None, &mut migration),
         async {
             script(&mut sender).await;
             drop(sender);
@@ -232,16 +285,238 @@ async fn totals_that_do_not_agree_are_refused() {
     assert_eq!(code, RefuseCode::Protocol);
 }
 
+/// A frame of zeros that does not say how many they are, or does.
+fn zeros(bytes: u64, says_size: bool) -> Vec<u8> {
+    let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+    let pledged = says_size.then_some(bytes);
+    encoder.set_pledged_src_size(pledged).unwrap();
+    encoder.include_contentsize(says_size).unwrap();
+    std::io::copy(&mut std::io::repeat(0).take(bytes), &mut encoder).unwrap();
+    encoder.finish().unwrap()
+}
+
+/// The same in a frame that wants the widest window there is, 2 GiB.
+fn widest(mut frame: Vec<u8>) -> Vec<u8> {
+    // Magic number, flags, and if no size is said: the exponent of the window less 10, and an eighth.
+    assert_eq!(frame[4] >> 5, 0);
+    frame[5] = (31 - 10) << 3;
+    frame
+}
+
+/// Most memory that this process has ever had, bytes.
+fn peak() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.unwrap().split_whitespace().next().unwrap();
+    kib.parse::<u64>().unwrap() << 10
+}
+
 #[tokio::test]
 async fn a_bomb_is_cut_off_at_what_was_announced() {
-    let code = second_round_refused(async |sender| {
-        sender.begin(2).await;
-        let bomb = zstd::bulk::compress(&vec![0; 256 << 20], 19).unwrap();
-        sender.chunk(0x1000, 0, Some(bomb)).await;
-        sender.say(Message::RoundEnd(sender.totals)).await;
+    let size = 1 << 30;
+    for bomb in [
+        zeros(size, true),
+        zeros(size, false),
+        widest(zeros(size, false)),
+    ] {
+        fs::write("/proc/self/clear_refs", "5").unwrap();
+        let before = peak();
+        let code = second_round_refused(async |sender| {
+            sender.begin(2).await;
+            sender.chunk(0x1000, 0, Some(bomb)).await;
+            sender.say(Message::RoundEnd(sender.totals)).await;
+        })
+        .await;
+        assert_eq!(code, RefuseCode::Protocol);
+        // The other tests may run beside this one, but none takes anything like that.
+        assert!(peak() - before < 128 << 20, "{}", peak() - before);
+    }
+}
+
+#[tokio::test]
+async fn pages_in_a_frame_with_the_widest_window_are_taken() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, result) = session(dir.path(), async |sender| {
+        sender.greet(1).await.unwrap();
+        sender.begin(1).await;
+        let frame = widest(zeros(2 * PAGE_SIZE, false));
+        sender.chunk_of(0, 0x1000, 0, Some(frame)).await;
+        sender.end().await.unwrap();
+        sender.say(Message::Finish).await;
+        sender.hear().await.unwrap();
     })
     .await;
-    assert_eq!(code, RefuseCode::Protocol);
+    result.unwrap();
+}
+
+/// Reaches a limit; the receiver has to name the option that sets it.
+async fn limit_named<F: AsyncFnOnce(&mut Sender) -> Result<Message, WireError>>(
+    option: &str,
+    bounds: Bounds,
+    rounds_kept: &[&str],
+    reach: F,
+) {
+    let dir = tempfile::tempdir().unwrap();
+    let (migration, result) = bounded_session(bounds, dir.path(), async |sender| {
+        let answer = reach(sender).await;
+        let Err(WireError::Refused { code, reason }) = answer else {
+            panic!("{option}: {answer:?}");
+        };
+        assert_eq!(code, RefuseCode::Limit, "{reason}");
+        assert!(reason.contains(option), "{reason}");
+    })
+    .await;
+    assert!(result.is_err());
+    match migration.directory.as_os_str().is_empty() {
+        true => {
+            let left = fs::read_dir(dir.path()).unwrap();
+            assert_eq!(left.count(), 1, "nothing but the lock");
+        }
+        false => {
+            assert_eq!(rounds(&migration), rounds_kept);
+            assert!(verify(&migration.directory).unwrap().problems.is_empty());
+        }
+    }
+}
+
+#[tokio::test]
+async fn every_limit_of_a_migration_is_answered_with_its_option() {
+    let rounds = Bounds {
+        rounds: 2,
+        ..Bounds::NONE
+    };
+    limit_named("--max-rounds", rounds, &["1", "2"], async |sender| {
+        sender.greet(1).await.unwrap();
+        for round in 1..=2 {
+            sender.begin(round).await;
+            sender.chunk(0x1000, 0, None).await;
+            sender.end().await.unwrap();
+        }
+        sender.begin(3).await;
+        sender.hear().await
+    })
+    .await;
+    let bytes = Bounds {
+        bytes: 64 << 10,
+        ..Bounds::NONE
+    };
+    limit_named("--max-bytes", bytes, &["1"], async |sender| {
+        sender.greet(1).await.unwrap();
+        for round in 1..=2 {
+            sender.begin(round).await;
+            for at in 1..=3 {
+                sender.chunk(at * 0x2000, 0, None).await;
+            }
+            sender.end().await?;
+        }
+        panic!("twelve pages and four files are more than 64 KiB");
+    })
+    .await;
+    let images = Bounds {
+        images: 2,
+        ..Bounds::NONE
+    };
+    limit_named("--max-images", images, &["1"], async |sender| {
+        sender.greet(1).await.unwrap();
+        sender.begin(1).await;
+        sender.chunk(0x1000, 0, None).await;
+        sender.end().await.unwrap();
+        sender.begin(2).await;
+        sender.chunk(0x1000, 0, None).await;
+        for id in 1..=2 {
+            sender.say(Message::ImageOpen(ImageId::Shmem(id))).await;
+        }
+        sender.hear().await
+    })
+    .await;
+    let keep_free = Bounds {
+        keep_free: u64::MAX,
+        ..Bounds::NONE
+    };
+    limit_named("--keep-free", keep_free, &[], async |sender| {
+        sender.greet(1).await
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn copies_count_as_what_is_written() {
+    let bytes = Bounds {
+        bytes: 1 << 20,
+        ..Bounds::NONE
+    };
+    limit_named("--max-bytes", bytes, &["1"], async |sender| {
+        sender.greet(1).await.unwrap();
+        for (round, kind) in [(1, EntryKind::Zero), (2, EntryKind::Copy)] {
+            sender.begin(round).await;
+            sender.entry(0x1000, u32::MAX.into(), kind).await;
+            sender.end().await?;
+        }
+        panic!("four thousand million pages are more than 1 MiB");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn images_of_state_have_the_same_limits() {
+    let state = |name: String, piece: usize| Message::State {
+        name: StateName::new(&name).unwrap(),
+        last: true,
+        piece: vec![0; piece],
+    };
+    for (option, bounds, piece) in [
+        (
+            "--max-images",
+            Bounds {
+                images: 5,
+                ..Bounds::NONE
+            },
+            1,
+        ),
+        (
+            "--max-bytes",
+            Bounds {
+                bytes: 200 << 10,
+                ..Bounds::NONE
+            },
+            wire::message::PIECE_MAX,
+        ),
+    ] {
+        limit_named(option, bounds, &["1"], async |sender| {
+            sender.greet(1).await.unwrap();
+            sender.say_begin(1, RoundKind::Final).await;
+            sender.end().await.unwrap();
+            for number in 0..6 {
+                sender.say(state(format!("core-{number}.img"), piece)).await;
+            }
+            sender.hear().await
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn who_finds_no_place_is_told_so_and_who_only_asks_needs_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let door = Door::new(1);
+    let _place = door.let_in(STALL).unwrap().take_place().unwrap();
+    let (_, result) = session_at(&door, Bounds::NONE, dir.path(), async |sender| {
+        let answer = sender.greet(wire::VERSION).await;
+        let Err(WireError::Refused { code, reason }) = answer else {
+            panic!("{answer:?}");
+        };
+        assert_eq!(code, RefuseCode::Limit);
+        assert!(reason.contains("--max-senders"), "{reason}");
+    })
+    .await;
+    assert!(matches!(result, Err(Failure::Refusal(_))));
+    let (_, result) = session_at(&door, Bounds::NONE, dir.path(), async |sender| {
+        sender.say(Message::Resolve(claim(2))).await;
+        let answer = sender.hear().await.unwrap();
+        assert_eq!(answer, Message::Outcome { running: false });
+    })
+    .await;
+    result.unwrap();
 }
 
 #[tokio::test]

@@ -154,7 +154,7 @@ fn a_disk_that_is_full() {
         assert!(status.unwrap().success(), "{arguments:?}");
     };
     mount(&["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs"]);
-    let receiver = Receiver::start(&root.path().join("images"), &[]);
+    let receiver = Receiver::start(&root.path().join("images"), &["--keep-free", "0"]);
     let sent = Send::start(receiver.address(), victim.pid(), &["--rounds", "2"]).finish();
     let torn = Command::new("find")
         .arg(root.path())

@@ -262,7 +262,7 @@ fn a_dump_that_cannot_be_kept_fails_and_the_target_runs_on() {
             let mut victim = Victim::detached("heap=32 children=1 dirty=20");
             let small = SmallDisk::mount(if why.contains("full") { "8m" } else { "1g" });
             let dir = small.0.path().join("images");
-            let mut receiver = Receiver::start(&dir, &[]);
+            let mut receiver = Receiver::start(&dir, &["--keep-free", "0"]);
             hinder(&dir);
             let state = State::new();
             let dumped = criu.dump_to(receiver.address(), victim.pid(), state.path(), &[]);

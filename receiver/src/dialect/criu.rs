@@ -9,9 +9,11 @@
 
 use super::{Failure, Limits, Migration, Refusal};
 use crate::disk::Disk;
+use crate::door::Guest;
 use crate::image::DirName;
 use crate::image::format::PagemapEntry;
 use crate::image::writer::DirWriter;
+use crate::quota::Quota;
 use crate::store::Store;
 use pageferry_common::psi::{self, Command, Header, Place, Width};
 use pageferry_common::wire::{RefuseCode, WireError};
@@ -30,13 +32,14 @@ const ENTRIES_MAX: usize = 4096;
 const ENTRY_PAGES_MAX: u64 = 1 << 40;
 
 /// Takes one dump, whose outcome is in `migration` however it ends. With `chain` it continues the
-/// newest dump of the same process.
+/// newest dump of the same process. The client is a guest until it has said that it dumps.
 ///
 /// # Errors
 /// [`Failure`]; the client sees the connection close, or a status that is not 0.
 pub async fn receive<R, W>(
     read: R,
     write: W,
+    guest: Guest,
     store: &Arc<Store>,
     limits: Limits,
     chain: bool,
@@ -46,29 +49,33 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
+    let mut socket = Socket {
+        reader: BufReader::with_capacity(1 << 16, read),
+        writer: write,
+        width: Width::Narrow,
+        stall: limits.stall,
+        bytes: 0,
+    };
+    let first = guest.in_time(socket.first_header()).await?;
+    let _place = guest.take_place()?;
     let name = store.new_dump();
     migration.directory = store.dir().join(name.to_string());
     let dump = Dump {
         store: Arc::clone(store),
         name,
         chain,
+        quota: Quota::new(limits.bounds, store.dir()),
         parent: None,
         writer: None,
     };
     let mut session = Session {
-        socket: Socket {
-            reader: BufReader::with_capacity(1 << 16, read),
-            writer: write,
-            width: Width::Narrow,
-            stall: limits.stall,
-            bytes: 0,
-        },
+        socket,
         disk: Disk::start(limits.buffers, move |jobs| dump.work(jobs))?,
         pool: BufferPool::new(limits.buffers),
         batch: Batch::default(),
         began: Instant::now(),
     };
-    let result = session.run(migration).await;
+    let result = session.run(first, migration).await;
     // What is torn is gone when the client hears of it.
     session.disk.end().await;
     migration.bytes_wire = session.socket.bytes;
@@ -111,8 +118,8 @@ struct Batch {
 }
 
 impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
-    async fn run(&mut self, migration: &mut Migration) -> Result<(), Failed> {
-        let mut header = self.socket.first_header().await?;
+    async fn run(&mut self, first: Header, migration: &mut Migration) -> Result<(), Failed> {
+        let mut header = first;
         // Only a pre-dump asks before it names an object.
         let pre_dump = header.command == Command::HasParent;
         loop {
@@ -319,6 +326,7 @@ struct Dump {
     store: Arc<Store>,
     name: DirName,
     chain: bool,
+    quota: Arc<Quota>,
     parent: Option<DirName>,
     /// From the first object on.
     writer: Option<DirWriter>,
@@ -372,7 +380,9 @@ impl Dump {
         let writer = match &mut self.writer {
             Some(writer) => writer,
             None => {
-                let mut writer = DirWriter::begin(self.store.dir(), self.name)?;
+                self.quota.round(1)?;
+                let writer = DirWriter::begin(self.store.dir(), self.name)?;
+                let mut writer = writer.within(&self.quota);
                 self.parent.map_or(Ok(()), |parent| writer.follow(parent))?;
                 self.writer.insert(writer)
             }

@@ -8,6 +8,7 @@ pub mod serve_pages;
 
 use crate::image::FileError;
 use crate::image::writer::WriteError;
+use crate::quota::{Bounds, QuotaError};
 use crate::with_causes;
 use pageferry_common::wire::{RefuseCode, WireError};
 use serde::Serialize;
@@ -23,6 +24,8 @@ pub struct Limits {
     pub handshake: Duration,
     /// Buffers of 4 MiB.
     pub buffers: usize,
+    /// What its migration may take of the disk.
+    pub bounds: Bounds,
 }
 
 /// How a migration went.
@@ -66,10 +69,20 @@ impl From<FileError> for Refusal {
     }
 }
 
+impl From<QuotaError> for Refusal {
+    fn from(error: QuotaError) -> Self {
+        match error {
+            QuotaError::File(file) => file.into(),
+            limit => Self::new(RefuseCode::Limit, limit.to_string()),
+        }
+    }
+}
+
 impl From<WriteError> for Refusal {
     fn from(error: WriteError) -> Self {
         match error {
             WriteError::Storage(file) => file.into(),
+            WriteError::Quota(quota) => quota.into(),
             WriteError::Protocol(what) => Self::new(RefuseCode::Protocol, what),
         }
     }
@@ -99,6 +112,12 @@ impl Failure {
 
 impl From<FileError> for Failure {
     fn from(error: FileError) -> Self {
+        Refusal::from(error).into()
+    }
+}
+
+impl From<QuotaError> for Failure {
+    fn from(error: QuotaError) -> Self {
         Refusal::from(error).into()
     }
 }

@@ -1,14 +1,17 @@
 //! The native protocol's receiving end: one task on the socket, one thread on the disk.
 //!
-//! Memory for one sender: `--buffers` of 4 MiB, one more for decompression, and a chunk's metadata.
+//! Memory for one sender: `--buffers` of 4 MiB, two more to decompress and to copy, and what is stated in
+//! `docs/security.md`. Until it has greeted: a message.
 
 use super::{Failure, Limits, Migration, Refusal};
 use crate::disk::Disk;
+use crate::door::{Guest, Place};
 use crate::image::chain::levels;
 use crate::image::index::{Catalog, Pages};
 use crate::image::lazy::{self, Prepared};
 use crate::image::writer::{DirWriter, sync, sync_all, write_state};
 use crate::image::{DirName, FileError};
+use crate::quota::Quota;
 use crate::restore::{Outcome, Restorer};
 use crate::segments::Segments;
 use crate::store::{Cut, Store, Taken};
@@ -44,30 +47,28 @@ const LOOK: Duration = Duration::from_millis(20);
 /// the connection and destroy our reason on its way.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// Highest round number taken: bounds chains that a reader must follow.
-const ROUNDS_MAX: u32 = 1000;
-
 /// Takes one migration, or the rest of one whose connection was lost; its progress is in `migration` however
-/// it ends. With `restorer`, the process itself may follow its memory. `cut` is of this connection, for the case
-/// that it is lost and its sender comes on another.
+/// it ends. With `restorer`, the process itself may follow its memory. The sender is a guest until it has said
+/// that it sends.
 ///
 /// # Errors
 /// [`Failure`]; the sender was told why, if it could be.
 pub async fn receive<R, W>(
     read: R,
     write: W,
+    guest: Guest,
     store: &Store,
     limits: Limits,
     restorer: Option<&Restorer>,
-    cut: &Cut,
     migration: &mut Migration,
 ) -> Result<(), Failure>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let mut session = Session::new(read, write, limits.stall, limits.buffers);
-    let result = session.run(store, limits, restorer, cut, migration).await;
+    let mut session = Session::new(read, write, limits.stall);
+    let result = session.run(guest, store, limits, restorer, migration);
+    let result = result.await;
     migration.bytes_wire = session.reader.bytes();
     if let Err(error) = &result {
         session.say_why(error).await;
@@ -81,7 +82,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let mut session = Session::new(read, write, limits.handshake, 1);
+    let mut session = Session::new(read, write, limits.handshake);
     // It takes a refusal only once it has greeted.
     if session.message().await.is_ok() {
         let refusal = Refusal::new(RefuseCode::Unsupported, why);
@@ -92,34 +93,44 @@ where
 pub(super) struct Session<R, W> {
     reader: FrameReader<R>,
     pub(super) writer: FrameWriter<W>,
+    /// Empty as long as there is no place.
     pool: BufferPool,
+    /// From the greeting of one that sends on.
+    place: Option<Place>,
 }
 
 impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
-    fn new(read: R, write: W, stall: Duration, buffers: usize) -> Self {
+    fn new(read: R, write: W, stall: Duration) -> Self {
         let phase = SharedPhase::default();
         Self {
             reader: FrameReader::new(read, phase.clone(), stall),
             writer: FrameWriter::new(write, phase, stall),
-            pool: BufferPool::new(buffers),
+            pool: BufferPool::new(0),
+            place: None,
         }
     }
 
     async fn run(
         &mut self,
+        guest: Guest,
         store: &Store,
         limits: Limits,
         restorer: Option<&Restorer>,
-        cut: &Cut,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
-        let greeted = match self.message().await? {
+        let quota = Quota::new(limits.bounds, store.dir());
+        let cut = guest.cut();
+        let hello = match guest.in_time(self.message()).await? {
+            // Who only asks needs no place.
             Message::Resolve(claim) => {
                 let criu = restorer.map(|restorer| &restorer.criu);
-                return self.resolve(store, criu, cut, &claim).await;
+                return self.resolve(store, criu, &cut, &claim).await;
             }
-            hello => self.greet(hello, store, restorer.is_some(), cut).await?,
+            hello => hello,
         };
+        let restores = restorer.is_some();
+        let greeted = self.greet(hello, guest, store, &quota, restores).await?;
+        self.pool = BufferPool::new(limits.buffers);
         let Greeted {
             home,
             moves,
@@ -140,12 +151,17 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             ready = Some(restorer.ready(&home)?);
         }
         let work = {
-            let kept = kept.clone();
-            move |jobs| work(&home, kept.as_deref(), jobs)
+            let (kept, quota) = (kept.clone(), Arc::clone(&quota));
+            move |jobs| work(&home, &quota, kept.as_deref(), jobs)
         };
         let mut disk = Disk::start(limits.buffers, work)?;
-        let result = self.rounds(&mut disk, restorer, ready, kept.as_deref(), migration);
-        let result = result.await;
+        let rounds = Rounds {
+            restorer,
+            ready,
+            kept: kept.as_deref(),
+            quota: &quota,
+        };
+        let result = self.rounds(&mut disk, rounds, migration).await;
         // A torn round is gone when the sender hears of it.
         disk.end().await;
         // CRIU has loaded it by now, if it ever will; there may be none.
@@ -160,15 +176,19 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     async fn rounds(
         &mut self,
         disk: &mut Disk<Job>,
-        restorer: Option<&Restorer>,
-        mut ready: Option<Work>,
-        kept: Option<&Mutex<Kept>>,
+        rounds: Rounds<'_>,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
+        let Rounds {
+            restorer,
+            mut ready,
+            kept,
+            quota,
+        } = rounds;
         // Files asked for, and what is wrong with them.
         let (mut files, mut lacks) = (0, Vec::new());
-        // The state image whose pieces are coming.
-        let mut state: Option<StateName> = None;
+        // The state image whose pieces are coming, and how many have begun.
+        let (mut state, mut states): (Option<StateName>, _) = (None, 0);
         loop {
             match self.message().await? {
                 Message::RoundBegin {
@@ -178,10 +198,11 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 } => {
                     let began = Instant::now();
                     let parent = (migration.rounds > 0).then_some(migration.rounds);
-                    if round != migration.rounds + 1 || round > ROUNDS_MAX {
+                    if round != migration.rounds + 1 {
                         let what = format!("round {round} after {}", migration.rounds);
                         return Err(Refusal::new(RefuseCode::Protocol, what).into());
                     }
+                    quota.round(round)?;
                     let begin = Job::Begin {
                         round,
                         parent,
@@ -225,6 +246,11 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 Message::State { name, last, piece } => {
                     let first = state.as_ref() != Some(&name);
                     let images = images_of(migration)?;
+                    if first {
+                        quota.image(states)?;
+                        states += 1;
+                    }
+                    quota.bytes(piece.len() as u64)?;
                     write_state(&images, &name, first, &piece)?;
                     state = (!last).then_some(name);
                 }
@@ -256,9 +282,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     async fn greet(
         &mut self,
         hello: Message,
+        guest: Guest,
         store: &Store,
+        quota: &Quota,
         restores: bool,
-        cut: &Cut,
     ) -> Result<Greeted, Failure> {
         let Message::Hello {
             version,
@@ -285,9 +312,19 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let features = features & ours;
         let moves = features & wire::FEATURE_RESTORE != 0;
         let home = store.home(&claim);
+        let cut = &guest.cut();
         let (taken, rounds) = match home.is_dir() {
-            true => self.go_on(store, &claim, moves, cut).await?,
+            true => {
+                let before = self.go_on(store, &claim, moves, cut).await?;
+                // The one that its other connection had is free now.
+                self.place = Some(guest.take_place()?);
+                quota.count(&home)?;
+                before
+            }
             false => {
+                self.place = Some(guest.take_place()?);
+                // Where no round could be, there is to be no directory.
+                quota.round(1)?;
                 let taken = self.take(store, &home, cut).await?;
                 store.create(&claim)?;
                 (taken, 0)
@@ -480,6 +517,15 @@ fn images_of(migration: &Migration) -> Result<PathBuf, Refusal> {
     }
 }
 
+/// What rounds are received with.
+struct Rounds<'a> {
+    restorer: Option<&'a Restorer>,
+    /// A CRIU that waits to restore.
+    ready: Option<Work>,
+    kept: Option<&'a Mutex<Kept>>,
+    quota: &'a Quota,
+}
+
 enum Job {
     Begin {
         round: u32,
@@ -590,6 +636,7 @@ impl Kept {
 /// The writing thread. `kept` if the process itself is to follow its memory.
 fn work(
     home: &Path,
+    quota: &Arc<Quota>,
     kept: Option<&Mutex<Kept>>,
     mut jobs: mpsc::Receiver<Job>,
 ) -> Result<(), Refusal> {
@@ -606,7 +653,8 @@ fn work(
                 parent,
                 uptime_us,
             } => {
-                let mut writer = DirWriter::begin(home, DirName::Round(number))?;
+                let writer = DirWriter::begin(home, DirName::Round(number))?;
+                let mut writer = writer.within(quota);
                 parent.map_or(Ok(()), |parent| writer.follow(DirName::Round(parent)))?;
                 writer.write_inventory(uptime_us)?;
                 round = Some(writer);

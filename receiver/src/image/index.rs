@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// Most runs of all images that a [`Catalog`] has, 128 MiB of them.
+/// Most runs of all images that a [`Catalog`] has, 128 MiB of them: twice as much while it takes a round.
 const RUNS_MAX: usize = 1 << 22;
 
 /// One image through all directories of a chain. Its memory grows with the entries, not with the pages.
@@ -41,7 +41,7 @@ impl Index {
         let mut newest = None;
         for (behind, dir) in levels.iter().rev().enumerate() {
             let parent = newest.map(|(index, _)| index).unwrap_or_default();
-            newest = Self::default().follow(&parent, dir, behind, image)?;
+            newest = Self::default().follow(&parent, dir, behind, image, usize::MAX)?;
         }
         newest
             .map(|newest| complete(newest, &levels[0], image))
@@ -50,13 +50,14 @@ impl Index {
 
     /// Becomes that of the image in `dir`, which has so many directories behind it, `parent` being that of the
     /// next of these; and the first pages that are said to be there, and are not. `None` if the image is not in
-    /// `dir`.
+    /// `dir`. That it would have more than so many runs is an error.
     fn follow(
         mut self,
         parent: &Self,
         dir: &Path,
         behind: usize,
         image: ImageId,
+        most: usize,
     ) -> Result<Option<(Self, Option<PageRange>)>, FileError> {
         let Some(mut list) = Cursor::open(&[dir.to_owned()].into(), image)? else {
             return Ok(None);
@@ -65,6 +66,11 @@ impl Index {
         let mut nowhere = None;
         let mut parent = parent.runs.iter().copied().peekable();
         while let Some(entry) = list.next_entry()? {
+            // Whatever is in the parent was within the limit, so it is passed by no more than once.
+            if self.runs.len() > most {
+                let error = io::Error::other("it is in too many pieces");
+                return Err(failed("keep the index of", dir)(error));
+            }
             let range = entry.range;
             if let Place::Present { .. } = entry.place {
                 let offset = list.offset();
@@ -227,18 +233,14 @@ impl Catalog {
     pub fn advance(&mut self, home: &Path) -> Result<(), FileError> {
         let dir = home.join(DirName::Round(self.rounds + 1).to_string());
         let mut next = BTreeMap::new();
-        let mut runs = 0;
+        let mut room = RUNS_MAX;
         for image in images(&dir)? {
             let parent = self.images.remove(&image).unwrap_or_default();
             let spare = std::mem::take(&mut self.spare);
-            let index = spare.follow(&parent, &dir, self.rounds as usize, image)?;
+            let index = spare.follow(&parent, &dir, self.rounds as usize, image, room)?;
             let index = complete(index.expect("it was listed"), &dir, image)?;
             self.spare = parent;
-            runs += index.runs.len();
-            if runs > RUNS_MAX {
-                let error = io::Error::other("it is in too many pieces");
-                return Err(failed("keep the index of", &dir)(error));
-            }
+            room = room.saturating_sub(index.runs.len());
             next.insert(image, index);
         }
         self.images = next;
@@ -416,6 +418,21 @@ mod tests {
         fn any_bytes_are_refused_or_read(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
             let _ = Catalog::read(&mut &bytes[..]);
         }
+    }
+
+    #[test]
+    fn an_index_of_too_many_pieces_is_given_up() {
+        let home = tempfile::tempdir().unwrap();
+        put_round(home.path(), 1, &[], &[1, 0, 1, 0, 1, 0]);
+        put_round(home.path(), 2, &[1, 0, 1, 0, 1, 0], &[3, 0, 3, 1, 3, 1]);
+        let follow = |parent: &Index, round: &str, most| {
+            let dir = home.path().join(round);
+            Index::default().follow(parent, &dir, 0, IMAGE, most)
+        };
+        let (parent, _) = follow(&Index::default(), "1", 3).unwrap().unwrap();
+        assert_eq!(parent.runs.len(), 3);
+        assert!(follow(&Index::default(), "1", 1).is_err());
+        assert!(follow(&parent, "2", 3).is_err());
     }
 
     #[test]

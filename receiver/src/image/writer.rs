@@ -3,18 +3,21 @@
 //! Everything goes into `.NAME.tmp`; the commit syncs every file and the directory, renames it to
 //! `NAME`, and syncs the directory above. Dropped before that, it takes its directory with it.
 
-use super::chain::{Cursor, Levels, levels, names};
+use super::chain::{Cursor, Levels, levels};
 use super::format::{self, PagemapEntry};
 use super::{DirName, FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages_name};
+use crate::quota::{Bounds, Quota, QuotaError};
+use nix::errno::Errno;
+use nix::unistd::{Whence, lseek};
 use pageferry_common::psi::Place;
 use pageferry_common::wire::{Entry, EntryKind};
-use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
+use pageferry_common::{BUFFER_PAGES, BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 /// Why a directory cannot be written.
@@ -23,6 +26,9 @@ pub enum WriteError {
     /// The disk, or what is on it.
     #[error(transparent)]
     Storage(#[from] FileError),
+    /// It would be too much.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
     /// What was sent makes no image.
     #[error("{0}")]
     Protocol(String),
@@ -38,11 +44,11 @@ pub struct DirWriter {
     home: PathBuf,
     name: DirName,
     tmp: PathBuf,
+    quota: Arc<Quota>,
     /// The chain behind this one, its parent first.
     parents: Levels,
     written: BTreeSet<ImageId>,
     open: Option<ImageWriter>,
-    files: Vec<PathBuf>,
     committed: bool,
 }
 
@@ -61,12 +67,19 @@ impl DirWriter {
             home: home.to_owned(),
             name,
             tmp,
+            quota: Quota::new(Bounds::NONE, home),
             parents: Levels::default(),
             written: BTreeSet::new(),
             open: None,
-            files: Vec::new(),
             committed: false,
         })
+    }
+
+    /// Has it take no more than there is in a quota.
+    #[must_use]
+    pub fn within(mut self, quota: &Arc<Quota>) -> Self {
+        self.quota = Arc::clone(quota);
+        self
     }
 
     /// Puts `parent`, complete and in the same directory above, behind this one. What was opened
@@ -90,7 +103,6 @@ impl DirWriter {
         let path = self.tmp.join(INVENTORY);
         format::write_inventory(&mut create_image(&path)?, uptime_us)
             .map_err(failed("write", &path))?;
-        self.files.push(path);
         Ok(())
     }
 
@@ -101,14 +113,13 @@ impl DirWriter {
     /// [`WriteError`].
     pub fn open(&mut self, image: ImageId) -> Result<bool, WriteError> {
         self.close_image()?;
+        self.quota.image(self.written.len())?;
         let pages_id = FIRST_PAGES_ID + self.written.len() as u32;
         if !self.written.insert(image) {
             return Err(WriteError::Protocol(format!("{image} was sent twice")));
         }
         let mut writer = ImageWriter::create(&self.tmp, image, pages_id)?;
         writer.parent = Cursor::open(&self.parents, image)?;
-        self.files.push(writer.pagemap_path.clone());
-        self.files.push(writer.pages_path.clone());
         let has_parent = writer.parent.is_some();
         self.open = Some(writer);
         Ok(has_parent)
@@ -120,6 +131,8 @@ impl DirWriter {
     /// # Errors
     /// [`WriteError`].
     pub fn put(&mut self, entries: &[Entry], pages: &[u8]) -> Result<(), WriteError> {
+        self.quota.entries(entries.len(), pages.len())?;
+        let quota = Arc::clone(&self.quota);
         let mut rest = pages;
         for entry in entries {
             let image = self.image_at(entry.range)?;
@@ -133,7 +146,7 @@ impl DirWriter {
                     image.offset += entry.range.bytes();
                     image.entry(entry.range, PRESENT)?;
                 }
-                EntryKind::Copy => image.copy_from_parent(entry.range)?,
+                EntryKind::Copy => image.copy_from_parent(entry.range, &quota)?,
                 EntryKind::Parent => image.in_parent(entry.range)?,
             }
         }
@@ -146,6 +159,7 @@ impl DirWriter {
     /// # Errors
     /// [`WriteError`].
     pub fn put_as_is(&mut self, entries: &[PagemapEntry], pages: &[u8]) -> Result<(), WriteError> {
+        self.quota.entries(entries.len(), pages.len())?;
         let mut rest = pages;
         for &PagemapEntry { range, place } in entries {
             let image = self.image_at(range)?;
@@ -181,8 +195,7 @@ impl DirWriter {
     /// [`WriteError`]; it does not appear then.
     pub fn commit(mut self) -> Result<PathBuf, WriteError> {
         self.close_image()?;
-        sync_each(&self.files)?;
-        sync(&self.tmp)?;
+        sync_all(&self.tmp)?;
         let home = self.home.clone();
         let path = self.publish()?;
         sync(&home)?;
@@ -237,13 +250,43 @@ pub fn write_state(
     append().map_err(failed("write", &path))
 }
 
-/// Makes every file in a directory, and the directory, durable.
+/// Makes every file in a directory, and the directory, durable: several at once, for each waits for the file
+/// system's journal, which then writes for all of them what it would write for one.
 ///
 /// # Errors
 /// [`FileError`].
 pub fn sync_all(dir: &Path) -> Result<(), FileError> {
-    let names = names(dir)?.into_iter();
-    sync_each(&names.map(|name| dir.join(name)).collect::<Vec<_>>())?;
+    const AT_ONCE: usize = 16;
+    let mut entries = fs::read_dir(dir).map_err(failed("list", dir))?;
+    let first: Vec<_> = entries.by_ref().take(AT_ONCE).collect();
+    let others = 1..first.len();
+    // Not a list of all: a peer says how many there are.
+    let entries = Mutex::new(first.into_iter().chain(entries));
+    let next = || {
+        let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.next()
+    };
+    let work = || {
+        while let Some(entry) = next() {
+            let found = entry.and_then(|entry| Ok((entry.file_type()?, entry.path())));
+            match found.map_err(failed("list", dir))? {
+                (kind, path) if kind.is_file() => sync(&path)?,
+                // The link to the parent.
+                _ => {}
+            }
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let others: Vec<_> = others
+            .filter_map(|_| thread::Builder::new().spawn_scoped(scope, work).ok())
+            .collect();
+        let mut done = work();
+        for other in others {
+            done = done.and(other.join().expect("syncing does not panic"));
+        }
+        done
+    })?;
     sync(dir)
 }
 
@@ -255,28 +298,6 @@ pub fn sync(path: &Path) -> Result<(), FileError> {
     File::open(path)
         .and_then(|file| file.sync_all())
         .map_err(failed("sync", path))
-}
-
-/// Makes files durable, several at once: each waits for the file system's journal, which then writes for all
-/// of them what it would write for one.
-fn sync_each(paths: &[PathBuf]) -> Result<(), FileError> {
-    const AT_ONCE: usize = 16;
-    let next = AtomicUsize::new(0);
-    let work = || {
-        let mut turns = std::iter::from_fn(|| paths.get(next.fetch_add(1, Ordering::Relaxed)));
-        turns.try_for_each(|path| sync(path))
-    };
-    thread::scope(|scope| {
-        let others = 1..AT_ONCE.min(paths.len());
-        let others: Vec<_> = others
-            .filter_map(|_| thread::Builder::new().spawn_scoped(scope, work).ok())
-            .collect();
-        let mut done = work();
-        for other in others {
-            done = done.and(other.join().expect("syncing does not panic"));
-        }
-        done
-    })
 }
 
 /// Creates an image file that only its owner can read: memory is full of secrets.
@@ -345,9 +366,18 @@ impl ImageWriter {
         WriteError::Protocol(format!("{range} of {} is not in its parent", self.image))
     }
 
-    fn copy_from_parent(&mut self, range: PageRange) -> Result<(), WriteError> {
+    fn copy_from_parent(&mut self, range: PageRange, quota: &Quota) -> Result<(), WriteError> {
         let mut parent = self.parent.take().ok_or_else(|| self.unresolved(range))?;
-        self.copy(&mut parent, range, |_| true)?;
+        let mut rest = Some(range);
+        // Few bytes of the peer's may stand for many here.
+        while let Some(all) = rest {
+            let (now, later) = all.split_at(BUFFER_PAGES as u64);
+            if let Some(now) = now {
+                quota.bytes(now.bytes())?;
+                self.copy(&mut parent, now, |_| true)?;
+            }
+            rest = later;
+        }
         self.parent = Some(parent);
         Ok(())
     }
@@ -410,6 +440,14 @@ impl ImageWriter {
                 self.offset += done;
             }
             while done < found.range.bytes() {
+                let hole = hole_at(found.file, found.offset + done);
+                let hole = hole.map_err(failed("read a pages file for", &self.pages_path))?;
+                if hole > 0 {
+                    let hole = hole.min(found.range.bytes() - done);
+                    self.offset += hole;
+                    done += hole;
+                    continue;
+                }
                 let len = (found.range.bytes() - done).min(buffer.len() as u64);
                 let part = &mut buffer[..len as usize];
                 found
@@ -441,6 +479,19 @@ impl ImageWriter {
         self.pages
             .set_len(self.offset)
             .map_err(failed("write", &self.pages_path))
+    }
+}
+
+/// How many bytes of whole pages from `offset` on are in no block of the file: of zeros, that need not be read.
+fn hole_at(file: &File, offset: u64) -> io::Result<u64> {
+    match lseek(file, offset.cast_signed(), Whence::SeekData) {
+        Ok(data) => {
+            let bytes = data.cast_unsigned() - offset;
+            Ok(bytes - bytes % PAGE_SIZE)
+        }
+        // Nothing but a hole follows.
+        Err(Errno::ENXIO) => Ok(u64::MAX),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -1,0 +1,398 @@
+//! What a receiver takes of its peers is limited, whatever they do; who reaches a limit is told which, and
+//! nobody else comes to harm.
+
+use pageferry_common::digest::{RoundDigest, digest};
+use pageferry_common::psi::{self, Command, Place, Width};
+use pageferry_common::wire::frame::{HEADER_LEN, Header, META_MAX};
+use pageferry_common::wire::message::CHUNK_ENTRIES_MAX;
+use pageferry_common::wire::{
+    self, Chunk, Entry, EntryKind, FrameKind, Message, RefuseCode, RoundKind, Totals,
+};
+use pageferry_common::{BUFFER_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token};
+use pageferry_tests::daemon::until;
+use pageferry_tests::scenario::{assert_arrived, go_on};
+use pageferry_tests::{Pair, Victim};
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::sync::LazyLock;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::thread;
+
+/// A peer that says what it likes.
+struct Peer {
+    stream: TcpStream,
+    said: u64,
+    heard: u64,
+    totals: Totals,
+    digest: RoundDigest,
+}
+
+impl Peer {
+    /// Connects, and says nothing yet.
+    fn connect(to: SocketAddr) -> io::Result<Self> {
+        Ok(Self {
+            stream: TcpStream::connect(to)?,
+            said: 0,
+            heard: 0,
+            totals: Totals::default(),
+            digest: RoundDigest::default(),
+        })
+    }
+
+    /// Connects, and is welcome with a migration that nobody else has.
+    fn greet(to: SocketAddr) -> io::Result<Self> {
+        static MIGRATIONS: AtomicU32 = AtomicU32::new(1);
+        let mut peer = Self::connect(to)?;
+        let mut id = [0; 16];
+        let number = MIGRATIONS.fetch_add(1, Ordering::Relaxed);
+        id[..4].copy_from_slice(&number.to_le_bytes());
+        peer.say(&Message::Hello {
+            version: wire::VERSION,
+            page_size: PAGE_SIZE as u32,
+            features: wire::FEATURES,
+            claim: Claim {
+                id: MigrationId(id),
+                root_pid: 7,
+                token: Token([7; 32]),
+            },
+        })?;
+        match peer.hear()? {
+            Message::Welcome { .. } => Ok(peer),
+            other => Err(io::Error::other(format!("{other:?}"))),
+        }
+    }
+
+    fn frame(&mut self, kind: FrameKind, meta: &[u8], zstd: bool, data: &[u8]) -> io::Result<()> {
+        let header = Header::encode(kind, zstd, self.said, meta, data.len());
+        self.said += 1;
+        self.stream.write_all(&[&header, meta, data].concat())
+    }
+
+    fn say(&mut self, message: &Message) -> io::Result<()> {
+        self.frame(message.kind(), &message.encode(), false, &[])
+    }
+
+    /// The next message but "still working".
+    fn hear(&mut self) -> io::Result<Message> {
+        loop {
+            let mut header = [0; HEADER_LEN];
+            self.stream.read_exact(&mut header)?;
+            let decoded = Header::decode(&header, self.heard).map_err(io::Error::other)?;
+            self.heard += 1;
+            let mut meta = vec![0; decoded.meta_len];
+            self.stream.read_exact(&mut meta)?;
+            match Message::decode(decoded.kind, &meta).map_err(io::Error::other)? {
+                Message::Working => {}
+                message => return Ok(message),
+            }
+        }
+    }
+
+    fn begin(&mut self, round: u32) -> io::Result<()> {
+        (self.totals, self.digest) = Default::default();
+        self.say(&Message::RoundBegin {
+            round,
+            kind: RoundKind::PreDump,
+            uptime_us: 1,
+        })
+    }
+
+    fn open(&mut self, image: ImageId) -> io::Result<()> {
+        self.totals.images += 1;
+        self.digest.open(image);
+        self.say(&Message::ImageOpen(image))
+    }
+
+    /// A chunk without pages.
+    fn entries(&mut self, entries: Vec<Entry>) -> io::Result<()> {
+        self.totals.count(&entries);
+        let digest = digest(&[]);
+        let meta = Message::Chunk(Chunk { entries, digest }).encode();
+        self.digest.chunk(&meta);
+        self.frame(FrameKind::Chunk, &meta, false, &[])
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.totals.digest = self.digest.value();
+        self.say(&Message::RoundEnd(self.totals))?;
+        match self.hear()? {
+            Message::RoundAck { .. } => Ok(()),
+            other => Err(io::Error::other(format!("{other:?}"))),
+        }
+    }
+}
+
+fn entry(page: u64, pages: u64, kind: EntryKind) -> Entry {
+    let range = PageRange::new(page * PAGE_SIZE, pages).unwrap();
+    Entry { range, kind }
+}
+
+/// As many entries as a chunk may have, none of which can be joined with another: the `number`th such.
+fn scattered(number: u64, kind: EntryKind) -> Vec<Entry> {
+    let first = 1 + number * 2 * CHUNK_ENTRIES_MAX as u64;
+    let pages = (0..CHUNK_ENTRIES_MAX as u64).map(|index| first + 2 * index);
+    pages.map(|page| entry(page, 1, kind)).collect()
+}
+
+#[test]
+fn a_sender_is_told_which_limit_it_has_reached_and_the_target_runs_on() {
+    let mut victim = Victim::start("heap=8 children=1 dirty=20");
+    for limit in [
+        ["--max-rounds", "1"],
+        ["--max-bytes", "4M"],
+        ["--max-images", "1"],
+        ["--keep-free", "1000000T"],
+    ] {
+        let pair = Pair::start(&limit);
+        let sent = pair.send(victim.pid(), &["--rounds", "2"]);
+        assert_eq!(sent.status.code(), Some(4), "{limit:?}: {}", sent.stderr);
+        for said in [limit[0], "the target runs"] {
+            assert!(sent.stderr.contains(said), "{said}: {}", sent.stderr);
+        }
+        victim.assert_unharmed();
+    }
+}
+
+#[test]
+fn one_sender_too_many_is_told_so_and_one_who_asks_gets_an_answer() {
+    let mut victim = Victim::start("heap=1");
+    let pair = Pair::start(&["--max-senders", "1"]);
+    let first = Peer::greet(pair.address()).unwrap();
+    let sent = pair.send(victim.pid(), &["--rounds", "1"]);
+    assert_eq!(sent.status.code(), Some(4), "{}", sent.stderr);
+    assert!(sent.stderr.contains("--max-senders"), "{}", sent.stderr);
+    let mut asks = Peer::connect(pair.address()).unwrap();
+    let claim = Claim {
+        id: MigrationId([9; 16]),
+        root_pid: 9,
+        token: Token([9; 32]),
+    };
+    asks.say(&Message::Resolve(claim)).unwrap();
+    let answer = asks.hear().unwrap();
+    assert_eq!(answer, Message::Outcome { running: false });
+    drop(first);
+    until("the place is free", || {
+        let sent = pair.send(victim.pid(), &["--rounds", "1"]);
+        sent.status.success().then_some(()).ok_or(sent.stderr)
+    });
+    victim.assert_unharmed();
+}
+
+#[test]
+fn who_says_too_little_in_time_is_told_or_dropped() {
+    let pair = Pair::start(&["--handshake-timeout", "0.2"]);
+    // The beginning of a greeting.
+    let mut slow = Peer::connect(pair.address()).unwrap();
+    let header = Header::encode(FrameKind::Hello, false, 0, &[0; 62], 0);
+    slow.stream.write_all(&header[..20]).unwrap();
+    let Message::Refuse { code, reason } = slow.hear().unwrap() else {
+        panic!("not refused");
+    };
+    assert_eq!(code, RefuseCode::Limit, "{reason}");
+    // And of a dump by CRIU, which has no words for it.
+    let mut slow = Peer::connect(pair.address()).unwrap();
+    slow.stream.write_all(&[4, 0, 0, 0, 0]).unwrap();
+    let mut rest = Vec::new();
+    slow.stream.read_to_end(&mut rest).unwrap();
+    assert!(rest.is_empty());
+}
+
+/// Plays one hostile part, and says so when it is at it; ends when the receiver has had enough.
+type Part = fn(SocketAddr, &dyn Fn()) -> io::Result<()>;
+
+/// Those that take a place.
+const SENDERS: [(&str, Part); 8] = [
+    ("greets and is silent", |to, at_it| {
+        let mut peer = Peer::greet(to)?;
+        at_it();
+        peer.hear().map(drop)
+    }),
+    ("works forever", |to, at_it| {
+        let mut peer = Peer::greet(to)?;
+        at_it();
+        loop {
+            peer.say(&Message::Working)?;
+        }
+    }),
+    ("sends bombs", |to, at_it| {
+        let mut peer = Peer::greet(to)?;
+        peer.begin(1)?;
+        peer.open(ImageId::Task(7))?;
+        let entries = vec![entry(1, (BUFFER_SIZE as u64) / PAGE_SIZE, EntryKind::Data)];
+        let meta = Message::Chunk(Chunk { entries, digest: 0 }).encode();
+        peer.frame(FrameKind::Chunk, &meta, true, &BOMB)?;
+        at_it();
+        peer.hear().map(drop)
+    }),
+    ("sends nothing but entries", |to, at_it| {
+        let mut peer = Peer::greet(to)?;
+        peer.begin(1)?;
+        peer.open(ImageId::Task(7))?;
+        for number in 0.. {
+            peer.entries(scattered(number, EntryKind::Zero))?;
+            at_it();
+        }
+        Ok(())
+    }),
+    ("refers to its parent", |to, at_it| {
+        let mut peer = Peer::greet(to)?;
+        for round in 1.. {
+            peer.begin(round)?;
+            peer.open(ImageId::Task(7))?;
+            for number in 0..16 {
+                let kind = [EntryKind::Zero, EntryKind::Parent][usize::from(round > 1)];
+                peer.entries(scattered(number, kind))?;
+            }
+            peer.end()?;
+            at_it();
+        }
+        Ok(())
+    }),
+    ("has a few pages stand for many", |to, at_it| {
+        let mut peer = Peer::greet(to)?;
+        for (round, kind) in [(1, EntryKind::Zero), (2, EntryKind::Copy)] {
+            peer.begin(round)?;
+            peer.open(ImageId::Task(7))?;
+            peer.entries(vec![entry(1, 1 << 30, kind)])?;
+            at_it();
+            peer.end()?;
+        }
+        Ok(())
+    }),
+    ("opens images", |to, at_it| {
+        let mut peer = Peer::greet(to)?;
+        peer.begin(1)?;
+        for id in 0.. {
+            peer.open(ImageId::Shmem(id))?;
+            at_it();
+        }
+        Ok(())
+    }),
+    ("is CRIU gone mad", |to, at_it| {
+        let mut peer = Peer::connect(to)?;
+        let say = |peer: &mut Peer, command, page: u64, pages| {
+            let header = psi::Header {
+                command,
+                pages,
+                address: page * PAGE_SIZE,
+                object: psi::object(ImageId::Task(7)).unwrap(),
+            };
+            let mut bytes = Vec::new();
+            header.encode(Width::Wide, &mut bytes);
+            peer.stream.write_all(&bytes)
+        };
+        say(&mut peer, Command::Open { answered: false }, 0, 0)?;
+        for page in 1.. {
+            say(&mut peer, Command::Add(Place::Elsewhere), 2 * page, 1)?;
+            at_it();
+        }
+        Ok(())
+    }),
+];
+
+/// Those that never say who they are, each with so many connections at once.
+const STRANGERS: [(&str, usize, Part); 3] = [
+    ("says nothing", 20, |to, at_it| {
+        let mut peer = Peer::connect(to)?;
+        at_it();
+        peer.stream.read_to_end(&mut Vec::new()).map(drop)
+    }),
+    ("greets at length and never to the end", 8, |to, at_it| {
+        let mut peer = Peer::connect(to)?;
+        let header = Header::encode(FrameKind::Hello, false, 0, &[0; META_MAX], 0);
+        peer.stream.write_all(&header)?;
+        peer.stream.write_all(&[0; META_MAX - 1])?;
+        at_it();
+        peer.stream.read_to_end(&mut Vec::new()).map(drop)
+    }),
+    ("talks nonsense", 2, |to, at_it| {
+        let mut peer = Peer::connect(to)?;
+        peer.stream.write_all(&[0xc5; 1 << 16])?;
+        at_it();
+        peer.stream.read_to_end(&mut Vec::new()).map(drop)
+    }),
+];
+
+/// A gigabyte of zeros in a frame of zstd's that wants a window of 2 GiB.
+static BOMB: LazyLock<Vec<u8>> = LazyLock::new(|| {
+    let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
+    io::copy(&mut io::repeat(0).take(1 << 30), &mut encoder).unwrap();
+    let mut frame = encoder.finish().unwrap();
+    // Its exponent less 10, and an eighth.
+    frame[5] = (31 - 10) << 3;
+    frame
+});
+
+/// Most memory that a process has ever had, bytes.
+fn peak(pid: i32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    let kib = line.unwrap().split_whitespace().next().unwrap();
+    kib.parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn hostile_peers_take_no_more_memory_than_stated_and_a_migration_beside_them_arrives() {
+    // Each may have left its place only just when it comes again.
+    let (senders, buffers, images, rounds) = (2 * SENDERS.len() as u64 + 1, 2, 4096, 200);
+    let mut pair = Pair::start(&[
+        "--max-senders",
+        &senders.to_string(),
+        "--buffers",
+        &buffers.to_string(),
+        "--max-images",
+        &images.to_string(),
+        "--max-rounds",
+        &rounds.to_string(),
+        "--max-bytes",
+        "256M",
+        "--handshake-timeout",
+        "5",
+    ]);
+    let address = pair.address();
+    let over = AtomicBool::new(false);
+    let parts = SENDERS.iter().map(|&(name, part)| (name, 1, part));
+    let parts = parts.chain(STRANGERS);
+    let parts: Vec<_> = parts.map(|part| (part, AtomicU32::new(0))).collect();
+    let at_it = || parts.iter().map(|(_, times)| times.load(Ordering::Relaxed));
+    thread::scope(|scope| {
+        for ((_, connections, part), times) in &parts {
+            for _ in 0..*connections {
+                scope.spawn(|| {
+                    let at_it = || {
+                        times.fetch_add(1, Ordering::Relaxed);
+                    };
+                    while !over.load(Ordering::Relaxed) {
+                        // That it is refused, or cut off, is what it came for.
+                        let _ = part(address, &at_it);
+                    }
+                });
+            }
+        }
+        for ((name, ..), times) in &parts {
+            until(name, || match times.load(Ordering::Relaxed) {
+                0 => Err("not yet".to_owned()),
+                _ => Ok(()),
+            });
+        }
+        let mut victim = Victim::start("heap=32 children=1 shared=2 dirty=20");
+        let before = at_it().map(u64::from).sum::<u64>();
+        let report = pair.send(victim.pid(), &["--then", "stop"]);
+        assert!(at_it().map(u64::from).sum::<u64>() > before, "they went on");
+        let peak = peak(pair.receiver().program().pid());
+        // So that those that wait for its answer end.
+        over.store(true, Ordering::Relaxed);
+        pair.receiver().program().kill();
+        let report = report.expect_report();
+        assert_arrived(victim.pid(), &pair, &report);
+        go_on(victim.pid());
+        victim.assert_unharmed();
+        // As docs/security.md states it.
+        let (kib, mib) = (1 << 10, 1 << 20);
+        let sender = buffers * 4 * mib + 12 * mib + images * 128 + rounds * 12 * kib;
+        let stated = 32 * mib + (senders + 64) * 256 * kib + senders * sender;
+        println!("{} MiB of {} MiB", peak / mib, stated / mib);
+        assert!(peak <= stated, "{} MiB", peak / mib);
+    });
+}
