@@ -12,8 +12,9 @@ use crate::secure::Secure;
 use crate::server::{self, Ended, Options};
 use crate::store::{Store, StoreError};
 use crate::with_causes;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use pageferry_common::capability::{self, lacking};
 use pageferry_common::criu::Criu;
+use pageferry_common::limits::raise_descriptors;
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -39,6 +40,7 @@ pub enum Exit {
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.serve.verbose);
+    raise_descriptors();
     let exit = match &cli.command {
         Some(Command::Flatten { dir, out, skeleton }) => run_flatten(dir, out, *skeleton),
         Some(Command::ServePages(options)) => run_serve_pages(options),
@@ -252,12 +254,6 @@ fn serve_until_end(
         })?;
         let at = listener.local_addr().map_err(|error| complain(error, ""))?;
         eprintln!("listening on {at}");
-        // A chain has two files for each of its rounds, and who reads its last may need all.
-        let most = getrlimit(Resource::RLIMIT_NOFILE);
-        let allow = most.and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most));
-        if let Err(error) = allow {
-            tracing::warn!(%error, "few files may be open at once");
-        }
         let restorer = match serve.restore {
             Some(how) => Some(restorer(how, serve)?),
             None => None,
@@ -296,6 +292,11 @@ fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Exit> {
         complain(error, "what follows -- is for CRIU");
         Exit::Usage
     })?;
+    let lacking = lacking(&capability::TO_RESTORE);
+    if !lacking.is_empty() {
+        let without = lacking.join(", ");
+        tracing::warn!(without, "CRIU will hardly be able to restore");
+    }
     let can = how != RestoreHow::Eager && criu.has_lazy_pages();
     if how == RestoreHow::Lazy && !can {
         let what = "CRIU or this kernel has no lazy restore";

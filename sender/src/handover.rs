@@ -98,6 +98,9 @@ pub enum HandoverError {
     /// The record of what is decided.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// A process of the tree that could run here although it runs there.
+    #[error("not permitted to stop process {0}")]
+    MayNotStop(i32),
     /// It was told to commit, and has not answered since.
     #[error(
         "the receiver does not say whether process {root} runs there; here it stays stopped. \
@@ -341,8 +344,7 @@ impl Handover {
         parts: &mut Parts<'_>,
     ) -> Result<(), HandoverError> {
         parts.tree.collect_stopped(processes, parts.tracker)?;
-        parts.tree.survey_descriptors();
-        Ok(())
+        Ok(parts.tree.survey_descriptors()?)
     }
 
     /// Sends a round while CRIU goes on with its dump. Returns that, and what CRIU does next.
@@ -466,7 +468,12 @@ impl Handover {
         let record = Record::new(&self.to, self.claim, root);
         record.write()?;
         // From here on it cannot run here, whoever dies.
-        record.signal(Signal::SIGSTOP);
+        if let Some(pid) = record.signal(Signal::SIGSTOP) {
+            record.signal(Signal::SIGCONT);
+            Record::remove(root)?;
+            refuse(work)?;
+            return Err(HandoverError::MayNotStop(pid));
+        }
         let receiver = destination(sink)?;
         let refused = match receiver.commit() {
             Ok(()) => return Ok(()),

@@ -2,7 +2,7 @@
 
 use crate::converge::{self, Limits, Next, Observed, Why};
 use crate::dirty::DirtyTracker;
-use crate::freeze::{FreezeError, Freezer, Then};
+use crate::freeze::{FreezeError, Freezer, Then, may_signal};
 use crate::handover::{self, Handover, HandoverError};
 use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
@@ -251,7 +251,7 @@ fn pre_dump(
     let frozen_ms = attempt.stopped.as_secs_f64() * 1e3;
     parts.progress.update(|status| status.frozen_ms = frozen_ms);
     sink.begin(round, RoundKind::PreDump, uptime)?;
-    tree.survey_descriptors();
+    tree.survey_descriptors()?;
     attempt.scanned = tree.send(Look::Running, *tracker, *sink, parts.pool)?;
     Ok(sink.commit()?)
 }
@@ -269,15 +269,21 @@ fn last_round(
     sink.frozen(true);
     let urgent = Urgent::begin();
     let mut frozen = parts.freezer.freeze(plan.root)?;
-    if plan.then == Then::Stop {
-        frozen.settle()?;
+    match plan.then {
+        Then::Run => {}
+        Then::Stop => frozen.settle()?,
+        Then::Kill => {
+            let mut processes = frozen.processes().iter();
+            let may = processes.try_for_each(|process| may_signal(process.pid));
+            may.map_err(FreezeError::from)?;
+        }
     }
     let uptime = uptime_us().map_err(MigrateError::Uptime)?;
     tree.collect(&mut frozen, *tracker)?;
     // Reading and sending takes longer than anybody may be kept waiting.
     drop(urgent);
     sink.begin(round, RoundKind::Final, uptime)?;
-    tree.survey_descriptors();
+    tree.survey_descriptors()?;
     attempt.scanned = tree.send(Look::Stopped, *tracker, *sink, parts.pool)?;
     // Killed while frozen (by the OOM killer, say): no image of it is whole.
     if let Some(pid) = tree.one_that_ended() {
