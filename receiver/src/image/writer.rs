@@ -6,12 +6,13 @@
 use super::chain::{Cursor, Levels, levels, names};
 use super::format::{self, PagemapEntry};
 use super::{DirName, FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages_name};
+use nix::unistd::{Whence, lseek};
 use pageferry_common::psi::Place;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -224,7 +225,7 @@ pub fn write_state(
     let path = dir.join(name.as_str());
     if first {
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(failed("replace", &path)(error));
             }
             Ok(()) | Err(_) => drop(create_image(&path)?),
@@ -410,7 +411,15 @@ impl ImageWriter {
                 self.offset += done;
             }
             while done < found.range.bytes() {
-                let len = (found.range.bytes() - done).min(buffer.len() as u64);
+                let rest = found.range.bytes() - done;
+                let hole = hole_at(found.file, found.offset + done, rest)
+                    .map_err(failed("read a pages file for", &self.pages_path))?;
+                if hole > 0 {
+                    self.offset += hole;
+                    done += hole;
+                    continue;
+                }
+                let len = rest.min(buffer.len() as u64);
                 let part = &mut buffer[..len as usize];
                 found
                     .file
@@ -442,6 +451,22 @@ impl ImageWriter {
             .set_len(self.offset)
             .map_err(failed("write", &self.pages_path))
     }
+}
+
+/// How many bytes of whole pages there are from `offset` on, at most `most`, that a file has no data of. Of pages
+/// announced as zero there may be terabytes, which cost their sender nothing.
+fn hole_at(file: &File, offset: u64, most: u64) -> io::Result<u64> {
+    if file.metadata()?.len() < offset + most {
+        // Reading says what is wrong.
+        return Ok(0);
+    }
+    let data = match lseek(file, offset.cast_signed(), Whence::SeekData) {
+        Ok(data) => data.cast_unsigned(),
+        Err(nix::Error::ENXIO) => offset + most,
+        Err(error) => return Err(error.into()),
+    };
+    let hole = (data - offset).min(most);
+    Ok(hole - hole % PAGE_SIZE)
 }
 
 fn is_zero(page: &[u8; PAGE_SIZE as usize]) -> bool {
