@@ -78,9 +78,10 @@ impl Index {
             let mut at = range.start();
             while parent.next_if(|run| run.range.end() <= at).is_some() {}
             while let (Place::Parent, Some(run)) = (entry.place, parent.peek())
-                && run.range.start() <= at
                 && let Some(found) = run.range.intersect(range)
             {
+                // The rest of the entry may be there all the same.
+                nowhere = nowhere.or(PageRange::from_bounds(at, found.start()));
                 let skip = found.start() - run.range.start();
                 self.add(Run {
                     range: found,
