@@ -5,6 +5,7 @@
 //! each for our word to go on: a no makes it undo everything. If we die it reads no word, which is a
 //! no.
 
+use crate::process::text;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
@@ -369,6 +370,28 @@ pub enum Event {
     Failed(String),
 }
 
+impl Event {
+    /// Understands what it said.
+    ///
+    /// # Errors
+    /// If that is no answer of CRIU's.
+    pub fn parse(packet: &[u8]) -> io::Result<Self> {
+        let answer = Answer::decode(packet).map_err(io::Error::other)?;
+        Ok(match (answer.kind, answer.notify) {
+            (kind, Some(Notify { script, pid })) if kind == Kind::Notify as i32 => Self::Stage {
+                name: script.unwrap_or_default(),
+                pid,
+            },
+            _ if answer.success => Self::Done,
+            _ => Self::Failed(match (answer.message, answer.errno) {
+                (Some(message), _) => message,
+                (None, Some(errno)) => io::Error::from_raw_os_error(errno).to_string(),
+                (None, None) => "it does not say why".to_owned(),
+            }),
+        })
+    }
+}
+
 impl Work {
     fn start(
         path: &Path,
@@ -421,19 +444,7 @@ impl Work {
     /// # Errors
     /// If it has died.
     pub fn event(&mut self) -> io::Result<Event> {
-        let answer = self.hear()?;
-        Ok(match (answer.kind, answer.notify) {
-            (kind, Some(Notify { script, pid })) if kind == Kind::Notify as i32 => Event::Stage {
-                name: script.unwrap_or_default(),
-                pid,
-            },
-            _ if answer.success => Event::Done,
-            _ => Event::Failed(match (answer.message, answer.errno) {
-                (Some(message), _) => message,
-                (None, Some(errno)) => io::Error::from_raw_os_error(errno).to_string(),
-                (None, None) => "it does not say why".to_owned(),
-            }),
-        })
+        Event::parse(&self.packet()?)
     }
 
     /// Lets it go on from a stage, or makes it undo everything.
@@ -465,6 +476,10 @@ impl Work {
     }
 
     fn hear(&mut self) -> io::Result<Answer> {
+        Answer::decode(&self.packet()?[..]).map_err(io::Error::other)
+    }
+
+    fn packet(&mut self) -> io::Result<Vec<u8>> {
         let mut buffer = vec![0; ANSWER_MAX];
         let len = loop {
             match recv(self.fd().as_raw_fd(), &mut buffer, MsgFlags::empty()) {
@@ -475,7 +490,8 @@ impl Work {
         if len == 0 {
             return Err(io::Error::other("CRIU ended without a word"));
         }
-        Answer::decode(&buffer[..len]).map_err(io::Error::other)
+        buffer.truncate(len);
+        Ok(buffer)
     }
 }
 
@@ -490,7 +506,7 @@ impl Drop for Work {
 /// The last errors in one of CRIU's logs, which say more than its answers; empty if there are none.
 #[must_use]
 pub fn last_errors(log: &Path) -> String {
-    let log = std::fs::read_to_string(log).unwrap_or_default();
+    let log = text(log).unwrap_or_default();
     let errors: Vec<_> = log.lines().filter(|line| line.contains("Error")).collect();
     errors[errors.len().saturating_sub(2)..].join("; ")
 }

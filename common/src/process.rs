@@ -1,7 +1,31 @@
-//! Processes that are known for longer than they may live.
+//! Processes that are known for longer than they may live, and what `/proc` says of any.
 
 use serde::{Deserialize, Serialize};
 use std::fs;
+use std::io;
+use std::path::Path;
+
+/// The text of a file in `/proc`, or one that tells of it. A name in it may be any bytes, and often is half a character at its end, for
+/// the kernel cuts it at the 15th: what is no UTF-8 is replaced, and nothing else is lost.
+///
+/// # Errors
+/// Those of reading it.
+pub fn text(path: impl AsRef<Path>) -> io::Result<String> {
+    Ok(String::from_utf8_lossy(&fs::read(path)?).into_owned())
+}
+
+/// When the process or thread of this `/proc/PID/stat` started, clock ticks since boot; `None` if it has ended.
+#[must_use]
+pub fn start_time(stat: &str) -> Option<u64> {
+    // Of the fields behind the name and the state, counted from 0 (`man 5 proc`).
+    const START_TIME: usize = 18;
+    // The name before them may contain anything, even ") Z".
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    if matches!(fields.next(), None | Some("Z" | "X")) {
+        return None;
+    }
+    fields.nth(START_TIME)?.parse().ok()
+}
 
 /// A process, and when it started: PIDs are used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,15 +40,7 @@ impl Process {
     /// The process that has this PID now, if there is one that has not ended.
     #[must_use]
     pub fn find(pid: i32) -> Option<Self> {
-        // Of the fields behind the name and the state, counted from 0 (`man 5 proc`).
-        const START_TIME: usize = 18;
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        // The name before them may contain anything, even ") Z".
-        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-        if matches!(fields.next(), None | Some("Z" | "X")) {
-            return None;
-        }
-        let started = fields.nth(START_TIME)?.parse().ok()?;
+        let started = start_time(&text(format!("/proc/{pid}/stat")).ok()?)?;
         Some(Self { pid, started })
     }
 
@@ -49,5 +65,23 @@ mod tests {
         };
         assert!(!other.lives());
         assert_eq!(Process::find(i32::MAX), None);
+    }
+
+    #[test]
+    fn a_process_lives_whatever_it_is_called() {
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", r"printf '\377) Z' > /proc/$$/comm; echo; read line"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0];
+        io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
+        let found = Process::find(shell.id().cast_signed());
+        let lives = found.is_some_and(Process::lives);
+        drop(shell.stdin.take());
+        shell.wait().unwrap();
+        assert!(lives);
+        assert!(!found.unwrap().lives());
     }
 }

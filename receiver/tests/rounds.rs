@@ -251,3 +251,40 @@ fn flatten_copies_what_is_not_memory_and_overwrites_nothing() {
     assert_eq!(again.source.kind(), std::io::ErrorKind::DirectoryNotEmpty);
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
 }
+
+#[test]
+fn terabytes_of_zeros_are_stored_again_without_being_read() {
+    const PAGES: u64 = (8 << 40) / PAGE_SIZE;
+    let home = tempfile::tempdir().unwrap();
+    let zeros = Entry {
+        range: PageRange::new(PAGE_SIZE, PAGES).unwrap(),
+        kind: EntryKind::Zero,
+    };
+    let mut writer = begin(home.path(), 1);
+    writer.open(IMAGE).unwrap();
+    let last = entry(PAGES + 1, EntryKind::Data);
+    writer.put(&[zeros, last], &[5; PAGE]).unwrap();
+    writer.publish().unwrap();
+    let mut writer = begin(home.path(), 2);
+    writer.open(IMAGE).unwrap();
+    let whole = Entry {
+        range: PageRange::new(PAGE_SIZE, PAGES + 1).unwrap(),
+        kind: EntryKind::Copy,
+    };
+    writer.put(&[whole], &[]).unwrap();
+    let second = writer.publish().unwrap();
+    assert!(verify(&second).unwrap().problems.is_empty());
+    let chain = levels(&second).unwrap();
+    let mut cursor = Cursor::open(&chain, IMAGE).unwrap().unwrap();
+    let mut seen = 0;
+    cursor
+        .read(last.range, &mut |found| {
+            let mut page = [0; PAGE];
+            found.file.read_exact_at(&mut page, found.offset).unwrap();
+            assert_eq!((found.level, page), (0, [5; PAGE]));
+            seen += 1;
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(seen, 1);
+}

@@ -180,6 +180,20 @@ pub fn parse(text: &[u8], mounts: &KernelMounts) -> io::Result<Vec<Vma>> {
     Ok(vmas)
 }
 
+/// Where the vDSO is, by the text of `/proc/PID/maps`. A file may end with its name, but none is called just so.
+#[must_use]
+pub fn vdso(text: &[u8]) -> Option<PageRange> {
+    let bounds = |line: &[u8]| {
+        let line = String::from_utf8_lossy(line);
+        let (range, rest) = line.split_once(' ')?;
+        (rest.splitn(5, ' ').nth(4)?.trim_start() == "[vdso]").then_some(())?;
+        let (start, end) = range.split_once('-')?;
+        let hex = |text| u64::from_str_radix(text, 16).ok();
+        PageRange::from_bounds(hex(start)?, hex(end)?)
+    };
+    text.split(|&byte| byte == b'\n').find_map(bounds)
+}
+
 enum Line {
     Vma(Vma),
     /// vsyscall, which lies in the kernel's half.
@@ -275,6 +289,15 @@ mod tests {
         }
         let vsyscall = b"ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0 [vsyscall]\n";
         assert_eq!(parse(vsyscall, &mounts()).unwrap(), []);
+    }
+
+    #[test]
+    fn no_file_passes_for_the_vdso() {
+        let text = b"1000-2000 r-xp 00000000 08:01 7 /tmp/\xff[vdso]\n\
+            3000-4000 r-xp 00000000 08:01 7 /tmp/a [vdso]\n\
+            5000-7000 r-xp 00000000 00:00 0                 [vdso]\n";
+        assert_eq!(vdso(text), PageRange::from_bounds(0x5000, 0x7000));
+        assert_eq!(vdso(&text[..100]), None);
     }
 
     #[test]

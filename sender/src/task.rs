@@ -5,6 +5,7 @@ use crate::held::Held;
 use crate::maps::{Class, Device, KernelMounts, Vma};
 use crate::segment::SegmentKey;
 use crate::sys::pidfd;
+use pageferry_common::process::text;
 use pageferry_common::{ImageId, PageRange};
 use std::fs::{self, File};
 use std::io;
@@ -114,9 +115,18 @@ fn open_memory(tid: i32) -> io::Result<File> {
 
 /// See [`Task::look_at_children`].
 fn children_faults(pid: i32) -> io::Result<Option<u64>> {
+    let status = text(format!("/proc/{pid}/status"))?;
+    children_faults_in(&status, &text(format!("/proc/{pid}/stat"))?)
+}
+
+/// The page faults of children that a process has waited for, by its `status` and `stat` in `/proc`; `None` if
+/// it need not wait for them.
+///
+/// # Errors
+/// `InvalidData` if that is not in them.
+pub fn children_faults_in(status: &str, stat: &str) -> io::Result<Option<u64>> {
     let bad =
         |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("no {what} in /proc"));
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     let ignored = ignored.ok_or_else(|| bad("SigIgn"))?;
@@ -124,7 +134,6 @@ fn children_faults(pid: i32) -> io::Result<Option<u64>> {
     if ignored >> (libc::SIGCHLD - 1) & 1 != 0 {
         return Ok(None);
     }
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     // Behind the name, which may hold anything: state first, cminflt and cmajflt as 9th and 11th.
     let fields: Vec<_> = stat
         .rsplit_once(") ")
@@ -136,14 +145,23 @@ fn children_faults(pid: i32) -> io::Result<Option<u64>> {
             .and_then(|field: &&str| field.parse::<u64>().ok())
     };
     match (number(8), number(10)) {
-        (Some(minor), Some(major)) => Ok(Some(minor + major)),
+        // Only whether it changes matters.
+        (Some(minor), Some(major)) => Ok(Some(minor.wrapping_add(major))),
         _ => Err(bad("cminflt")),
     }
 }
 
 /// The PIDs of a process in the nested PID namespaces from ours inwards.
 fn nested_pids(tid: i32) -> io::Result<Vec<u32>> {
-    let status = fs::read_to_string(format!("/proc/{tid}/status"))?;
+    nested_pids_in(&text(format!("/proc/{tid}/status"))?)
+}
+
+/// The PIDs of a process in the nested PID namespaces from ours inwards, at least one, by its `status` in
+/// `/proc`.
+///
+/// # Errors
+/// `NotFound` if there are none in it.
+pub fn nested_pids_in(status: &str) -> io::Result<Vec<u32>> {
     // NStgid, not NSpid: the thread may not be the leader.
     let line = status.lines().find_map(|line| line.strip_prefix("NStgid:"));
     let pids: Vec<u32> = line
@@ -220,7 +238,7 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
         } else if target.starts_with(b"/") || target == b"anon_inode:[io_uring]" {
             let info = entry.file_name();
             let info = info.to_string_lossy();
-            let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{info}")).unwrap_or_default();
+            let info = text(format!("/proc/{pid}/fdinfo/{info}")).unwrap_or_default();
             found.direct_io |= writes_past_page_tables(&info);
         }
     }
@@ -228,7 +246,8 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
 }
 
 /// Whether `/proc/PID/fdinfo/N` tells of a descriptor through which a device writes memory.
-fn writes_past_page_tables(info: &str) -> bool {
+#[must_use]
+pub fn writes_past_page_tables(info: &str) -> bool {
     info.lines().any(|line| {
         let Some((field, value)) = line.split_once(':') else {
             return false;

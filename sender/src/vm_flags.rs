@@ -35,15 +35,7 @@ impl VmFlags {
     /// # Errors
     /// The kernel's: `ENOENT` without type information, `EPERM` without `CAP_BPF` and `CAP_PERFMON`.
     pub fn probe() -> io::Result<Self> {
-        let btf = fs::read(TYPES)?;
-        let program = Btf::parse(&btf).and_then(|types| {
-            let iterator = types.find(FUNC, "bpf_iter_task_vma")?;
-            let vma = types.find(STRUCT, "vm_area_struct")?;
-            let offset = |name| i16::try_from(types.offset(vma, name, DEPTH_MAX)?).ok();
-            let program = program(offset("vm_start")?, offset("vm_end")?, offset("vm_flags")?);
-            Some((program, iterator))
-        });
-        let Some((program, iterator)) = program else {
+        let Some((program, iterator)) = program_for(&fs::read(TYPES)?) else {
             return Err(invalid("the kernel's types are not as expected"));
         };
         MappingsProgram::load(&program, iterator).map(Self)
@@ -117,6 +109,21 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
+/// The program for a kernel with these types, and the number of what it is to be attached to; `None` if they
+/// are not as expected.
+#[must_use]
+pub fn program_for(btf: &[u8]) -> Option<([u64; 16], u32)> {
+    let types = Btf::parse(btf)?;
+    let iterator = types.find(FUNC, "bpf_iter_task_vma")?;
+    let vma = types.find(STRUCT, "vm_area_struct")?;
+    let offset = |name| {
+        let mut left = LOOKS_MAX;
+        i16::try_from(types.offset(vma, name, DEPTH_MAX, &mut left)?).ok()
+    };
+    let program = program(offset("vm_start")?, offset("vm_end")?, offset("vm_flags")?);
+    Some((program, iterator))
+}
+
 /// Writes [`RECORD`] bytes for each mapping: its bounds and its flags, which the kernel has at these offsets.
 fn program(start: i16, end: i16, flags: i16) -> [u64; 16] {
     const SEQ_WRITE: i32 = 127;
@@ -155,6 +162,9 @@ const FUNC: u32 = 12;
 
 /// How deep members without a name are looked into.
 const DEPTH_MAX: u32 = 8;
+
+/// Most members that are looked at for one: a type may be said to have itself for a member, many times.
+const LOOKS_MAX: u32 = 10_000;
 
 /// The kernel's description of its types (`Documentation/bpf/btf.rst`).
 struct Btf<'a> {
@@ -220,8 +230,9 @@ impl<'a> Btf<'a> {
         u32::try_from(found? + 1).ok()
     }
 
-    /// The offset of a member of a structure or union, in bytes, through members without a name.
-    fn offset(&self, number: u32, name: &str, depth: u32) -> Option<u32> {
+    /// The offset of a member of a structure or union, in bytes, through members without a name. At most so
+    /// many more are looked at as there are `left`.
+    fn offset(&self, number: u32, name: &str, depth: u32, left: &mut u32) -> Option<u32> {
         let at = *self.starts.get(number.checked_sub(1)? as usize)?;
         let info = word(self.types, at + 4)?;
         if !matches!(info >> 24 & 0x1f, STRUCT | UNION) || depth == 0 {
@@ -229,8 +240,9 @@ impl<'a> Btf<'a> {
         }
         let mut members = (0..(info & 0xffff) as usize).map(|member| at + 12 + 12 * member);
         members.find_map(|member| {
+            *left = left.checked_sub(1)?;
             let inside = match word(self.types, member)? {
-                0 => self.offset(word(self.types, member + 4)?, name, depth - 1)?,
+                0 => self.offset(word(self.types, member + 4)?, name, depth - 1, left)?,
                 found if self.is_named(found, name) => 0,
                 _ => return None,
             };
@@ -243,4 +255,38 @@ impl<'a> Btf<'a> {
 fn word(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at.checked_add(4)?)?;
     Some(u32::from_le_bytes(bytes.try_into().expect("4 bytes")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Type information with a function, and a structure with these members: name, type, offset in bits.
+    fn btf(members: &[[u32; 3]]) -> Vec<u8> {
+        let names = b"\0bpf_iter_task_vma\0vm_area_struct\0vm_start\0vm_end\0vm_flags\0";
+        let function = [1, FUNC << 24, 0];
+        let structure = [19, STRUCT << 24 | members.len() as u32, 4096];
+        let words = [&function[..], &structure, members.as_flattened()].concat();
+        let types: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        let header = [0x1_eb9f, 24, 0, types.len(), types.len(), names.len()];
+        let header = header.iter().flat_map(|&word| (word as u32).to_le_bytes());
+        header
+            .chain(types.iter().copied())
+            .chain(names.iter().copied())
+            .collect()
+    }
+
+    #[test]
+    fn members_are_found_where_the_kernel_has_them() {
+        let good = btf(&[[34, 1, 64], [43, 1, 128], [50, 1, 256]]);
+        assert_eq!(program_for(&good), Some((program(8, 16, 32), 1)));
+        for cut in 0..good.len() - 1 {
+            assert_eq!(program_for(&good[..cut]), None, "{cut}");
+        }
+    }
+
+    #[test]
+    fn a_type_that_has_itself_for_a_member_a_thousand_times_takes_no_time() {
+        assert_eq!(program_for(&btf(&[[0, 2, 0]; 1000])), None);
+    }
 }

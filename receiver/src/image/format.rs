@@ -208,7 +208,7 @@ fn next_record<T>(
     let buffer = input.fill_buf().unwrap_or_default();
     if let Some((len, rest)) = buffer.split_first_chunk() {
         let len = u32::from_le_bytes(*len) as usize;
-        if let Some(record) = rest.get(..len) {
+        if let (true, Some(record)) = (len <= RECORD_MAX as usize, rest.get(..len)) {
             let parsed = parse(record)?;
             input.consume(size_of::<u32>() + len);
             return Ok(Some(parsed));
@@ -337,6 +337,24 @@ mod tests {
         let read = entries(&image(&[old, new, ancient])).unwrap();
         let places: Vec<_> = read.iter().map(|e| (e.range.pages(), e.place)).collect();
         assert_eq!(places, [(1, PRESENT), (1, PRESENT), (2, Place::Parent)]);
+    }
+
+    #[test]
+    fn a_record_is_as_long_as_it_may_be_however_it_is_buffered() {
+        // Fields that nobody knows, and the one that counts at the end.
+        let record = |len: usize| [&b"\x78\x01".repeat(len / 2 - 1)[..], b"\x08\x07"].concat();
+        for (len, fine) in [
+            (RECORD_MAX as usize, true),
+            (RECORD_MAX as usize + 2, false),
+        ] {
+            let mut bytes = (len as u32).to_le_bytes().to_vec();
+            bytes.extend(record(len));
+            for buffered in [1, 16, 4 * len] {
+                let mut input = io::BufReader::with_capacity(buffered, &bytes[..]);
+                let read = next_record(&mut input, |record| Ok(record.len()));
+                assert_eq!(read.ok(), fine.then_some(Some(len)), "{len} by {buffered}");
+            }
+        }
     }
 
     #[test]

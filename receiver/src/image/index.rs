@@ -86,6 +86,7 @@ impl Index {
             while let (Place::Parent, Some(run)) = (entry.place, parent.peek())
                 && let Some(found) = run.range.intersect(range)
             {
+                // The rest of the entry may be there all the same.
                 nowhere = nowhere.or(PageRange::from_bounds(at, found.start()));
                 let skip = found.start() - run.range.start();
                 self.add(Run {
@@ -301,7 +302,8 @@ impl Catalog {
     /// Reads what was written; it is of no round.
     ///
     /// # Errors
-    /// `InvalidData` for what is none, `UnexpectedEof` for a part of one; those of `input`.
+    /// `InvalidData` for what is none (runs that do not ascend, or end nowhere), `UnexpectedEof` for a part of
+    /// one; those of `input`.
     pub fn read(input: &mut impl BufRead) -> io::Result<Self> {
         let mut catalog = Self::default();
         let invalid = || io::Error::from(io::ErrorKind::InvalidData);
@@ -314,6 +316,10 @@ impl Catalog {
             for _ in 0..count {
                 let [start, pages, behind, offset] = read_words(input)?;
                 let range = PageRange::new(start, pages).map_err(|_| invalid())?;
+                let before = index.runs.last().map_or(0, |run| run.range.end());
+                if range.start() < before || offset.checked_add(range.bytes()).is_none() {
+                    return Err(invalid());
+                }
                 index.runs.push(Run {
                     range,
                     behind: behind as usize,
@@ -380,6 +386,28 @@ mod tests {
         }
         writer.publish().unwrap();
         new
+    }
+
+    #[test]
+    fn what_is_written_of_no_index_is_not_read() {
+        let read = |runs: &[[u64; 4]]| {
+            let mut bytes = Vec::new();
+            write_words(&mut bytes, [1, 7, runs.len() as u64]).unwrap();
+            runs.iter()
+                .for_each(|&run| write_words(&mut bytes, run).unwrap());
+            Catalog::read(&mut &bytes[..])
+                .map(drop)
+                .map_err(|error| error.kind())
+        };
+        let run = |page: u64, pages, offset| [page * PAGE_SIZE, pages, 0, offset];
+        read(&[run(1, 2, 0), run(3, 1, 0)]).unwrap();
+        for bad in [
+            &[run(3, 1, 0), run(1, 2, 0)][..],
+            &[run(1, 3, 0), run(3, 1, 0)],
+            &[run(1, 1, u64::MAX - 7)],
+        ] {
+            assert_eq!(read(bad), Err(io::ErrorKind::InvalidData), "{bad:?}");
+        }
     }
 
     proptest! {

@@ -7,7 +7,6 @@ use super::chain::{Cursor, Levels, levels};
 use super::format::{self, PagemapEntry};
 use super::{DirName, FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages_name};
 use crate::quota::{Bounds, Quota, QuotaError};
-use nix::errno::Errno;
 use nix::unistd::{Whence, lseek};
 use pageferry_common::psi::Place;
 use pageferry_common::wire::{Entry, EntryKind};
@@ -237,7 +236,7 @@ pub fn write_state(
     let path = dir.join(name.as_str());
     if first {
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(failed("replace", &path)(error));
             }
             Ok(()) | Err(_) => drop(create_image(&path)?),
@@ -440,15 +439,15 @@ impl ImageWriter {
                 self.offset += done;
             }
             while done < found.range.bytes() {
-                let hole = hole_at(found.file, found.offset + done);
-                let hole = hole.map_err(failed("read a pages file for", &self.pages_path))?;
+                let rest = found.range.bytes() - done;
+                let hole = hole_at(found.file, found.offset + done, rest)
+                    .map_err(failed("read a pages file for", &self.pages_path))?;
                 if hole > 0 {
-                    let hole = hole.min(found.range.bytes() - done);
                     self.offset += hole;
                     done += hole;
                     continue;
                 }
-                let len = (found.range.bytes() - done).min(buffer.len() as u64);
+                let len = rest.min(buffer.len() as u64);
                 let part = &mut buffer[..len as usize];
                 found
                     .file
@@ -482,17 +481,20 @@ impl ImageWriter {
     }
 }
 
-/// How many bytes of whole pages from `offset` on are in no block of the file: of zeros, that need not be read.
-fn hole_at(file: &File, offset: u64) -> io::Result<u64> {
-    match lseek(file, offset.cast_signed(), Whence::SeekData) {
-        Ok(data) => {
-            let bytes = data.cast_unsigned() - offset;
-            Ok(bytes - bytes % PAGE_SIZE)
-        }
-        // Nothing but a hole follows.
-        Err(Errno::ENXIO) => Ok(u64::MAX),
-        Err(error) => Err(error.into()),
+/// How many bytes of whole pages there are from `offset` on, at most `most`, that a file has no data of. Of pages
+/// announced as zero there may be terabytes, which cost their sender nothing.
+fn hole_at(file: &File, offset: u64, most: u64) -> io::Result<u64> {
+    if file.metadata()?.len() < offset + most {
+        // Reading says what is wrong.
+        return Ok(0);
     }
+    let data = match lseek(file, offset.cast_signed(), Whence::SeekData) {
+        Ok(data) => data.cast_unsigned(),
+        Err(nix::Error::ENXIO) => offset + most,
+        Err(error) => return Err(error.into()),
+    };
+    let hole = (data - offset).min(most);
+    Ok(hole - hole % PAGE_SIZE)
 }
 
 fn is_zero(page: &[u8; PAGE_SIZE as usize]) -> bool {

@@ -5,6 +5,7 @@
 //! as before, *inside the kernel's signal handling*: only there does the kernel restart a system
 //! call that our stop interrupted.
 
+use crate::maps;
 use crate::sys::ptrace::{self, Stop, Tid};
 use crate::sys::{pidfd, uffd};
 use std::fs;
@@ -160,20 +161,11 @@ fn syscall_instruction(tid: Tid) -> io::Result<u64> {
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
     const VDSO_MAX: usize = 64 << 10;
     let none = || io::Error::other("it has no vDSO with a system call instruction");
-    let maps = fs::read_to_string(format!("/proc/{tid}/maps"))?;
-    let line = maps
-        .lines()
-        .find(|line| line.ends_with("[vdso]"))
-        .ok_or_else(none)?;
-    let (start, end) = line
-        .split_once(' ')
-        .and_then(|(range, _)| range.split_once('-'))
-        .ok_or_else(none)?;
-    let parse = |hex| usize::from_str_radix(hex, 16).map_err(|_| none());
-    let (start, end) = (parse(start)?, parse(end)?);
-    let mut code = vec![0; (end - start).min(VDSO_MAX)];
+    let maps = fs::read(format!("/proc/{tid}/maps"))?;
+    let range = maps::vdso(&maps).ok_or_else(none)?;
+    let mut code = vec![0; (range.bytes() as usize).min(VDSO_MAX)];
     let remote = nix::sys::uio::RemoteIoVec {
-        base: start,
+        base: range.start() as usize,
         len: code.len(),
     };
     nix::sys::uio::process_vm_readv(
@@ -182,7 +174,7 @@ fn syscall_instruction(tid: Tid) -> io::Result<u64> {
         &[remote],
     )?;
     let at = code.windows(2).position(|pair| pair == SYSCALL);
-    Ok((start + at.ok_or_else(none)?) as u64)
+    Ok(range.start() + at.ok_or_else(none)? as u64)
 }
 
 /// If the thread stands in a restartable sequence: the address where it must go on.

@@ -8,7 +8,7 @@
 
 pub mod freezer;
 mod inject;
-mod procs;
+pub mod procs;
 
 pub use procs::{TreeError, are_held, children, may_signal, process_list, threads};
 

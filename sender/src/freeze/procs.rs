@@ -1,6 +1,7 @@
 //! What `/proc` says of threads, children and tracers.
 
 use super::FrozenProcess;
+use pageferry_common::process::text;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
@@ -111,26 +112,36 @@ pub fn threads(pid: i32) -> Vec<i32> {
 /// The children that one thread made, also those that have ended and are not waited for; empty if it is gone.
 #[must_use]
 pub fn children(pid: i32, tid: i32) -> Vec<i32> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
-    text.split_ascii_whitespace()
+    let list = text(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
+    list.split_ascii_whitespace()
         .filter_map(|pid| pid.parse().ok())
         .collect()
 }
 
 /// The state letter of a thread (`man 5 proc`); `None` if it is gone.
 pub(super) fn state(pid: i32, tid: i32) -> Option<char> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    state_in(&text(format!("/proc/{pid}/task/{tid}/stat")).ok()?)
+}
+
+/// The state letter in `/proc/PID/stat`.
+#[must_use]
+pub fn state_in(stat: &str) -> Option<char> {
     // The name before it may contain anything, even ") Z".
     stat.rsplit_once(')')?.1.trim_start().chars().next()
 }
 
 /// A field of `/proc/PID/status`.
 pub(super) fn status_field(pid: i32, field: &str) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    Some(line.trim().to_owned())
+    let status = text(format!("/proc/{pid}/status")).ok()?;
+    field_in(&status, field).map(str::to_owned)
+}
+
+/// A field in the text of `/proc/PID/status`.
+#[must_use]
+pub fn field_in<'a>(status: &'a str, field: &str) -> Option<&'a str> {
+    let mut lines = status.lines();
+    let value = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
+    Some(value.trim())
 }
 
 /// Whether a thread waits for a vfork child to exec or exit. Such a wait cannot be interrupted,
@@ -139,7 +150,12 @@ pub(super) fn waits_for_vfork(pid: i32, tid: i32) -> bool {
     if state(pid, tid) != Some('D') {
         return false;
     }
-    let syscall = fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default();
+    is_vfork(&text(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default())
+}
+
+/// Whether the system call in `/proc/PID/syscall` may be one that waits for a vfork child.
+#[must_use]
+pub fn is_vfork(syscall: &str) -> bool {
     let number = syscall
         .split_ascii_whitespace()
         .next()
@@ -166,7 +182,7 @@ pub(super) fn why_not_traceable(pid: i32, tid: i32) -> Option<TreeError> {
     Some(if tracer == 0 {
         TreeError::NotPermitted(pid)
     } else {
-        let name = fs::read_to_string(format!("/proc/{tracer}/comm")).unwrap_or_default();
+        let name = text(format!("/proc/{tracer}/comm")).unwrap_or_default();
         TreeError::Traced {
             pid,
             tracer,
@@ -187,5 +203,25 @@ mod tests {
         assert_eq!(status_field(pid, "Tgid"), Some(pid.to_string()));
         assert!(!waits_for_vfork(pid, pid));
         assert_eq!(state(pid, 1 << 30), None);
+    }
+
+    #[test]
+    fn a_process_is_there_whatever_it_is_called() {
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", r"printf 'k\303' > /proc/$$/comm; echo; read line"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = [0];
+        io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
+        let pid = shell.id().cast_signed();
+        let list = process_list(pid);
+        let (held, parent) = (are_held(&list), status_field(pid, "PPid"));
+        drop(shell.stdin.take());
+        shell.wait().unwrap();
+        assert_eq!(list, [FrozenProcess { pid, tid: pid }]);
+        assert!(!held);
+        assert_eq!(parent, Some(std::process::id().to_string()));
     }
 }
