@@ -341,8 +341,7 @@ impl Handover {
         parts: &mut Parts<'_>,
     ) -> Result<(), HandoverError> {
         parts.tree.collect_stopped(processes, parts.tracker)?;
-        parts.tree.survey_descriptors();
-        Ok(())
+        Ok(parts.tree.survey_descriptors()?)
     }
 
     /// Sends a round while CRIU goes on with its dump. Returns that, and what CRIU does next.

@@ -153,7 +153,7 @@ pub fn migrate(
                 drop(urgent);
                 progress.update(|status| status.frozen_ms = stopped.as_secs_f64() * 1e3);
                 sink.begin(round, kind, uptime)?;
-                tree.survey_descriptors();
+                tree.survey_descriptors()?;
                 let scanned = tree.send(Look::Running, tracker, sink, pool)?;
                 (sink.commit()?, stopped, scanned)
             }
@@ -161,7 +161,7 @@ pub fn migrate(
                 // Reading and sending takes longer than anybody may be kept waiting.
                 drop(urgent);
                 sink.begin(round, kind, uptime)?;
-                tree.survey_descriptors();
+                tree.survey_descriptors()?;
                 let scanned = tree.send(Look::Stopped, tracker, sink, pool)?;
                 // Killed while frozen (by the OOM killer, say): no image of it is whole.
                 if let Some(pid) = tree.one_that_ended() {

@@ -187,13 +187,13 @@ pub struct Descriptors {
 }
 
 /// Looks through the descriptors of a process. One that is closed meanwhile is no error.
-#[must_use]
-pub fn descriptors(pid: i32, mounts: &KernelMounts) -> Descriptors {
+///
+/// # Errors
+/// Those of `/proc`; `NotFound` or `ESRCH` if it is gone. What is not looked through might hold memory.
+pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
     let mut found = Descriptors::default();
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else {
-        return found;
-    };
-    for entry in entries.flatten() {
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
         let path = entry.path();
         let Ok(target) = fs::read_link(&path) else {
             continue;
@@ -205,9 +205,16 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> Descriptors {
                 continue;
             };
             let device = Device::from_raw(metadata.dev());
-            if let (true, Ok(file)) = (mounts.holds(device), File::open(&path)) {
-                let inode = metadata.ino();
-                found.segments.push((SegmentKey { device, inode }, file));
+            if !mounts.holds(device) {
+                continue;
+            }
+            match File::open(&path) {
+                Ok(file) => {
+                    let inode = metadata.ino();
+                    found.segments.push((SegmentKey { device, inode }, file));
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
             }
         } else if target.starts_with(b"/") || target == b"anon_inode:[io_uring]" {
             let info = entry.file_name();
@@ -216,7 +223,7 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> Descriptors {
             found.direct_io |= writes_past_page_tables(&info);
         }
     }
-    found
+    Ok(found)
 }
 
 /// Whether `/proc/PID/fdinfo/N` tells of a descriptor through which a device writes memory.
@@ -255,7 +262,7 @@ mod tests {
         let mut memfd = File::from(nix::sys::memfd::memfd_create("x", flags).unwrap());
         memfd.write_all(b"hello").unwrap();
         let inode = memfd.metadata().unwrap().ino();
-        let found = descriptors(std::process::id() as i32, &mounts);
+        let found = descriptors(std::process::id() as i32, &mounts).unwrap();
         assert!(found.segments.iter().any(|(key, _)| key.inode == inode));
     }
 

@@ -310,10 +310,20 @@ impl Tree {
     /// Looks through the descriptors of every process for segments that nobody maps, and for ways
     /// in which devices write memory. Segments that nobody has any more are forgotten. In a pre-dump
     /// round the tree runs meanwhile.
-    pub fn survey_descriptors(&mut self) {
+    ///
+    /// # Errors
+    /// [`TreeFault`]; a process that is gone is none.
+    pub fn survey_descriptors(&mut self) -> Result<(), TreeFault> {
         let mut held = std::mem::take(&mut self.mapped);
         for task in self.tasks.values_mut() {
-            let found = descriptors(task.tid, &self.mounts);
+            let found = match descriptors(task.tid, &self.mounts) {
+                Ok(found) => found,
+                Err(error) if is_gone(&error) => continue,
+                Err(source) => {
+                    let pid = task.pid;
+                    return Err(TreeFault::Proc { pid, source });
+                }
+            };
             for (key, file) in found.segments {
                 held.insert(key);
                 let segment = self.segments.entry(key);
@@ -329,6 +339,7 @@ impl Tree {
             }
         }
         self.segments.retain(|key, _| held.contains(key));
+        Ok(())
     }
 
     /// Sends every image of the round.

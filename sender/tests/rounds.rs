@@ -305,7 +305,7 @@ fn shared_memory_is_right_after_every_round() {
         tree.collect(&mut frozen, tracker.as_mut()).unwrap();
         frozen.thaw(Then::Run).unwrap();
         sink.begin(number, RoundKind::PreDump, 0).unwrap();
-        tree.survey_descriptors();
+        tree.survey_descriptors().unwrap();
         let look = Look::Running;
         let scanned = tree.send(look, tracker.as_mut(), &mut sink, &pool).unwrap();
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
