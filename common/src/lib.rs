@@ -8,9 +8,11 @@
 
 pub mod addr;
 pub mod buffer;
+pub mod capability;
 pub mod criu;
 pub mod digest;
 pub mod ids;
+pub mod limits;
 pub mod needed;
 pub mod page_set;
 pub mod process;

@@ -11,7 +11,9 @@ use crate::secure::Secure;
 use crate::server::{self, Ended, Options};
 use crate::store::{Store, StoreError};
 use crate::with_causes;
+use pageferry_common::capability::{self, lacking};
 use pageferry_common::criu::Criu;
+use pageferry_common::limits::raise_descriptors;
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -37,6 +39,7 @@ pub enum Exit {
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.serve.verbose);
+    raise_descriptors();
     let exit = match &cli.command {
         Some(Command::Flatten { dir, out, skeleton }) => run_flatten(dir, out, *skeleton),
         Some(Command::ServePages(options)) => run_serve_pages(options),
@@ -282,6 +285,11 @@ fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Exit> {
         complain(error, "what follows -- is for CRIU");
         Exit::Usage
     })?;
+    let lacking = lacking(&capability::TO_RESTORE);
+    if !lacking.is_empty() {
+        let without = lacking.join(", ");
+        tracing::warn!(without, "CRIU will hardly be able to restore");
+    }
     let can = how != RestoreHow::Eager && criu.has_lazy_pages();
     if how == RestoreHow::Lazy && !can {
         let what = "CRIU or this kernel has no lazy restore";

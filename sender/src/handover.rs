@@ -98,6 +98,9 @@ pub enum HandoverError {
     /// The record of what is decided.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// A process of the tree that could run here although it runs there.
+    #[error("not permitted to stop process {0}")]
+    MayNotStop(i32),
     /// It was told to commit, and has not answered since.
     #[error(
         "the receiver does not say whether process {root} runs there; here it stays stopped. \
@@ -463,7 +466,12 @@ impl Handover {
         let record = Record::new(&self.to, self.claim, root);
         record.write()?;
         // From here on it cannot run here, whoever dies.
-        record.signal(Signal::SIGSTOP);
+        if let Some(pid) = record.signal(Signal::SIGSTOP) {
+            record.signal(Signal::SIGCONT);
+            Record::remove(root)?;
+            refuse(work)?;
+            return Err(HandoverError::MayNotStop(pid));
+        }
         let receiver = destination(sink)?;
         let refused = match receiver.commit() {
             Ok(()) => return Ok(()),

@@ -2,7 +2,7 @@
 
 use crate::converge::{self, Limits, Next, Observed, Why};
 use crate::dirty::DirtyTracker;
-use crate::freeze::{FreezeError, Freezer, Then};
+use crate::freeze::{FreezeError, Freezer, Then, may_signal};
 use crate::handover::{self, Handover, HandoverError};
 use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
@@ -144,6 +144,11 @@ pub fn migrate(
         let mut frozen = freezer.freeze(plan.root)?;
         if kind == RoundKind::Final && plan.then == Then::Stop {
             frozen.settle()?;
+        }
+        if kind == RoundKind::Final && plan.then == Then::Kill {
+            let mut processes = frozen.processes().iter();
+            let may = processes.try_for_each(|process| may_signal(process.pid));
+            may.map_err(FreezeError::from)?;
         }
         let uptime = uptime_us().map_err(MigrateError::Uptime)?;
         tree.collect(&mut frozen, tracker)?;

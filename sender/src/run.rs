@@ -3,7 +3,7 @@
 
 use crate::cli::Cli;
 use crate::dirty::{self, NoTracker};
-use crate::freeze::{FreezeError, Freezer, TreeError};
+use crate::freeze::{FreezeError, Freezer, Then, TreeError, may_signal};
 use crate::handover::{Handover, HandoverError, Record, RecordError};
 use crate::migrate::{MigrateError, Parts, Plan, migrate};
 use crate::progress::{LogWriter, Progress};
@@ -13,7 +13,9 @@ use crate::stream::StreamError;
 use crate::task::namespace_depth;
 use crate::tree::{SendError, Tree, TreeFault};
 use nix::sys::signal::Signal;
+use pageferry_common::capability::{self, lacking};
 use pageferry_common::criu::{BadOption, Criu, NoCriu};
+use pageferry_common::limits::raise_descriptors;
 use pageferry_common::tls::TlsError;
 use pageferry_common::wire::WireError;
 use pageferry_common::{BufferPool, Claim, MigrationId, Token};
@@ -48,6 +50,7 @@ pub enum Exit {
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.verbose);
+    raise_descriptors();
     let done = match (cli.resolve, &cli.to, cli.pid) {
         (Some(root), _, _) => resolve(cli, root).map(|()| None),
         (None, Some(to), Some(pid)) => send(cli, to, pid).map(Some),
@@ -98,6 +101,8 @@ enum Failure {
     Record(#[from] RecordError),
     #[error("the record of process {0} is damaged")]
     BadRecord(i32),
+    #[error("cannot move a process without {}", .0.join(", "))]
+    MayNotMove(Vec<&'static str>),
     #[error("cannot prepare")]
     Prepare(#[source] io::Error),
 }
@@ -106,6 +111,7 @@ enum Failure {
 fn resolve(cli: &Cli, root: i32) -> Result<(), Failure> {
     let record = Record::read(root)?;
     let claim = record.claim().ok_or(Failure::BadRecord(root))?;
+    may_signal(root).map_err(|why| MigrateError::from(FreezeError::from(why)))?;
     let tls = cli.tls.client()?;
     match crate::sink::resolve(record.to.clone(), claim, cli.timeout, tls) {
         Ok(true) => {
@@ -148,6 +154,14 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
         root_pid,
         token: Token(random().map_err(Failure::Prepare)?),
     };
+    if cli.then != Then::Run || cli.migrate {
+        // Found out in the end, all rounds would be in vain.
+        may_signal(pid).map_err(|why| MigrateError::from(FreezeError::from(why)))?;
+    }
+    let lacking = lacking(&capability::TO_DUMP);
+    if cli.migrate && !lacking.is_empty() {
+        return Err(Failure::MayNotMove(lacking));
+    }
     let handover = match cli.migrate {
         true => Some(Handover {
             criu: match Criu::find(cli.criu.as_deref())?.with_options(&cli.criu_args)? {
@@ -235,8 +249,19 @@ fn start_log(verbose: u8) {
         .init();
 }
 
-const MAY_NOT_TRACE: &str = "run it as the target's user or root; beyond one's own processes it \
-    takes CAP_SYS_PTRACE, and for shared memory CAP_CHECKPOINT_RESTORE";
+const MAY_NOT_TRACE: &str = "run it as root or as the target's user; for others' processes, and those that \
+    are not dumpable, it takes CAP_SYS_PTRACE";
+
+const MAY_NOT_READ: &str = "run it as root or as the target's user; what /proc tells of others' processes, and \
+    of those that are not dumpable, takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
+
+const MAY_NOT_OPEN: &str = "run it as root: shared memory takes CAP_CHECKPOINT_RESTORE, and others' \
+    CAP_DAC_READ_SEARCH";
+
+const MAY_NOT_SIGNAL: &str = "run it as root or as the target's user; to stop or end others' processes takes \
+    CAP_KILL";
+
+const DESCRIPTORS: &str = "the target runs; allow more descriptors (ulimit -n, LimitNOFILE=)";
 
 const CERTIFICATES: &str = "`receive certs DIR --host NAME` makes certificates for both ends: here \
     --tls-ca ca.pem --tls-cert send.pem --tls-key send.key";
@@ -264,6 +289,7 @@ fn judge(failure: &Failure) -> (Exit, &'static str) {
             Exit::Failed,
             "without a record, no move of this process was lost sight of",
         ),
+        Failure::MayNotMove(_) => (Exit::NotPermitted, "CRIU takes root and CAP_SYS_ADMIN"),
         Failure::BadRecord(_) => (Exit::Failed, ""),
         Failure::Prepare(_) => (Exit::Failed, ""),
         Failure::Migrate(error) => judge_migration(error),
@@ -279,12 +305,17 @@ fn judge_migration(error: &MigrateError) -> (Exit, &'static str) {
         | MigrateError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
         MigrateError::Freeze(error) => judge_freeze(error),
         MigrateError::Tree(fault) | MigrateError::Send(SendError::Tree(fault)) => match fault {
-            TreeFault::Proc { source, .. } | TreeFault::Segment { source, .. } => judge_io(source),
-            TreeFault::Track(dirty::TrackError::Io { source, .. }) => judge_io(source),
+            TreeFault::Proc { source, .. } => judge_io(source, MAY_NOT_READ),
+            TreeFault::Segment { source, .. } => judge_io(source, MAY_NOT_OPEN),
+            TreeFault::Track(dirty::TrackError::Io { source, .. }) => {
+                judge_io(source, MAY_NOT_READ)
+            }
             TreeFault::Track(dirty::TrackError::Freeze(error)) => judge_freeze(error),
             TreeFault::Ambiguous(_) => (Exit::Failed, ""),
         },
-        MigrateError::Send(SendError::Stream(StreamError::Source(error))) => judge_io(error),
+        MigrateError::Send(SendError::Stream(StreamError::Source(error))) => {
+            judge_io(error, MAY_NOT_READ)
+        }
     }
 }
 
@@ -297,6 +328,7 @@ fn judge_handover(error: &HandoverError) -> (Exit, &'static str) {
             Exit::Refused,
             "install them there, the same builds; the target runs",
         ),
+        HandoverError::MayNotStop(_) => (Exit::NotPermitted, MAY_NOT_SIGNAL),
         HandoverError::Stop(_)
         | HandoverError::Dump(_)
         | HandoverError::Io(_)
@@ -317,6 +349,7 @@ fn judge_freeze(error: &FreezeError) -> (Exit, &'static str) {
                 "a process has one tracer at a time: detach the other first",
             ),
             TreeError::NotPermitted(_) => (Exit::NotPermitted, MAY_NOT_TRACE),
+            TreeError::MayNotSignal(_) => (Exit::NotPermitted, MAY_NOT_SIGNAL),
             TreeError::OwnTree(_) => (
                 Exit::Usage,
                 "start it from outside the tree (another terminal, setsid, systemd-run)",
@@ -327,9 +360,10 @@ fn judge_freeze(error: &FreezeError) -> (Exit, &'static str) {
     }
 }
 
-fn judge_io(error: &io::Error) -> (Exit, &'static str) {
-    match error.kind() {
-        io::ErrorKind::PermissionDenied => (Exit::NotPermitted, MAY_NOT_TRACE),
+fn judge_io(error: &io::Error, may_not: &'static str) -> (Exit, &'static str) {
+    match (error.kind(), error.raw_os_error()) {
+        (io::ErrorKind::PermissionDenied, _) => (Exit::NotPermitted, may_not),
+        (_, Some(libc::EMFILE | libc::ENFILE)) => (Exit::Failed, DESCRIPTORS),
         _ => (Exit::Failed, "the target runs"),
     }
 }

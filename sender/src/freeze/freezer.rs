@@ -277,6 +277,7 @@ impl Freezer<'_> {
         let mut going = Vec::new();
         for (&tid, thread) in &self.threads {
             if thread.state == State::Stopped && !thread.in_group_stop {
+                procs::may_signal(thread.pid)?;
                 self.settled.insert(thread.pid);
                 going.push(tid);
             }

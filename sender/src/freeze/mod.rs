@@ -10,7 +10,7 @@ pub mod freezer;
 mod inject;
 mod procs;
 
-pub use procs::{TreeError, are_held, children, process_list, threads};
+pub use procs::{TreeError, are_held, children, may_signal, process_list, threads};
 
 use pageferry_common::sys::fdpass;
 use serde::{Deserialize, Serialize};

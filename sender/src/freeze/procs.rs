@@ -24,6 +24,9 @@ pub enum TreeError {
     /// The kernel forbids it.
     #[error("not permitted to trace process {0}")]
     NotPermitted(i32),
+    /// The kernel forbids to stop or end it for good.
+    #[error("not permitted to signal process {0}")]
+    MayNotSignal(i32),
     /// The target's tree contains the sender.
     #[error("the tree under process {0} contains this program")]
     OwnTree(i32),
@@ -81,6 +84,17 @@ pub fn are_held(processes: &[FrozenProcess]) -> bool {
             .into_iter()
             .all(|tid| held(process.pid, tid))
     })
+}
+
+/// Claims that a process may be sent signals; one that is gone needs none.
+///
+/// # Errors
+/// [`TreeError::MayNotSignal`].
+pub fn may_signal(pid: i32) -> Result<(), TreeError> {
+    match nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None) {
+        Err(nix::Error::EPERM) => Err(TreeError::MayNotSignal(pid)),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 /// The threads of a process; empty if it is gone.

@@ -120,12 +120,17 @@ impl Record {
         })
     }
 
-    /// Sends a signal to every process of the tree that still is the one it was.
-    pub fn signal(&self, signal: Signal) {
+    /// Sends a signal to every process of the tree that still is the one it was. Returns one that we may
+    /// not signal, if there is one.
+    pub fn signal(&self, signal: Signal) -> Option<i32> {
+        let mut forbidden = None;
         for process in self.tree.iter().filter(|process| process.lives()) {
             // One that ended meanwhile needs none.
-            let _ = kill(Pid::from_raw(process.pid), signal);
+            if kill(Pid::from_raw(process.pid), signal) == Err(nix::Error::EPERM) {
+                forbidden = Some(process.pid);
+            }
         }
+        forbidden
     }
 
     /// Waits until the whole tree, killed before, is gone.
