@@ -394,7 +394,7 @@ fn shared_memory_is_right(lost: bool) {
         tree.collect(&mut frozen, tracker.as_mut()).unwrap();
         frozen.thaw(Then::Run).unwrap();
         sink.begin(number, RoundKind::PreDump, 0).unwrap();
-        tree.survey_descriptors();
+        tree.survey_descriptors().unwrap();
         let look = Look::Running;
         let scanned = tree.send(look, tracker.as_mut(), &mut sink, &pool).unwrap();
         tree.acked();

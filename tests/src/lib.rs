@@ -23,6 +23,7 @@ pub mod memory;
 pub mod mover;
 pub mod net;
 pub mod pair;
+pub mod privileges;
 pub mod program;
 pub mod scenario;
 pub mod servers;

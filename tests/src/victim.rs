@@ -298,11 +298,20 @@ impl Victim {
     /// # Panics
     /// If it does not get ready again.
     pub fn exec(&mut self) {
+        self.exec_so("exec");
+    }
+
+    /// The same by another command: `exec-by-thread`, or `exec-other` for another program, which says back
+    /// what it is told.
+    ///
+    /// # Panics
+    /// If it does not get ready again.
+    pub fn exec_so(&mut self, command: &str) {
         let (stdin, _) = self
             .talk
             .as_mut()
             .expect("a detached victim takes no commands");
-        writeln!(stdin, "exec").expect("the victim is alive");
+        writeln!(stdin, "{command}").expect("the victim is alive");
         self.skipped.clear();
         self.await_ready();
     }

@@ -1,6 +1,7 @@
 /* A migration target with known memory.
  *
- *     victim [--seed N] [--dir D] [--report FILE] [--no-stdin] [--max-seconds N] FEATURE[=ARG]...
+ *     victim [--seed N] [--dir D] [--report FILE] [--no-stdin] [--alone] [--max-seconds N]
+ *            FEATURE[=ARG]...
  *
  * Every page it verifies is a function of (seed, region, page, version). A model beside each region
  * holds the versions, so that a check recomputes what every page must be. Model and page change
@@ -14,6 +15,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <grp.h>
 #include <limits.h>
 #include <linux/filter.h>
 #include <linux/futex.h>
@@ -159,7 +161,7 @@ static struct {
 	struct board *board;
 	char **argv;
 	const char *dir, *report;
-	bool no_stdin;
+	bool no_stdin, alone;
 	unsigned max_seconds;
 	char unlink[8][256];
 	size_t unlinks;
@@ -442,7 +444,7 @@ static void mismatch(struct reply *reply, const struct region *r, size_t page, s
  * object would create it, and a huge sparse mapping would get page tables all over. */
 static bool look_at_hole(const struct region *r, size_t page)
 {
-	return !r->shared && (r->stride != 7 || page % 64 == 3);
+	return !r->shared && r->stride != 2 && (r->stride != 7 || page % 64 == 3);
 }
 
 static void check_region(struct region *r, struct reply *reply)
@@ -597,6 +599,29 @@ static void f_sparse(const char *a)
 	struct region *r = add_plain("sparse", bytes_of(a));
 	r->stride = 7;
 	publish(r);
+}
+
+/* As many mappings as pages: the kernel joins neighbours that are alike. */
+static void f_mappings(const char *a)
+{
+	struct region *r = add_plain("mappings", (size_t)count_of(a) * PAGE);
+	r->stride = 2;
+	r->plain = false;
+	publish(r);
+	for (size_t page = 1; page < r->pages; page += 2)
+		if (mprotect(r->addr + page * PAGE, PAGE, PROT_NONE))
+			die("mappings");
+}
+
+/* Shared segments of a page each, more than there may be regions: never checked, only compared. */
+static void f_segments(const char *a)
+{
+	for (int i = 0; i < count_of(a); i++) {
+		uint64_t *at = map(PAGE, MAP_SHARED | MAP_ANONYMOUS, -1);
+		if (!at)
+			die("segments");
+		fill(RANDOM, mix(g.seed + (uint64_t)i), at);
+	}
 }
 
 static void f_readzero(const char *a)
@@ -1841,6 +1866,27 @@ static void f_execloop(const char *a)
 	}
 }
 
+/* Forks children that fork children, each of which calls exec, never more than so many at once. */
+static void f_bomb(const char *a)
+{
+	int limit = count_of(a), alive = 0;
+	if (add_aux() != 0)
+		return;
+	for (;;) {
+		pid_t pid = alive < limit / 2 ? fork() : -1;
+		if (pid == 0) {
+			die_with(getppid());
+			pid_t child = fork();
+			execl("/proc/self/exe", "victim", "bomb-child", child ? "20" : "5", (char *)NULL);
+			_exit(127);
+		}
+		if (pid > 0)
+			alive++;
+		while (alive && waitpid(-1, NULL, pid > 0 ? WNOHANG : 0) > 0)
+			alive--;
+	}
+}
+
 static void f_zombie(const char *a)
 {
 	(void)a;
@@ -1876,6 +1922,8 @@ static const struct feature {
 	{1, "text", f_text},
 	{1, "zero", f_zero},
 	{1, "sparse", f_sparse},
+	{1, "mappings", f_mappings},
+	{1, "segments", f_segments},
 	{1, "thp", f_thp},
 	{1, "hugetlb", f_hugetlb},
 	{1, "hugeshared", f_hugeshared},
@@ -1903,6 +1951,7 @@ static const struct feature {
 	{2, "grandchildren", f_grandchildren},
 	{2, "seccomp", f_seccomp},
 	{2, "execloop", f_execloop},
+	{2, "bomb", f_bomb},
 	{2, "zombie", f_zombie},
 	{2, "stopped", f_stopped},
 	{2, "chaos", f_chaos},
@@ -2032,6 +2081,42 @@ static unsigned long ask(enum op op, uint64_t argument)
 	return (unsigned long)reply.pages;
 }
 
+__attribute__((noreturn)) static void exec_anew(void)
+{
+	execv("/proc/self/exe", g.argv);
+	die("exec");
+}
+
+static void *exec_thread(void *unused)
+{
+	(void)unused;
+	exec_anew();
+}
+
+__attribute__((noreturn)) static void exec_by_thread(void)
+{
+	start(exec_thread, NULL, "exec");
+	for (;;)
+		pause();
+}
+
+__attribute__((noreturn)) static void exec_other(void)
+{
+	execl("/bin/sh", "sh", "-c", "echo ready other; while read line; do echo $line; done", (char *)NULL);
+	die("exec");
+}
+
+static void become_anew(void (*become)(void))
+{
+	if (g.board->errors) {
+		say("bad %s", g.board->first);
+		return;
+	}
+	end_kids();
+	remove_files();
+	become();
+}
+
 static void obey(const char *line)
 {
 	char word[32] = "", answer[512];
@@ -2078,14 +2163,16 @@ static void obey(const char *line)
 		pthread_mutex_unlock(&chaos.lock);
 		say("ok %lu %lu", (unsigned long)steps, (unsigned long)atomic_load(&signals_seen));
 	} else if (!strcmp(word, "exec")) {
-		if (g.board->errors) {
-			say("bad %s", g.board->first);
-			return;
-		}
-		end_kids();
-		remove_files();
-		execv("/proc/self/exe", g.argv);
-		die("exec");
+		become_anew(exec_anew);
+	} else if (!strcmp(word, "exec-by-thread")) { /* the new program has the number of the root */
+		become_anew(exec_by_thread);
+	} else if (!strcmp(word, "exec-other")) {
+		become_anew(exec_other);
+	} else if (!strcmp(word, "setuid")) { /* and the group of the same number; not dumpable any more */
+		bool done = !setgroups(0, NULL) && !setgid((gid_t)n) && !setuid((uid_t)n);
+		say(done ? "ok %llu" : "bad %llu", n);
+	} else if (!strcmp(word, "dumpable")) {
+		say(prctl(PR_SET_DUMPABLE, n, 0, 0, 0) ? "bad %llu" : "ok %llu", n);
 	} else if (!strcmp(word, "quit")) {
 		say("ok");
 		finish();
@@ -2160,6 +2247,10 @@ static char **parse(char **argv)
 			g.no_stdin = true;
 			continue;
 		}
+		if (!strcmp(option, "alone")) { /* no memory is shared; so it can have no children */
+			g.alone = true;
+			continue;
+		}
 		if (!argv[1]) {
 			dprintf(STDERR_FILENO, "victim: --%s needs a value\n", option);
 			exit(2);
@@ -2191,9 +2282,12 @@ int main(int argc, char **argv)
 {
 	if (argc == 2 && !strcmp(argv[1], "chaos-child"))
 		return 0;
-	if (argc == 3 && !strcmp(argv[1], "execloop-child")) {
+	bool again = argc == 3 && !strcmp(argv[1], "execloop-child");
+	if (again || (argc == 3 && !strcmp(argv[1], "bomb-child"))) {
 		struct timespec t = {atoi(argv[2]) / 1000, atoi(argv[2]) % 1000 * 1000000L};
 		nanosleep(&t, NULL);
+		if (!again)
+			return 0;
 		execv("/proc/self/exe", argv); /* stays the same process, dies with the same parent */
 		return 127;
 	}
@@ -2217,7 +2311,7 @@ int main(int argc, char **argv)
 	handle(SIGTERM, on_signal);
 	signal(SIGPIPE, SIG_IGN);
 
-	g.board = map(sizeof *g.board, MAP_SHARED | MAP_ANONYMOUS, -1);
+	g.board = map(sizeof *g.board, (g.alone ? MAP_PRIVATE : MAP_SHARED) | MAP_ANONYMOUS, -1);
 	if (!g.board)
 		die("board");
 	atomic_store(&g.board->slots, 1);

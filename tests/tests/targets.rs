@@ -1,0 +1,601 @@
+//! Targets that fight back, users that may not, and receivers that run out: what can be sent is sent, byte by
+//! byte; what cannot is said in a line; and the target runs on, unharmed.
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use pageferry_tests::criu::Criu;
+use pageferry_tests::daemon::until;
+use pageferry_tests::host::Host;
+use pageferry_tests::memory;
+use pageferry_tests::pair::{Sent, receive_command, send_command};
+use pageferry_tests::privileges::{NOBODY, Public, SOMEBODY, as_user, open_to_all};
+use pageferry_tests::scenario::{assert_arrived, assert_sent, assert_verified, go_on};
+use pageferry_tests::{Pair, Program, Receiver, Victim};
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Rounds go on until the plateau shows.
+const MANY_ROUNDS: [&str; 4] = ["--max-downtime", "0ms", "--max-rounds", "4"];
+
+/// What `send` takes for another user's process; the last two for shared memory, and to stop or end it.
+const FOR_OTHERS: [&str; 4] = [
+    "sys_ptrace",
+    "dac_read_search",
+    "checkpoint_restore",
+    "kill",
+];
+
+/// What a move takes of root, whosever process it is.
+const TO_MOVE: [&str; 4] = ["sys_ptrace", "dac_read_search", "kill", "sys_admin"];
+
+/// What `receive --restore` takes of root.
+const TO_RESTORE: [&str; 8] = [
+    "chown",
+    "setgid",
+    "setuid",
+    "setpcap",
+    "net_admin",
+    "sys_chroot",
+    "sys_admin",
+    "sys_time",
+];
+
+/// For a `send` whose receiver will refuse or be gone.
+const FAIL_SOON: [&str; 0] = [];
+
+/// Everything of a process that a send must leave as it was.
+fn status(pid: i32) -> String {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let kept = [
+        "Uid",
+        "Gid",
+        "Groups",
+        "TracerPid",
+        "Threads",
+        "SigIgn",
+        "SigCgt",
+        "CapEff",
+        "CapBnd",
+        "NoNewPrivs",
+        "Seccomp",
+        "Seccomp_filters",
+    ];
+    let name = |line: &&str| kept.contains(&line.split(':').next().unwrap());
+    text.lines().filter(name).collect::<Vec<_>>().join("\n")
+}
+
+/// That, its descriptors, and whom its files in /proc belong to, which says whether it is dumpable.
+fn identity(pid: i32) -> (String, Vec<PathBuf>, u32) {
+    use std::os::unix::fs::MetadataExt;
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let mut descriptors: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    descriptors.sort_unstable();
+    let owner = fs::metadata(format!("/proc/{pid}/maps")).unwrap().uid();
+    (status(pid), descriptors, owner)
+}
+
+/// Sends it by each of these trackers, and claims that it is who it was, and unharmed.
+fn assert_sent_as_it_is(victim: &mut Victim, trackers: &[&str]) {
+    let tree = victim.tree();
+    let before: Vec<_> = tree.iter().map(|&pid| identity(pid)).collect();
+    for tracker in trackers {
+        let options = [&MANY_ROUNDS[..], &["--tracker", tracker]].concat();
+        let report = assert_sent(victim, &options);
+        assert!(report.rounds.len() >= 2);
+        assert_eq!(victim.tree(), tree);
+        let after: Vec<_> = tree.iter().map(|&pid| identity(pid)).collect();
+        assert_eq!(after, before);
+    }
+}
+
+fn said(sent: &Sent, code: i32, words: &[&str]) {
+    assert_eq!(sent.status.code(), Some(code), "{}", sent.stderr);
+    for word in words {
+        assert!(sent.stderr.contains(word), "{word}: {}", sent.stderr);
+    }
+}
+
+/// `send` run by a command that ends up as it.
+fn start_send(mut send: Command, to: SocketAddr, pid: i32, options: &[&str]) -> Program {
+    send.args(["--to", &to.to_string(), &pid.to_string(), "--json"]);
+    Program::start(send.args(options))
+}
+
+fn send_by(send: Command, to: SocketAddr, pid: i32, options: &[&str]) -> Sent {
+    start_send(send, to, pid, options).finish().into()
+}
+
+fn without<'a>(capabilities: &[&'a str], one: &str) -> Vec<&'a str> {
+    let mut rest = capabilities.to_vec();
+    rest.retain(|capability| *capability != one);
+    rest
+}
+
+/// A victim that has become somebody else's: by a signal to each of its threads, which some calls do not
+/// go on after, so not too many.
+fn owned_by(user: u32, dumpable: bool, features: &str) -> Victim {
+    let mut victim = Victim::start(features);
+    assert_eq!(victim.ask(&format!("setuid {user}")), format!("ok {user}"));
+    if dumpable {
+        assert_eq!(victim.ask("dumpable 1"), "ok 1");
+    }
+    victim
+}
+
+#[test]
+fn a_target_that_has_become_another_user_or_is_not_dumpable() {
+    let mut changed = owned_by(SOMEBODY, false, "heap=8 shared=1 threads=2 dirty=20");
+    assert_sent_as_it_is(&mut changed, &["uffd", "hash"]);
+    let mut others = owned_by(
+        NOBODY,
+        true,
+        "heap=8 memfd=1 memfd_unmapped=1 signals dirty=20",
+    );
+    assert_sent_as_it_is(&mut others, &["uffd"]);
+    let mut hidden = Victim::start("heap=8 children=1 dirty=20");
+    assert_eq!(hidden.ask("dumpable 0"), "ok 0");
+    assert_sent_as_it_is(&mut hidden, &["uffd"]);
+}
+
+#[test]
+fn a_target_that_becomes_another_user_in_the_middle() {
+    let mut victim = Victim::start("heap=32 shared=1 dirty=50");
+    let pair = Pair::start(&[]);
+    let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
+    send.program()
+        .await_stderr(|line| line.contains("round=2").then_some(()));
+    assert_eq!(victim.ask("setuid 1"), "ok 1");
+    send.program().skip_stderr();
+    send.program()
+        .await_stderr(|line| line.contains("round done").then_some(()));
+    kill(Pid::from_raw(send.program().pid()), Signal::SIGINT).unwrap();
+    said(&send.finish(), 130, &["interrupted"]);
+    victim.assert_unharmed();
+}
+
+#[test]
+fn a_target_of_a_thousand_threads() {
+    let mut victim = Victim::start("heap=4 threads=1000 signals dirty=20");
+    assert_sent_as_it_is(&mut victim, &["uffd"]);
+}
+
+#[test]
+fn a_target_of_ten_thousand_mappings() {
+    let mut victim = Victim::start("heap=4 mappings=10000 dirty=20");
+    let maps = fs::read_to_string(format!("/proc/{}/maps", victim.pid())).unwrap();
+    assert!(maps.lines().count() > 10_000);
+    assert_sent_as_it_is(&mut victim, &["uffd", "hash"]);
+}
+
+/// Every segment is a descriptor of the sender's, and more of them than the usual limit allows.
+#[test]
+fn a_target_of_many_shared_segments() {
+    let mut victim = Victim::start("heap=4 segments=150 dirty=20");
+    let pair = Pair::start(&[]);
+    let limited = |limit: &str| {
+        let mut send = Command::new("prlimit");
+        send.arg(format!("--nofile={limit}"))
+            .arg(send_command().get_program());
+        send
+    };
+    let to = pair.address();
+    let hard = send_by(limited("100:100"), to, victim.pid(), &["--rounds", "2"]);
+    said(
+        &hard,
+        1,
+        &["Too many open files", "LimitNOFILE", "the target runs"],
+    );
+    victim.assert_unharmed();
+    let soft = send_by(
+        limited("100:4000"),
+        to,
+        victim.pid(),
+        &["--max-rounds", "1", "--then", "stop"],
+    );
+    let report = soft.expect_report();
+    assert_arrived(victim.pid(), &pair, &report);
+    go_on(victim.pid());
+    victim.assert_unharmed();
+}
+
+#[test]
+fn a_target_that_forks_as_fast_as_it_can() {
+    let mut victim = Victim::start("heap=8 shared=1 bomb=60 dirty=20");
+    let pair = Pair::start(&[]);
+    for tracker in ["uffd", "hash"] {
+        let options = [&MANY_ROUNDS[..], &["--tracker", tracker, "--then", "stop"]].concat();
+        let report = pair.send(victim.pid(), &options).expect_report();
+        assert_arrived(victim.pid(), &pair, &report);
+        go_on(victim.pid());
+        victim.assert_unharmed();
+        // Nobody is left traced, or dead and not waited for by whom it belongs to.
+        let root = victim.pid();
+        until("the bomb's children are reaped", || {
+            let left = memory::tree(root).into_iter().find(|&pid| {
+                let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+                text.contains("TracerPid:") && !text.contains("TracerPid:\t0\n")
+            });
+            left.map_or(Ok(()), |pid| Err(format!("{pid} is traced")))
+        });
+    }
+}
+
+/// Pauses the receiver in the middle of the first round, lets the victim call exec, and goes on.
+fn exec_in_a_round(command: &str) -> (Victim, Pair, Sent) {
+    let mut victim = Victim::start("heap=40 threads=4 dirty=10");
+    let mut pair = Pair::start(&["--buffers", "2"]);
+    let options = [
+        "--buffers",
+        "2",
+        "--max-downtime",
+        "0ms",
+        "--max-rounds",
+        "2",
+        "--then",
+        "stop",
+    ];
+    let send = pair.start_send(victim.pid(), &options);
+    let dir = pair.dir().to_owned();
+    let of_round = |name: &'static str| {
+        let homes = fs::read_dir(&dir).unwrap().flatten();
+        homes
+            .map(move |home| home.path().join(name))
+            .find(|path| path.exists())
+    };
+    // Some of its pages are there, but by far not all, for sockets do not hold as many.
+    let receiver = Pid::from_raw(pair.receiver().program().pid());
+    until("the first round begins", || {
+        of_round(".1.tmp")
+            .map(drop)
+            .ok_or_else(|| "not yet".to_owned())
+    });
+    kill(receiver, Signal::SIGSTOP).unwrap();
+    until("the receiver stops", || {
+        memory::is_stopped(receiver.as_raw())
+            .then_some(())
+            .ok_or_else(|| "it runs".to_owned())
+    });
+    assert!(
+        of_round("1").is_none(),
+        "the round was over before its middle"
+    );
+    victim.exec_so(command);
+    kill(receiver, Signal::SIGCONT).unwrap();
+    let sent = send.finish();
+    (victim, pair, sent)
+}
+
+#[test]
+fn a_target_that_calls_exec_in_the_middle_of_a_round() {
+    for command in ["exec", "exec-by-thread", "exec-other"] {
+        let (mut victim, pair, sent) = exec_in_a_round(command);
+        let report = sent.expect_report();
+        assert!(report.rounds.len() >= 2, "{command}");
+        assert_arrived(victim.pid(), &pair, &report);
+        go_on(victim.pid());
+        match command {
+            "exec-other" => assert_eq!(victim.ask("ok here"), "ok here"),
+            _ => victim.assert_unharmed(),
+        }
+    }
+}
+
+/// Without CAP_SYS_ADMIN seccomp cannot be suspended for our one system call, which it would kill the target
+/// for: then contents are compared.
+#[test]
+fn seccomp_that_cannot_be_suspended_is_left_alone() {
+    let mut victim = Victim::start("heap=8 seccomp=strict seccomp=filter dirty=20");
+    let before: Vec<_> = victim.tree().into_iter().map(identity).collect();
+    assert!(before[1].0.contains("Seccomp:\t1") && before[2].0.contains("Seccomp:\t2"));
+    let (programs, pair) = (Public::copy(), Pair::start(&[]));
+    let all = [&MANY_ROUNDS[..], &["--tracker", "uffd", "--then", "stop"]].concat();
+    let sent = send_by(
+        programs.run("send", NOBODY, &FOR_OTHERS),
+        pair.address(),
+        victim.pid(),
+        &all,
+    );
+    let warned = sent.stderr.matches("seccomp filter that stays on").count();
+    assert_eq!(warned, 2, "{}", sent.stderr);
+    let report = sent.expect_report();
+    assert_arrived(victim.pid(), &pair, &report);
+    go_on(victim.pid());
+    victim.assert_unharmed();
+    let after: Vec<_> = victim.tree().into_iter().map(identity).collect();
+    assert_eq!(after, before);
+}
+
+#[test]
+fn users_may_send_their_own_processes_and_nobody_elses() {
+    let programs = Public::copy();
+    let dir = tempfile::tempdir().unwrap();
+    open_to_all(dir.path());
+    let images = dir.path().join("images");
+    let receiver = Receiver::run(programs.run("receive", NOBODY, &[]), "0", &images, &[]);
+    let send = |pid, options: &[&str]| {
+        send_by(
+            programs.run("send", NOBODY, &[]),
+            receiver.address(),
+            pid,
+            options,
+        )
+    };
+    let mut own = owned_by(
+        NOBODY,
+        true,
+        "--alone heap=8 fileprivate=1 threads=2 signals dirty=20",
+    );
+    let before = identity(own.pid());
+    let yama = fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope");
+    let sent = send(own.pid(), &["--tracker", "uffd", "--then", "stop"]);
+    match yama.map_or(0, |scope| scope.trim().parse::<u32>().unwrap()) {
+        0 => {
+            let report = sent.expect_report();
+            let round = Path::new(report.totals["directory"].as_str().unwrap())
+                .join(report.rounds.last().unwrap().round.to_string());
+            let truth =
+                memory::Snapshot::take(&memory::Frozen::already(own.pid()).unwrap()).unwrap();
+            pageferry_tests::scenario::compare_chain(&truth, &round);
+            go_on(own.pid());
+        }
+        _ => said(&sent, 5, &["not permitted to trace", "CAP_SYS_PTRACE"]),
+    }
+    own.assert_unharmed();
+    assert_eq!(identity(own.pid()), before);
+    for mut other in [
+        // Not dumpable, another's, root's, and one with shared memory.
+        owned_by(NOBODY, false, "--alone heap=1"),
+        owned_by(SOMEBODY, true, "--alone heap=1"),
+        Victim::start("--alone heap=1"),
+    ] {
+        let before = identity(other.pid());
+        said(
+            &send(other.pid(), &[]),
+            5,
+            &["not permitted to trace", "CAP_SYS_PTRACE"],
+        );
+        other.assert_unharmed();
+        assert_eq!(identity(other.pid()), before);
+    }
+    let mut shares = owned_by(NOBODY, true, "heap=1 shared=1");
+    said(
+        &send(shares.pid(), &[]),
+        5,
+        &["shared", "CAP_CHECKPOINT_RESTORE"],
+    );
+    shares.assert_unharmed();
+    said(
+        &send(own.pid(), &["--migrate"]),
+        5,
+        &["user ID 0", "CAP_SYS_ADMIN"],
+    );
+    own.assert_unharmed();
+}
+
+#[test]
+fn another_users_process_takes_four_capabilities_and_no_more() {
+    let features =
+        "heap=8 shared=1 memfd=1 memfd_unmapped=1 sysv=1 protnone=1 children=1 threads=2 dirty=20";
+    let mut victim = owned_by(SOMEBODY, true, features);
+    let (programs, pair) = (Public::copy(), Pair::start(&[]));
+    let send = |capabilities: &[&str], then| {
+        let send = programs.run("send", NOBODY, capabilities);
+        send_by(
+            send,
+            pair.address(),
+            victim.pid(),
+            &["--tracker", "uffd", "--then", then],
+        )
+    };
+    let missing = [
+        ("sys_ptrace", "CAP_SYS_PTRACE"),
+        ("dac_read_search", "CAP_DAC_READ_SEARCH"),
+        ("checkpoint_restore", "CAP_CHECKPOINT_RESTORE"),
+        ("kill", "CAP_KILL"),
+    ];
+    for (one, name) in missing {
+        for then in ["stop", "kill"] {
+            said(&send(&without(&FOR_OTHERS, one), then), 5, &[name]);
+        }
+    }
+    // Nobody is to be stopped or ended for good.
+    let _ = send(&without(&FOR_OTHERS, "kill"), "run").expect_report();
+    let report = send(&FOR_OTHERS, "stop").expect_report();
+    assert_arrived(victim.pid(), &pair, &report);
+    go_on(victim.pid());
+    victim.assert_unharmed();
+}
+
+/// Starts both ends of a move with so many capabilities; what `send` said.
+fn moved_with(
+    criu: &Criu,
+    sends: &[&str],
+    restores: &[&str],
+) -> (Victim, Vec<i32>, Sent, Host, Receiver) {
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let path = criu.path().to_str().unwrap();
+    let mut receive = host.enter();
+    let limited = as_user(0, restores);
+    receive.arg(limited.get_program()).args(limited.get_args());
+    receive.arg(receive_command().get_program());
+    let restore = ["--restore=eager", "--criu", path];
+    let receiver = Receiver::run(receive, "0", &dir.keep(), &restore);
+    // What the process itself may do, who restores it must be able to give it: nothing.
+    let powerless = as_user(0, &[]);
+    let mut through = vec![powerless.get_program()];
+    through.extend(powerless.get_args());
+    let through: Vec<_> = through.iter().map(|word| word.to_str().unwrap()).collect();
+    let features = "heap=4 shared=1 memfd=1 children=1 threads=2 dirty=20";
+    let victim = Victim::detached_in(&through, features);
+    let tree = victim.tree();
+    let mut send = as_user(0, sends);
+    send.arg(send_command().get_program());
+    let options = ["--migrate", "--criu", path];
+    let sent = send_by(send, receiver.address(), victim.pid(), &options);
+    (victim, tree, sent, host, receiver)
+}
+
+#[test]
+fn what_a_move_takes_of_root() {
+    let Some(criu) = Criu::stable("moving with few capabilities") else {
+        return;
+    };
+    let (mut victim, tree, sent, _host, _receiver) = moved_with(&criu, &TO_MOVE, &TO_RESTORE);
+    let _ = sent.expect_report();
+    assert!(!tree.iter().any(|&pid| memory::lives(pid)));
+    victim.await_end();
+    let (mut victim, _, sent, _host, mut receiver) = moved_with(
+        &criu,
+        &without(&TO_MOVE, "sys_admin"),
+        &without(&TO_RESTORE, "setuid"),
+    );
+    said(&sent, 5, &["cannot move a process without CAP_SYS_ADMIN"]);
+    receiver
+        .program()
+        .await_stderr(|line| line.contains("CAP_SETUID").then_some(()));
+    victim.assert_unharmed();
+}
+
+/// A tmpfs that is gone when dropped.
+struct Tmpfs(tempfile::TempDir);
+
+impl Tmpfs {
+    fn mount(size: &str) -> Self {
+        let tmpfs = Self(tempfile::tempdir().unwrap());
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]);
+        assert!(mount.arg(tmpfs.0.path()).status().unwrap().success());
+        tmpfs
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
+    }
+}
+
+/// The one migration in a receiver's directory.
+fn home(dir: &Path) -> PathBuf {
+    let entries = fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let homes: Vec<_> = entries.filter(|path| path.is_dir()).collect();
+    assert_eq!(homes.len(), 1);
+    homes[0].clone()
+}
+
+fn assert_rounds_are_whole(home: &Path) {
+    assert!(home.join("1").is_dir());
+    let names = fs::read_dir(home)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    assert!(
+        !names
+            .into_iter()
+            .any(|name| name.to_string_lossy().ends_with(".tmp"))
+    );
+    assert_verified(home);
+}
+
+#[test]
+fn a_disk_that_fills_up_later_keeps_what_was_complete() {
+    let mut victim = Victim::start("heap=12 dirty=100");
+    let disk = Tmpfs::mount("40m");
+    let receiver = Receiver::start(&disk.0.path().join("images"), &[]);
+    let options = [&["--rounds", "1000"][..], &FAIL_SOON].concat();
+    let sent = pageferry_tests::Send::start(receiver.address(), victim.pid(), &options).finish();
+    said(&sent, 4, &["No space left on device", "the target runs"]);
+    drop(receiver);
+    assert_rounds_are_whole(&home(&disk.0.path().join("images")));
+    victim.assert_unharmed();
+}
+
+/// Takes something away from a receiver that has rounds already.
+fn after_two_rounds(user: u32, take_away: impl Fn(&Path)) -> (Sent, PathBuf, tempfile::TempDir) {
+    let mut victim = Victim::start("heap=12 dirty=100");
+    let (programs, dir) = (Public::copy(), tempfile::tempdir().unwrap());
+    open_to_all(dir.path());
+    let images = dir.path().join("images");
+    let receiver = Receiver::run(programs.run("receive", user, &[]), "0", &images, &[]);
+    let options = [&["--rounds", "1000"][..], &FAIL_SOON].concat();
+    let mut send = pageferry_tests::Send::start(receiver.address(), victim.pid(), &options);
+    send.program()
+        .await_stderr(|line| line.contains("round=2").then_some(()));
+    let home = home(&images);
+    take_away(&home);
+    let sent = send.finish();
+    victim.assert_unharmed();
+    (sent, home, dir)
+}
+
+#[test]
+fn a_directory_that_is_removed_under_the_receiver() {
+    let (sent, ..) = after_two_rounds(0, |home| {
+        // It may be making the next one.
+        while home.exists() {
+            let _ = fs::remove_dir_all(home);
+        }
+    });
+    said(&sent, 4, &["the receiver refused", "the target runs"]);
+}
+
+#[test]
+fn a_permission_that_is_lost_under_the_receiver() {
+    use std::os::unix::fs::PermissionsExt;
+    let (sent, home, _dir) = after_two_rounds(NOBODY, |home| {
+        fs::set_permissions(home, fs::Permissions::from_mode(0o500)).unwrap();
+    });
+    said(
+        &sent,
+        4,
+        &[
+            "the receiver refused",
+            "Permission denied",
+            "the target runs",
+        ],
+    );
+    // What it was at when that came stays, for it may not remove it either; it is no round.
+    assert_verified(&home);
+}
+
+/// Whatever their number, with too few descriptors a round is refused, or the receiver does not start.
+#[test]
+fn descriptors_that_the_receiver_runs_out_of() {
+    let mut victim = Victim::start("heap=4 shared=1 children=1 dirty=50");
+    let (mut refused, mut done) = (0, 0);
+    for limit in 8..32 {
+        let dir = tempfile::tempdir().unwrap();
+        let mut receive = Command::new("prlimit");
+        receive.arg(format!("--nofile={limit}:{limit}"));
+        receive.arg(receive_command().get_program());
+        receive.args(["--listen", "0", "--dir"]).arg(dir.path());
+        let mut receive = Program::start(&mut receive);
+        let heard = receive.await_stderr(|line| {
+            let listens = pageferry_tests::pair::listening_on(line);
+            let fails = line.contains("Too many open files");
+            (fails || listens.is_some()).then_some(listens)
+        });
+        let Some(to) = heard else {
+            continue;
+        };
+        let options = [&["--rounds", "3", "--timeout", "5s"][..], &FAIL_SOON].concat();
+        let sent = pageferry_tests::Send::start(to, victim.pid(), &options).finish();
+        victim.assert_unharmed();
+        if sent.status.success() {
+            done += 1;
+            break;
+        }
+        refused += 1;
+        said(&sent, sent.status.code().unwrap(), &["send: "]);
+        let refusal = sent.stderr.contains("Too many open files");
+        assert!(
+            refusal || sent.status.code() == Some(1),
+            "{limit}: {}",
+            sent.stderr
+        );
+    }
+    assert!(refused > 0 && done == 1, "{refused} {done}");
+}
