@@ -11,7 +11,7 @@ use pageferry_receiver::image::writer::{DirWriter, WriteError};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
-use std::os::unix::fs::{FileExt, PermissionsExt};
+use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
 
 const PAGE: usize = PAGE_SIZE as usize;
@@ -287,4 +287,17 @@ fn terabytes_of_zeros_are_stored_again_without_being_read() {
         })
         .unwrap();
     assert_eq!(seen, 1);
+}
+
+#[test]
+fn a_chain_that_comes_back_is_left_at_once() {
+    let home = tempfile::tempdir().unwrap();
+    for round in 1..=2 {
+        begin(home.path(), round).publish().unwrap();
+    }
+    symlink("../2", home.path().join("1/parent")).unwrap();
+    for round in ["1", "2"] {
+        let error = levels(&home.path().join(round)).unwrap_err();
+        assert_eq!(error.source.to_string(), "the chain of parents has no end");
+    }
 }

@@ -4,12 +4,13 @@ use super::format::{PagemapEntry, PagemapReader};
 use super::{FileError, INVENTORY, PARENT, failed, pages_name};
 use pageferry_common::psi::Place;
 use pageferry_common::{ImageId, PageRange};
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Longest chain followed: far more rounds than make sense, and an end for links in a circle.
+/// Longest chain followed: far more rounds than make sense.
 const DEPTH_MAX: usize = 4096;
 
 /// The directory meant by `dir`: itself if it holds images, else its highest complete round.
@@ -40,6 +41,7 @@ pub type Levels = Arc<[PathBuf]>;
 /// [`FileError`] if a link leads nowhere or the chain has no end.
 pub fn levels(dir: &Path) -> Result<Levels, FileError> {
     let mut levels = vec![dir.to_owned()];
+    let mut seen = BTreeSet::new();
     loop {
         let last = levels.last().expect("it begins with one");
         let link = last.join(PARENT);
@@ -49,7 +51,7 @@ pub fn levels(dir: &Path) -> Result<Levels, FileError> {
             Ok(_) => {}
         }
         let parent = fs::canonicalize(&link).map_err(failed("follow", &link))?;
-        if levels.len() == DEPTH_MAX {
+        if levels.len() == DEPTH_MAX || !seen.insert(parent.clone()) {
             let circle = io::Error::other("the chain of parents has no end");
             return Err(failed("follow", &link)(circle));
         }
