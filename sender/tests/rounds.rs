@@ -380,7 +380,7 @@ fn shared_memory_is_right(lost: bool) {
             tree.collect(&mut frozen, tracker.as_mut()).unwrap();
             frozen.thaw(Then::Run).unwrap();
             sink.begin(number, RoundKind::PreDump, 0).unwrap();
-            tree.survey_descriptors();
+            tree.survey_descriptors().unwrap();
             sink.lost_at = vec![sink.told + 1 + (number + loss) % 8];
             let sent = tree.send(Look::Running, tracker.as_mut(), &mut sink, &pool);
             // One that arrived whole is lost with its ack, at the latest.

@@ -195,7 +195,7 @@ fn a_target_of_many_shared_segments() {
         &["--max-rounds", "1", "--then", "stop"],
     );
     let report = soft.expect_report();
-    assert_arrived(victim.pid(), &pair, &report);
+    assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
     victim.assert_unharmed();
 }
@@ -207,7 +207,7 @@ fn a_target_that_forks_as_fast_as_it_can() {
     for tracker in ["uffd", "hash"] {
         let options = [&MANY_ROUNDS[..], &["--tracker", tracker, "--then", "stop"]].concat();
         let report = pair.send(victim.pid(), &options).expect_report();
-        assert_arrived(victim.pid(), &pair, &report);
+        assert_arrived(victim.pid(), &report);
         go_on(victim.pid());
         victim.assert_unharmed();
         // Nobody is left traced, or dead and not waited for by whom it belongs to.
@@ -273,7 +273,7 @@ fn a_target_that_calls_exec_in_the_middle_of_a_round() {
         let (mut victim, pair, sent) = exec_in_a_round(command);
         let report = sent.expect_report();
         assert!(report.rounds.len() >= 2, "{command}");
-        assert_arrived(victim.pid(), &pair, &report);
+        assert_arrived(victim.pid(), &report);
         go_on(victim.pid());
         match command {
             "exec-other" => assert_eq!(victim.ask("ok here"), "ok here"),
@@ -300,7 +300,7 @@ fn seccomp_that_cannot_be_suspended_is_left_alone() {
     let warned = sent.stderr.matches("seccomp filter that stays on").count();
     assert_eq!(warned, 2, "{}", sent.stderr);
     let report = sent.expect_report();
-    assert_arrived(victim.pid(), &pair, &report);
+    assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
     victim.assert_unharmed();
     let after: Vec<_> = victim.tree().into_iter().map(identity).collect();
@@ -403,7 +403,7 @@ fn another_users_process_takes_four_capabilities_and_no_more() {
     // Nobody is to be stopped or ended for good.
     let _ = send(&without(&FOR_OTHERS, "kill"), "run").expect_report();
     let report = send(&FOR_OTHERS, "stop").expect_report();
-    assert_arrived(victim.pid(), &pair, &report);
+    assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
     victim.assert_unharmed();
 }
