@@ -15,8 +15,8 @@ use pageferry_tests::{Pair, Victim};
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::thread;
 
 /// A peer that says what it likes.
@@ -324,6 +324,58 @@ static BOMB: LazyLock<Vec<u8>> = LazyLock::new(|| {
     frame
 });
 
+/// All of them at once, each part again and again, until dropped.
+struct Hostile {
+    over: Arc<AtomicBool>,
+    /// How often each was at it.
+    times: Vec<Arc<AtomicU32>>,
+}
+
+impl Hostile {
+    /// Starts them; all are at it when this returns.
+    fn start(to: SocketAddr) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let senders = SENDERS.iter().map(|&(name, part)| (name, 1, part));
+        let parts = senders.chain(STRANGERS);
+        let times = parts.map(|(name, connections, part)| {
+            let times = Arc::new(AtomicU32::new(0));
+            for _ in 0..connections {
+                let (over, times) = (Arc::clone(&over), Arc::clone(&times));
+                // Those that wait for an answer may outlive the test: it need not wait for them.
+                thread::spawn(move || {
+                    let at_it = || {
+                        times.fetch_add(1, Ordering::Relaxed);
+                    };
+                    while !over.load(Ordering::Relaxed) {
+                        // That it is refused, or cut off, is what it came for.
+                        let _ = part(to, &at_it);
+                    }
+                });
+            }
+            until(name, || match times.load(Ordering::Relaxed) {
+                0 => Err("not yet".to_owned()),
+                _ => Ok(()),
+            });
+            times
+        });
+        let times = times.collect();
+        Self { over, times }
+    }
+
+    fn times(&self) -> u64 {
+        let times = self.times.iter();
+        times
+            .map(|times| u64::from(times.load(Ordering::Relaxed)))
+            .sum()
+    }
+}
+
+impl Drop for Hostile {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Most memory that a process has ever had, bytes.
 fn peak(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
@@ -350,49 +402,21 @@ fn hostile_peers_take_no_more_memory_than_stated_and_a_migration_beside_them_arr
         "--handshake-timeout",
         "5",
     ]);
-    let address = pair.address();
-    let over = AtomicBool::new(false);
-    let parts = SENDERS.iter().map(|&(name, part)| (name, 1, part));
-    let parts = parts.chain(STRANGERS);
-    let parts: Vec<_> = parts.map(|part| (part, AtomicU32::new(0))).collect();
-    let at_it = || parts.iter().map(|(_, times)| times.load(Ordering::Relaxed));
-    thread::scope(|scope| {
-        for ((_, connections, part), times) in &parts {
-            for _ in 0..*connections {
-                scope.spawn(|| {
-                    let at_it = || {
-                        times.fetch_add(1, Ordering::Relaxed);
-                    };
-                    while !over.load(Ordering::Relaxed) {
-                        // That it is refused, or cut off, is what it came for.
-                        let _ = part(address, &at_it);
-                    }
-                });
-            }
-        }
-        for ((name, ..), times) in &parts {
-            until(name, || match times.load(Ordering::Relaxed) {
-                0 => Err("not yet".to_owned()),
-                _ => Ok(()),
-            });
-        }
-        let mut victim = Victim::start("heap=32 children=1 shared=2 dirty=20");
-        let before = at_it().map(u64::from).sum::<u64>();
-        let report = pair.send(victim.pid(), &["--then", "stop"]);
-        assert!(at_it().map(u64::from).sum::<u64>() > before, "they went on");
-        let peak = peak(pair.receiver().program().pid());
-        // So that those that wait for its answer end.
-        over.store(true, Ordering::Relaxed);
-        pair.receiver().program().kill();
-        let report = report.expect_report();
-        assert_arrived(victim.pid(), &report);
-        go_on(victim.pid());
-        victim.assert_unharmed();
-        // As docs/security.md states it.
-        let (kib, mib) = (1 << 10, 1 << 20);
-        let sender = buffers * 4 * mib + 12 * mib + images * 128 + rounds * 12 * kib;
-        let stated = 32 * mib + (senders + 64) * 256 * kib + senders * sender;
-        println!("{} MiB of {} MiB", peak / mib, stated / mib);
-        assert!(peak <= stated, "{} MiB", peak / mib);
-    });
+    LazyLock::force(&BOMB);
+    let hostile = Hostile::start(pair.address());
+    let mut victim = Victim::start("heap=32 children=1 shared=2 dirty=20");
+    let before = hostile.times();
+    let sent = pair.send(victim.pid(), &["--then", "stop"]);
+    assert!(hostile.times() > before, "they went on");
+    let peak = peak(pair.receiver().program().pid());
+    drop(hostile);
+    assert_arrived(victim.pid(), &sent.expect_report());
+    go_on(victim.pid());
+    victim.assert_unharmed();
+    // As docs/security.md states it.
+    let (kib, mib) = (1 << 10, 1 << 20);
+    let sender = buffers * 4 * mib + 12 * mib + images * 128 + rounds * 12 * kib;
+    let stated = 32 * mib + (senders + 64) * 256 * kib + senders * sender;
+    println!("{} MiB of {} MiB", peak / mib, stated / mib);
+    assert!(peak <= stated, "{} MiB", peak / mib);
 }
