@@ -284,7 +284,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         hello: Message,
         guest: Guest,
         store: &Store,
-        quota: &Quota,
+        quota: &Arc<Quota>,
         restores: bool,
     ) -> Result<Greeted, Failure> {
         let Message::Hello {
@@ -318,7 +318,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 let before = self.go_on(store, &claim, moves, cut).await?;
                 // The one that its other connection had is free now.
                 self.place = Some(guest.take_place()?);
-                quota.count(&home)?;
+                // There may be many files.
+                let (quota, home) = (Arc::clone(quota), home.clone());
+                let counted = spawn_blocking(move || quota.count(&home)).await;
+                counted.expect("counting does not panic")?;
                 before
             }
             false => {
