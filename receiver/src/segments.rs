@@ -142,6 +142,10 @@ impl Segments {
                 let Some(now) = now else {
                     return Err(failed("fill", at)(io::ErrorKind::UnexpectedEof.into()));
                 };
+                if self.has_no_room(now.bytes()) {
+                    let short = io::Error::other("little memory is left");
+                    return Err(failed("fill", at)(short));
+                }
                 let content = &buffer[..now.bytes() as usize];
                 let write = memfd.file.write_all_at(content, now.start());
                 write.map_err(failed("fill", at))?;
@@ -152,23 +156,37 @@ impl Segments {
         Ok(())
     }
 
+    /// Whether there is too little memory to keep so many bytes.
+    fn has_no_room(&mut self, bytes: u64) -> bool {
+        match self.until_look.checked_sub(bytes) {
+            Some(rest) => {
+                self.until_look = rest;
+                false
+            }
+            None => {
+                let short = (self.is_short)();
+                if !short {
+                    self.until_look = LOOK_AFTER;
+                }
+                short
+            }
+        }
+    }
+
     /// Keeps a chunk of the open image.
     pub fn put(&mut self, entries: &[Entry], pages: &[u8]) {
-        let Some((id, memfd)) = self.open.and_then(|id| Some((id, self.memfds.get(&id)?))) else {
+        let Some(id) = self.open.filter(|id| self.memfds.contains_key(id)) else {
             return;
         };
-        match self.until_look.checked_sub(pages.len() as u64) {
-            Some(bytes) => self.until_look = bytes,
-            None if (self.is_short)() => {
-                tracing::warn!(
-                    id,
-                    "little memory is left: a shared segment will be read when restoring"
-                );
-                self.memfds.remove(&id);
-                return;
-            }
-            None => self.until_look = LOOK_AFTER,
+        if self.has_no_room(pages.len() as u64) {
+            tracing::warn!(
+                id,
+                "little memory is left: a shared segment will be read when restoring"
+            );
+            self.memfds.remove(&id);
+            return;
         }
+        let memfd = &self.memfds[&id];
         let mut rest = pages;
         let kept = entries.iter().try_for_each(|entry| match entry.kind {
             EntryKind::Data => {
@@ -369,6 +387,7 @@ impl Drop for Server {
 mod tests {
     use super::*;
     use crate::image::DirName;
+    use crate::image::chain::levels;
     use crate::image::writer::DirWriter;
     use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     use pageferry_common::PAGE_SIZE;
@@ -525,6 +544,18 @@ mod tests {
         };
         put_round(home.path(), &mut segments, 1, &[], &[1; 8]);
         assert!(finish(home.path(), &mut segments, 1, &memfd(8)).is_empty());
+        let (chain, image) = (levels(&home.path().join("1")).unwrap(), ImageId::Shmem(ID));
+        let index = Index::load(&chain, image).unwrap().unwrap();
+        let pages = Pages::open(&chain, image, index.clone()).unwrap();
+        let name = MemfdName::new(NAME).unwrap();
+        let recovered = segments.recover(ID, &name, &index, &pages);
+        assert!(
+            recovered
+                .unwrap_err()
+                .source
+                .to_string()
+                .contains("little memory")
+        );
         let text = |available| format!("MemTotal: 4000 kB\nMemAvailable: {available} kB\n");
         assert!(is_short(&text(999)) && !is_short(&text(1000)));
         assert!(!is_short("MemTotal: 4000 kB\n"));
