@@ -270,7 +270,7 @@ fn exec_in_a_round(command: &str) -> (Victim, Pair, Sent) {
 #[test]
 fn a_target_that_calls_exec_in_the_middle_of_a_round() {
     for command in ["exec", "exec-by-thread", "exec-other"] {
-        let (mut victim, pair, sent) = exec_in_a_round(command);
+        let (mut victim, _pair, sent) = exec_in_a_round(command);
         let report = sent.expect_report();
         assert!(report.rounds.len() >= 2, "{command}");
         assert_arrived(victim.pid(), &report);
