@@ -5,8 +5,9 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
-/// The text of a file in `/proc`, or one that tells of it. A name in it may be any bytes, and often is half a character at its end, for
-/// the kernel cuts it at the 15th: what is no UTF-8 is replaced, and nothing else is lost.
+/// The text of a file in `/proc`, or one that tells of it. A name in it may be any bytes, and often is half a
+/// character at its end, for the kernel cuts it at the 15th: what is no UTF-8 is replaced, and nothing else is
+/// lost.
 ///
 /// # Errors
 /// Those of reading it.

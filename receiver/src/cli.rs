@@ -142,6 +142,12 @@ pub struct Serve {
           default_missing_value = "auto")]
     pub restore: Option<RestoreHow>,
 
+    /// Give up on a restore that takes so many seconds; its process waits meanwhile, and then goes on where it
+    /// was
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds,
+          requires = "restore")]
+    pub restore_timeout: Duration,
+
     /// The CRIU to restore with, 4.1 or later; by default the one in PATH
     #[arg(long, value_name = "PATH", requires = "restore")]
     pub criu: Option<PathBuf>,

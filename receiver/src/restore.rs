@@ -128,6 +128,8 @@ pub struct Restorer {
     pub criu: Criu,
     /// A process runs before its memory is in its place, which takes longer the more it has.
     pub lazy: bool,
+    /// How long a restore may take, until the process could run.
+    pub within: Duration,
 }
 
 impl Restorer {
@@ -245,6 +247,8 @@ pub struct Restoring {
     progress: mpsc::UnboundedReceiver<Progress>,
     /// `None` once it may run.
     go: Option<blocking::Sender<()>>,
+    /// CRIU's PID.
+    criu: i32,
 }
 
 impl Restoring {
@@ -255,6 +259,7 @@ impl Restoring {
     pub fn start(criu: Criu, ready: Work, images: Images, options: Options) -> io::Result<Self> {
         let (tell, progress) = mpsc::unbounded_channel();
         let (go, may_go) = blocking::channel();
+        let pid = ready.pid();
         std::thread::Builder::new()
             .name("restore".into())
             .spawn(move || {
@@ -285,8 +290,11 @@ impl Restoring {
                     ),
                 }
             })?;
-        let go = Some(go);
-        Ok(Self { progress, go })
+        Ok(Self {
+            progress,
+            go: Some(go),
+            criu: pid,
+        })
     }
 
     /// What happens next. To be asked until it is [`Progress::Running`] or [`Progress::Failed`].
@@ -301,6 +309,11 @@ impl Restoring {
             // It has failed meanwhile if nobody is there; it says so next.
             let _ = go.send(());
         }
+    }
+
+    /// Kills CRIU with all that it has restored so far: it then has failed.
+    pub fn kill(&self) {
+        kill_tree(self.criu);
     }
 
     /// Undoes it; returns when nothing of it is left, or if it runs all the same.

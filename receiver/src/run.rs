@@ -303,7 +303,11 @@ fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Exit> {
         complain(anyhow::anyhow!(what), "say --restore=eager");
         return Err(Exit::Unusable);
     }
-    Ok(Restorer { criu, lazy: can })
+    Ok(Restorer {
+        criu,
+        lazy: can,
+        within: serve.restore_timeout,
+    })
 }
 
 fn report(migration: &Migration, error: Option<String>) {

@@ -138,7 +138,11 @@ fn a_receiver_that_refuses() {
     assert_said(
         &sent,
         4,
-        &["the receiver refused", "cannot create", "the target runs"],
+        &[
+            "the receiver refused",
+            "cannot find out what is free in",
+            "the target runs",
+        ],
     );
 }
 

@@ -515,6 +515,39 @@ fn an_outcome_that_cannot_be_written_leaves_the_copy_here() {
     victim.report().verdict(copy).unwrap();
 }
 
+/// A CRIU that does not get on with it ends no process, and keeps none waiting.
+#[test]
+fn a_restore_that_hangs_is_given_up() {
+    let Some(criu) = Criu::stable("a restore that hangs") else {
+        return;
+    };
+    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+    let path = criu.path().to_str().unwrap();
+    let options = ["--restore", "--restore-timeout", "1", "--criu", path];
+    let mut receiver = host.receiver("0", dir.path(), &options);
+    let mut victim = Victim::detached("heap=8 children=1 dirty=20");
+    let (pid, tree) = (victim.pid(), victim.tree());
+    let link = Link::to(receiver.address(), ("restore", 14, false, LAST), false);
+    let send = migrate(&criu, link.address, pid, &["--max-rounds", "1"]);
+    link.reached.recv().unwrap();
+    // The one that waits to restore. (The program under test is nsenter's child.)
+    let programs = memory::tree(receiver.program().pid());
+    let waiting: Vec<_> = programs[2..].to_vec();
+    assert!(!waiting.is_empty());
+    for &pid in &waiting {
+        let pid = nix::unistd::Pid::from_raw(pid);
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+    }
+    link.go_on.send(true).unwrap();
+    let sent = send.finish();
+    assert_eq!(sent.status.code(), Some(4), "{}", sent.stderr);
+    let advice = "--restore-timeout";
+    assert!(sent.stderr.contains(advice), "{}", sent.stderr);
+    assert!(memory::await_end(&waiting));
+    assert_eq!(the_one_copy(&tree), pid);
+    victim.report().verdict(pid).unwrap();
+}
+
 #[test]
 fn a_process_moves_encrypted() {
     let Some(criu) = Criu::stable("an encrypted move") else {

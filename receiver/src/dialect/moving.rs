@@ -17,6 +17,7 @@ use pageferry_common::criu::{Criu, Options, Work};
 use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
@@ -61,7 +62,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let durable = spawn_blocking(move || sync_all(&round_dir).and_then(|()| sync(&above)));
         let restoring = Restoring::start(restorer.criu.clone(), ready, images, options);
         let mut restoring = restoring.map_err(|error| refusal(error.to_string()))?;
-        let (criu, root) = match self.wait_for(&mut restoring, true).await {
+        let (criu, root) = match self.restored(&mut restoring, restorer.within).await {
             Ok(Progress::Restored { criu, root }) => (criu, root),
             Ok(Progress::Running) => unreachable!("it runs when it may"),
             Ok(Progress::Failed(why)) => return Err(aborted(home, refusal(why).into())),
@@ -98,7 +99,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         restoring.go();
         loop {
             // The sender may be gone: it runs here all the same.
-            match self.wait_for(&mut restoring, false).await? {
+            match self.wait_for(&mut restoring).await {
                 Progress::Restored { .. } => {}
                 Progress::Running => break,
                 Progress::Failed(why) => return Err(aborted(home, refusal(why).into())),
@@ -122,21 +123,39 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         Ok(())
     }
 
-    /// What happens next, while the sender is told that we live. That it is gone is an error only
-    /// if it `matters`.
-    async fn wait_for(
+    /// Waits until all is restored, while the sender is told that we live. Its process waits: a CRIU that hangs
+    /// is killed.
+    async fn restored(
         &mut self,
         restoring: &mut Restoring,
-        matters: bool,
+        within: Duration,
     ) -> Result<Progress, Failure> {
+        let began = Instant::now();
+        let mut hangs = false;
         loop {
-            match timeout(WORKING_INTERVAL, restoring.next()).await {
-                Ok(progress) => return Ok(progress),
-                Err(_) => match self.writer.send(&Message::Working).await {
-                    Err(error) if matters => return Err(error.into()),
-                    Ok(()) | Err(_) => {}
-                },
+            if let Ok(progress) = timeout(WORKING_INTERVAL.min(within), restoring.next()).await {
+                return Ok(match progress {
+                    Progress::Failed(why) if hangs => Progress::Failed(format!(
+                        "not restored within {within:?} (--restore-timeout): {why}"
+                    )),
+                    other => other,
+                });
             }
+            if !hangs && began.elapsed() >= within {
+                hangs = true;
+                restoring.kill();
+            }
+            self.writer.send(&Message::Working).await?;
+        }
+    }
+
+    /// What happens next, whether or not there is a sender to be told that we live.
+    async fn wait_for(&mut self, restoring: &mut Restoring) -> Progress {
+        loop {
+            if let Ok(progress) = timeout(WORKING_INTERVAL, restoring.next()).await {
+                return progress;
+            }
+            let _ = self.writer.send(&Message::Working).await;
         }
     }
 
