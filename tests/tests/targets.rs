@@ -43,7 +43,7 @@ const TO_RESTORE: [&str; 8] = [
 ];
 
 /// For a `send` whose receiver will refuse or be gone.
-const FAIL_SOON: [&str; 0] = [];
+const FAIL_SOON: [&str; 2] = ["--reconnect-for", "0"];
 
 /// Everything of a process that a send must leave as it was.
 fn status(pid: i32) -> String {
@@ -504,7 +504,7 @@ fn assert_rounds_are_whole(home: &Path) {
 fn a_disk_that_fills_up_later_keeps_what_was_complete() {
     let mut victim = Victim::start("heap=12 dirty=100");
     let disk = Tmpfs::mount("40m");
-    let receiver = Receiver::start(&disk.0.path().join("images"), &[]);
+    let receiver = Receiver::start(&disk.0.path().join("images"), &["--keep-free", "0"]);
     let options = [&["--rounds", "1000"][..], &FAIL_SOON].concat();
     let sent = pageferry_tests::Send::start(receiver.address(), victim.pid(), &options).finish();
     said(&sent, 4, &["No space left on device", "the target runs"]);
