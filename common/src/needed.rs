@@ -66,8 +66,9 @@ impl NeededFile {
     }
 }
 
-/// The build id in the head of an ELF file.
-fn build_id(head: &[u8]) -> Option<Vec<u8>> {
+/// The build id in the head of an ELF file, at most [`BUILD_ID_MAX`] bytes.
+#[must_use]
+pub fn build_id(head: &[u8]) -> Option<Vec<u8>> {
     let header = FileHeader64::<Endianness>::parse(head).ok()?;
     let endian = header.endian().ok()?;
     for segment in header.program_headers(endian, head).ok()? {

@@ -160,7 +160,7 @@ fn serve_client(served: &Served, stream: &TcpStream, stall: Duration) -> bool {
         .and_then(|()| stream.set_write_timeout(Some(stall)));
     match prepared
         .map_err(ServeError::Io)
-        .and_then(|()| served.serve(stream))
+        .and_then(|()| served.serve(stream, stream))
     {
         Ok((pages, complete)) => {
             tracing::info!(?peer, pages, complete, "the client is gone");

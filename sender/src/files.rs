@@ -47,7 +47,8 @@ fn sees_our_files(pid: i32) -> io::Result<bool> {
 }
 
 /// The path in a line of `/proc/PID/maps` if it is code of a file that has one.
-fn executable(line: &str) -> Option<&str> {
+#[must_use]
+pub fn executable(line: &str) -> Option<&str> {
     let mut fields = line.splitn(6, ' ');
     let permissions = fields.nth(1)?;
     let path = fields.nth(3)?.trim_start();

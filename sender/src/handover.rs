@@ -37,7 +37,7 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-mod record;
+pub mod record;
 
 pub use record::{Record, RecordError};
 

@@ -8,7 +8,6 @@ use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, 
 use pageferry_common::{BUFFER_PAGES, BUFFER_SIZE, ImageId, PAGE_SIZE};
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read, Write};
-use std::net::TcpStream;
 use std::path::Path;
 
 /// The private memory of every process in a directory of images.
@@ -77,8 +76,8 @@ impl Served {
     ///
     /// # Errors
     /// [`ServeError`].
-    pub fn serve(&self, mut stream: &TcpStream) -> Result<(u64, bool), ServeError> {
-        let mut reader = BufReader::new(stream);
+    pub fn serve(&self, read: impl Read, mut write: impl Write) -> Result<(u64, bool), ServeError> {
+        let mut reader = BufReader::new(read);
         let mut buffer = vec![0; HEADER_MAX + BUFFER_SIZE];
         let mut width = None;
         let mut given = 0;
@@ -87,11 +86,11 @@ impl Served {
                 Command::Get => {
                     let width = width.unwrap_or(Width::Narrow);
                     let answer = self.answer(header, width, &mut buffer)?;
-                    stream.write_all(answer)?;
+                    write.write_all(answer)?;
                     given += answer.len() as u64 / PAGE_SIZE;
                 }
                 Command::Close => {
-                    stream.write_all(&0i32.to_le_bytes())?;
+                    write.write_all(&0i32.to_le_bytes())?;
                     return Ok((given, true));
                 }
                 Command::Open { .. } | Command::HasParent | Command::Add(_) => {
