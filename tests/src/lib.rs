@@ -15,6 +15,7 @@
 
 pub mod criu;
 pub mod daemon;
+pub mod fuzz;
 pub mod host;
 pub mod huge;
 pub mod images;

@@ -1,0 +1,535 @@
+//! A whole migration as it crosses the wire, and everything that can happen to its bytes on the way: each is
+//! noticed, at either end, and nothing comes of it but an end.
+
+use cap::Cap;
+use pageferry_common::criu::{self, Options};
+use pageferry_common::digest::{RoundDigest, digest, digest2};
+use pageferry_common::needed::NeededFile;
+use pageferry_common::wire::frame::HEADER_LEN;
+use pageferry_common::wire::{
+    self, Chunk, Entry, EntryKind, FrameKind, Header, Message, RoundKind, Totals,
+};
+use pageferry_common::{
+    BufferPool, Claim, ImageId, MemfdName, MigrationId, PAGE_SIZE, PageRange, StateName, Token,
+};
+use pageferry_receiver::dialect::native::receive;
+use pageferry_receiver::dialect::{Failure, Limits, Migration};
+use pageferry_receiver::door::Door;
+use pageferry_receiver::quota::Bounds;
+use pageferry_receiver::restore::Restorer;
+use pageferry_receiver::store::Store;
+use pageferry_sender::sink::{Compression, Connect, Dialect, Lost, SinkError};
+use pageferry_tests::criu::Criu;
+use pageferry_tests::fuzz::{check_store, scratch};
+use std::alloc::System;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+use tokio::runtime::Builder;
+
+#[global_allocator]
+static MEMORY: Cap<System> = Cap::new(System, usize::MAX);
+
+/// What both ends may have at once, bytes: their buffers, and all that is small.
+const MEMORY_MAX: usize = 48 << 20;
+
+const PAGE: usize = PAGE_SIZE as usize;
+
+/// Of pages, every byte of so many is damaged; of all else, every one.
+const SAMPLE: usize = 509;
+
+/// Nothing waits: what is cut off ends.
+const STALL: Duration = Duration::from_secs(60);
+
+const CLAIM: Claim = Claim {
+    id: MigrationId([1; 16]),
+    root_pid: 7,
+    token: Token([2; 32]),
+};
+
+/// What one round has of one image: runs of pages, each with what is said of them, in chunks.
+type Image = (ImageId, Option<&'static str>, &'static [&'static [Run]]);
+
+/// First page, pages, kind.
+type Run = (u64, u64, EntryKind);
+
+use EntryKind::{Copy as Again, Data, Parent, Zero};
+
+const MEMFD: Option<&str> = Some("/dev/zero");
+const ROUNDS: [&[Image]; 2] = [
+    &[
+        (
+            ImageId::Task(7),
+            None,
+            &[&[(16, 2, Data), (18, 1, Zero)], &[(30, 4, Data)]],
+        ),
+        (ImageId::Shmem(3), MEMFD, &[&[(0, 2, Data)]]),
+    ],
+    &[
+        (
+            ImageId::Task(7),
+            None,
+            &[&[
+                (16, 1, Parent),
+                (17, 1, Data),
+                (18, 1, Zero),
+                (30, 4, Again),
+            ]],
+        ),
+        (
+            ImageId::Shmem(3),
+            MEMFD,
+            &[&[(0, 1, Again), (1, 1, Parent)]],
+        ),
+    ],
+];
+
+/// The chunks of an image, and their pages.
+fn chunks(image: &Image) -> impl Iterator<Item = (Chunk, Vec<u8>)> {
+    image.2.iter().map(|runs| {
+        let entry = |&(page, pages, kind): &Run| Entry {
+            range: PageRange::new(page * PAGE_SIZE, pages).unwrap(),
+            kind,
+        };
+        let entries: Vec<_> = runs.iter().map(entry).collect();
+        let data = runs.iter().filter(|run| run.2 == Data);
+        let pages = data.flat_map(|run| run.0..run.0 + run.1);
+        let pages: Vec<_> = pages.flat_map(|page| [page as u8; PAGE]).collect();
+        let digest = digest(&pages);
+        (Chunk { entries, digest }, pages)
+    })
+}
+
+/// What both ends count of a round.
+fn totals(round: &[Image]) -> Totals {
+    let (mut totals, mut all) = (Totals::default(), RoundDigest::default());
+    for image in round {
+        totals.images += 1;
+        all.open(image.0);
+        for (chunk, _) in chunks(image) {
+            totals.count(&chunk.entries);
+            all.chunk(&Message::Chunk(chunk).encode());
+        }
+    }
+    totals.digest = all.value();
+    totals
+}
+
+const KINDS: [RoundKind; 2] = [RoundKind::PreDump, RoundKind::Final];
+
+fn program() -> NeededFile {
+    NeededFile::at("/bin/sh").unwrap()
+}
+
+fn state() -> (StateName, Vec<u8>) {
+    (StateName::new("core-7.img").unwrap(), vec![7; 100])
+}
+
+/// One frame as it crosses the wire.
+#[derive(Clone)]
+struct Frame {
+    bytes: Vec<u8>,
+    /// Where its pages begin.
+    data: usize,
+}
+
+impl Frame {
+    /// Where it is damaged, and cut.
+    fn places(&self) -> impl Iterator<Item = usize> {
+        let last = self.bytes.len() - 1;
+        let pages = (self.data..self.bytes.len()).step_by(SAMPLE);
+        (0..self.data)
+            .chain(pages)
+            .chain((last > self.data).then_some(last))
+    }
+
+    /// The same as a frame of another number.
+    fn renumbered(&self, seq: usize) -> Self {
+        let mut bytes = self.bytes.clone();
+        bytes[16..24].copy_from_slice(&(seq as u64).to_le_bytes());
+        let checksum = digest2(&bytes[..24], &bytes[HEADER_LEN..self.data]);
+        bytes[24..HEADER_LEN].copy_from_slice(&checksum.to_le_bytes());
+        let data = self.data;
+        Self { bytes, data }
+    }
+}
+
+/// One direction of a connection.
+#[derive(Default)]
+struct Recording(Vec<Frame>);
+
+impl Recording {
+    fn say(&mut self, message: &Message) {
+        self.frame(message.kind(), false, &message.encode(), &[]);
+    }
+
+    fn frame(&mut self, kind: FrameKind, compressed: bool, meta: &[u8], pages: &[u8]) {
+        let seq = self.0.len() as u64;
+        let header = Header::encode(kind, compressed, seq, meta, pages.len());
+        self.0.push(Frame {
+            bytes: [&header[..], meta, pages].concat(),
+            data: HEADER_LEN + meta.len(),
+        });
+    }
+}
+
+/// What a sender says that compresses every other chunk; and asks for files, if so.
+fn said(files: bool) -> Vec<Frame> {
+    let mut said = Recording::default();
+    said.say(&Message::Hello {
+        version: wire::VERSION,
+        page_size: PAGE_SIZE as u32,
+        features: wire::FEATURE_ZSTD,
+        claim: CLAIM,
+    });
+    if files {
+        said.say(&Message::File(program()));
+        said.say(&Message::Check);
+    }
+    for ((round, images), kind) in (1..).zip(ROUNDS).zip(KINDS) {
+        let uptime_us = 1;
+        said.say(&Message::RoundBegin {
+            round,
+            kind,
+            uptime_us,
+        });
+        for image in images {
+            said.say(&Message::ImageOpen(image.0));
+            if let Some(name) = image.1 {
+                said.say(&Message::Memfd(MemfdName::new(name).unwrap()));
+            }
+            for (number, (chunk, pages)) in chunks(image).enumerate() {
+                let meta = Message::Chunk(chunk).encode();
+                let small = zstd::bulk::compress(&pages, 1).unwrap();
+                let compressed = number % 2 == 1;
+                let data = if compressed { &small } else { &pages };
+                said.frame(FrameKind::Chunk, compressed, &meta, data);
+                said.say(&Message::Working);
+            }
+        }
+        said.say(&Message::RoundEnd(totals(images)));
+    }
+    let (name, image) = state();
+    for (piece, last) in [(&image[..50], false), (&image[50..], true)] {
+        let (name, piece) = (name.clone(), piece.to_vec());
+        said.say(&Message::State { name, last, piece });
+    }
+    said.say(&Message::Finish);
+    said.0
+}
+
+/// Does everything to the first frames of one direction that can happen to them; `hear` is told what was done,
+/// what is left, and whether whoever hears it must notice.
+fn damage(frames: &[Frame], first: usize, mut hear: impl FnMut(&str, &[Frame], bool)) {
+    for (number, frame) in frames[..first].iter().enumerate() {
+        let mut so_far = frames[..=number].to_vec();
+        for at in frame.places() {
+            so_far[number] = frame.clone();
+            so_far[number].bytes[at] ^= 1 << (at % 8);
+            hear(&format!("byte {at} of frame {number}"), &so_far, true);
+            so_far[number].bytes.truncate(at);
+            hear(&format!("cut at {at} of frame {number}"), &so_far, true);
+        }
+    }
+    for number in 0..first {
+        let next = number + 1;
+        let after = &frames[next..];
+        let is_last = after.is_empty();
+        let mut late = frames.to_vec();
+        late.swap(number, next.min(frames.len() - 1));
+        for (what, order, noticed) in [
+            ("without", [&frames[..number], after].concat(), true),
+            // After the end nobody listens.
+            (
+                "twice",
+                [&frames[..next], &frames[number..]].concat(),
+                !is_last,
+            ),
+            ("late", late, !is_last),
+            (
+                "at the end again",
+                [frames, &frames[number..]].concat(),
+                false,
+            ),
+        ] {
+            let name = format!("{what}: frame {number}");
+            hear(&name, &order, noticed);
+            // By somebody who knows how to number them.
+            let order = order.iter().enumerate();
+            let order: Vec<_> = order.map(|(seq, frame)| frame.renumbered(seq)).collect();
+            hear(&(name + ", numbered anew"), &order, false);
+        }
+    }
+}
+
+fn assert_little_memory() {
+    let most = MEMORY.max_allocated();
+    assert!(most < MEMORY_MAX, "{most} bytes");
+}
+
+/// The files of memory in each round, and what is in them.
+fn memory_in(home: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut files = BTreeMap::new();
+    for round in 1..=ROUNDS.len() {
+        for entry in fs::read_dir(home.join(round.to_string()))
+            .into_iter()
+            .flatten()
+        {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap();
+            if name.starts_with("page") {
+                files.insert(format!("{round}/{name}"), fs::read(&path).unwrap());
+            }
+        }
+    }
+    files
+}
+
+/// What a receiver makes of some bytes: how it ended, the complete rounds, and the memory in them.
+fn heard(
+    frames: &[Frame],
+    restorer: Option<&Restorer>,
+) -> (Result<(), Failure>, usize, BTreeMap<String, Vec<u8>>) {
+    let dir = scratch();
+    let store = Store::open(dir.path()).unwrap();
+    let limits = Limits {
+        stall: STALL,
+        handshake: STALL,
+        buffers: 1,
+        bounds: Bounds::NONE,
+    };
+    let bytes: Vec<u8> = frames
+        .iter()
+        .flat_map(|frame| &frame.bytes)
+        .copied()
+        .collect();
+    let mut migration = Migration::default();
+    let write = tokio::io::sink();
+    let guest = Door::new(1).let_in(STALL).unwrap();
+    let receiving = receive(
+        &bytes[..],
+        write,
+        guest,
+        &store,
+        limits,
+        restorer,
+        &mut migration,
+    );
+    let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+    let result = runtime.block_on(receiving);
+    let rounds = check_store(store.dir());
+    (result, rounds, memory_in(&store.home(&CLAIM)))
+}
+
+/// Damages the first frames of a session; how many damages must have been noticed, at least.
+fn damaged_sessions(frames: &[Frame], first: usize, least: usize, restorer: Option<&Restorer>) {
+    let (result, rounds, whole) = heard(frames, restorer);
+    result.unwrap();
+    assert_eq!((rounds, whole.len()), (2, 8));
+    let (mut refused, mut taken) = (0, 0);
+    damage(frames, first, |what, frames, noticed| {
+        let (result, _, memory) = heard(frames, restorer);
+        match result {
+            Ok(()) => taken += 1,
+            Err(_) => refused += 1,
+        }
+        if noticed {
+            assert!(result.is_err(), "{what}: not noticed");
+            for (name, content) in memory {
+                assert!(whole[&name] == content, "{what}: {name} is another");
+            }
+        }
+    });
+    // Most that is done by somebody who numbers frames anew makes no sense either.
+    assert!(refused >= least && taken < least / 10, "{refused} {taken}");
+    assert_little_memory();
+}
+
+#[test]
+fn whatever_happens_to_a_session_is_noticed_and_leaves_whole_rounds() {
+    let frames = said(false);
+    damaged_sessions(&frames, frames.len(), 2000, None);
+}
+
+#[test]
+fn so_it_is_where_files_are_compared() {
+    let Some(criu) = Criu::stable("damage to a session that compares files") else {
+        return;
+    };
+    let criu = criu::Criu::find(Some(criu.path())).unwrap();
+    let lazy = false;
+    // Hello, what is asked for, and the end of that.
+    damaged_sessions(
+        &said(true),
+        3,
+        300,
+        Some(&Restorer {
+            criu,
+            lazy,
+            within: STALL,
+        }),
+    );
+}
+
+/// What a receiver answers.
+fn answered() -> Vec<Frame> {
+    let mut answers = Recording::default();
+    answers.say(&Message::Welcome {
+        version: wire::VERSION,
+        features: wire::FEATURE_RESTORE,
+        rounds: 0,
+        directory: "somewhere".to_owned(),
+    });
+    let what = "it is missing".to_owned();
+    answers.say(&Message::Lacks { what });
+    answers.say(&Message::Checked);
+    for (round, images) in (1..).zip(ROUNDS) {
+        let totals = totals(images);
+        answers.say(&Message::RoundAck { round, totals });
+    }
+    answers.say(&Message::Restored);
+    answers.say(&Message::Running);
+    answers.say(&Message::FinishAck);
+    answers.0
+}
+
+/// Answers one sender, each of its questions by the next of these, and goes when there are no more.
+fn answer(listener: TcpListener, answers: Vec<Frame>) {
+    let (mut stream, _) = listener.accept().unwrap();
+    // It comes once only.
+    drop(listener);
+    let mut answers = answers.into_iter().peekable();
+    for seq in 0.. {
+        let mut header = [0; HEADER_LEN];
+        if answers.peek().is_none() || stream.read_exact(&mut header).is_err() {
+            return;
+        }
+        let header = Header::decode(&header, seq).unwrap();
+        let mut rest = vec![0; header.meta_len + header.data_len];
+        if stream.read_exact(&mut rest).is_err() {
+            return;
+        }
+        let due = match header.kind {
+            FrameKind::Hello
+            | FrameKind::RoundEnd
+            | FrameKind::Restore
+            | FrameKind::Commit
+            | FrameKind::Finish => 1,
+            // One file, and the end.
+            FrameKind::Check => 2,
+            _ => 0,
+        };
+        for answer in answers.by_ref().take(due) {
+            if stream.write_all(&answer.bytes).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// How a move ended for who sends.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// Before anything was decided: the target goes on.
+    Early,
+    /// The copy may run.
+    InDoubt,
+    /// The copy does not run, it was said.
+    Refused,
+    /// The copy runs, and what comes after it is lost.
+    Late,
+    Good,
+}
+
+/// Moves with a scripted receiver.
+fn moved(pool: &BufferPool, answers: &[Frame]) -> End {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let to = listener.local_addr().unwrap().to_string();
+    let answers = answers.to_vec();
+    let receiver = thread::spawn(move || answer(listener, answers));
+    let connect = Connect {
+        to,
+        claim: CLAIM,
+        stall: STALL,
+        reconnect_for: Duration::ZERO,
+        max_frozen: STALL,
+        tls: None,
+        compression: Compression::None,
+        moves: true,
+    };
+    let mut sink = match Dialect::Native.connect(connect, pool) {
+        Ok(sink) => sink,
+        Err(_) => {
+            receiver.join().unwrap();
+            return End::Early;
+        }
+    };
+    let mut restored = || -> Result<(), SinkError> {
+        let destination = sink.destination().unwrap();
+        assert!(destination.check_files(vec![program()])?.len() <= 1);
+        for ((round, images), kind) in (1..).zip(ROUNDS).zip(KINDS) {
+            sink.begin(round, kind, 1)?;
+            for image in images {
+                sink.open(image.0)?;
+                if let Some(name) = image.1 {
+                    sink.memfd(&MemfdName::new(name).unwrap())?;
+                }
+                for (chunk, pages) in chunks(image) {
+                    sink.put(chunk.entries, pages.into())?;
+                }
+            }
+            assert_eq!(sink.commit()?.totals, totals(images));
+        }
+        let destination = sink.destination().unwrap();
+        let (name, image) = state();
+        destination.state(&name, &mut &image[..])?;
+        destination.restore(Options::default())
+    };
+    let end = match restored() {
+        Err(_) => End::Early,
+        Ok(()) => match sink.destination().unwrap().commit() {
+            Err(Lost::InDoubt(_)) => End::InDoubt,
+            Err(Lost::Refused(_)) => End::Refused,
+            Ok(()) => match sink.finish() {
+                Err(_) => End::Late,
+                Ok(()) => End::Good,
+            },
+        },
+    };
+    drop(sink);
+    receiver.join().unwrap();
+    end
+}
+
+#[test]
+fn whatever_happens_to_the_answers_is_noticed_and_never_taken_for_a_word_on_the_copy() {
+    let answers = answered();
+    let pool = BufferPool::new(1);
+    assert_eq!(moved(&pool, &answers), End::Good);
+    let running = answers.len() - 2;
+    let mut in_doubt = 0;
+    damage(&answers, answers.len(), |what, heard, noticed| {
+        let end = moved(&pool, heard);
+        if noticed {
+            assert_ne!(end, End::Good, "{what}: not noticed");
+        }
+        // Nobody refused.
+        assert_ne!(end, End::Refused, "{what}");
+        if matches!(end, End::Late | End::Good) {
+            let as_it_was = |(ours, theirs): (&Frame, &Frame)| ours.bytes == theirs.bytes;
+            let mut all = answers[..=running].iter().zip(heard);
+            assert!(
+                all.all(as_it_was),
+                "{what}: it was not said that the copy runs"
+            );
+        }
+        in_doubt += usize::from(end == End::InDoubt);
+    });
+    // Every byte of one answer, flipped and cut.
+    assert!(in_doubt >= 2 * HEADER_LEN, "{in_doubt}");
+    assert_little_memory();
+}
