@@ -13,6 +13,7 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod certs;
 pub mod criu;
 pub mod daemon;
 pub mod fuzz;

@@ -1,6 +1,7 @@
 //! Nobody reads along, and nobody comes in without a certificate: both ends say in a line why not.
 
 use pageferry_receiver::certs;
+use pageferry_tests::certs::{Certs, options, strs};
 use pageferry_tests::criu::Criu;
 use pageferry_tests::pair::send_command;
 use pageferry_tests::program::Program;
@@ -9,47 +10,10 @@ use pageferry_tests::{Pair, Receiver, Send, Victim};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::thread::JoinHandle;
 use std::{fs, thread};
 use time::{Duration, OffsetDateTime};
-
-/// A directory as `receive certs` makes it.
-struct Certs(tempfile::TempDir);
-
-impl Certs {
-    /// For a receiver on loopback.
-    fn new() -> Self {
-        let this = Self(tempfile::tempdir().unwrap());
-        let made = receive(&[&"certs", &this.dir(), &"--host", &"localhost", &"127.0.0.1"]);
-        assert!(made.status.success(), "{}", made.stderr);
-        this
-    }
-
-    fn dir(&self) -> PathBuf {
-        self.0.path().join("certs")
-    }
-
-    /// The options of the side that has this certificate.
-    fn options(&self, name: &str) -> Vec<String> {
-        options(&self.dir().join("ca.pem"), &self.dir().join(name))
-    }
-}
-
-fn options(ca: &Path, certificate: &Path) -> Vec<String> {
-    let (cert, key) = (
-        certificate.with_extension("pem"),
-        certificate.with_extension("key"),
-    );
-    [("--tls-ca", ca), ("--tls-cert", &cert), ("--tls-key", &key)]
-        .iter()
-        .flat_map(|(option, path)| [(*option).to_owned(), path.to_str().unwrap().to_owned()])
-        .collect()
-}
-
-fn strs(options: &[String]) -> Vec<&str> {
-    options.iter().map(String::as_str).collect()
-}
 
 /// Passes one connection on, and keeps what the client says.
 fn tap(to: SocketAddr) -> (SocketAddr, JoinHandle<io::Result<Vec<u8>>>) {
