@@ -37,6 +37,12 @@ const OUTCOME: &str = "outcome.json";
 /// Length of that file, bytes: a sector. What is not used is blank.
 const OUTCOME_LEN: usize = 512;
 
+/// How often a committed migration is restored again before it is left to the next receiver.
+const ATTEMPTS: u32 = 10;
+
+/// How long to wait before that.
+const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(500);
+
 /// What became of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -449,17 +455,32 @@ pub async fn complete(
         pages: None,
         segments: Arc::default(),
     };
+    // It has to run. What is left of the copy before may be in the way for a moment: a PID is taken until
+    // whoever has inherited the process has waited for it.
+    let mut attempt = 1;
+    while let Err(why) = restore_again(criu, &images, again).await {
+        if attempt == ATTEMPTS {
+            return Err(why);
+        }
+        tracing::warn!(attempt, why, "trying again");
+        attempt += 1;
+        tokio::time::sleep(BETWEEN_ATTEMPTS).await;
+    }
+    Outcome::Running.record(home).map_err(|e| with_causes(&e))
+}
+
+/// Restores, all memory first, and lets run.
+async fn restore_again(criu: &Criu, images: &Images, options: Options) -> Result<(), String> {
     let restoring = criu
         .start(None)
-        .and_then(|ready| Restoring::start(criu.clone(), ready, images, again));
+        .and_then(|ready| Restoring::start(criu.clone(), ready, images.clone(), options));
     let mut restoring = restoring.map_err(|error| error.to_string())?;
     restoring.go();
     loop {
         match restoring.next().await {
             Progress::Restored { .. } => {}
-            Progress::Running => break,
+            Progress::Running => return Ok(()),
             Progress::Failed(why) => return Err(why),
         }
     }
-    Outcome::Running.record(home).map_err(|e| with_causes(&e))
 }

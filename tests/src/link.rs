@@ -3,7 +3,7 @@
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, RwLock, mpsc};
 
 /// A step of a migration: its name, the number of its frame in the protocol, whether the receiver says it,
 /// and the round from which on the first such frame is meant.
@@ -40,6 +40,7 @@ impl Link {
         std::thread::spawn(move || {
             let mut watch = Some((reach, may_go_on));
             let current = Arc::new(AtomicU32::new(0));
+            let gate = Arc::new(RwLock::new(()));
             for sender in listener.incoming().flatten() {
                 if !is_open.load(Ordering::SeqCst) {
                     continue;
@@ -55,9 +56,9 @@ impl Link {
                         true => watch.take(),
                         false => None,
                     };
-                    let current = Arc::clone(&current);
+                    let (current, gate) = (Arc::clone(&current), Arc::clone(&gate));
                     std::thread::spawn(move || {
-                        let _ = pass(&from, &to, (kind, round), after, watch, &current);
+                        let _ = pass(&from, &to, (kind, round), after, watch, &current, &gate);
                         for end in [from, to] {
                             let _ = end.shutdown(Shutdown::Both);
                         }
@@ -84,6 +85,7 @@ fn pass(
     after: bool,
     mut watch: Option<Watch>,
     current: &AtomicU32,
+    gate: &RwLock<()>,
 ) -> io::Result<()> {
     loop {
         let mut frame = vec![0; 32];
@@ -99,18 +101,24 @@ fn pass(
             current.store(number(&frame, 32), Ordering::SeqCst);
         }
         let here = frame[4] == kind && current.load(Ordering::SeqCst) >= round;
-        if after || !here {
+        let Some((reach, may_go_on)) = watch.take_if(|_| here) else {
+            let _open = gate.read();
+            to.write_all(&frame)?;
+            continue;
+        };
+        // Nothing passes in the other direction either, until it is known how it goes on.
+        let _closed = gate.write();
+        if after {
             to.write_all(&frame)?;
         }
-        if here && let Some((reach, may_go_on)) = watch.take() {
-            reach.send(()).map_err(io::Error::other)?;
-            match may_go_on.recv() {
-                Ok(true) if !after => to.write_all(&frame)?,
-                Ok(true) => {}
-                Ok(false) | Err(_) => return Ok(()),
+        reach.send(()).map_err(io::Error::other)?;
+        match may_go_on.recv() {
+            Ok(true) if !after => to.write_all(&frame)?,
+            Ok(true) => {}
+            Ok(false) | Err(_) => {
+                to.shutdown(Shutdown::Both)?;
+                return from.shutdown(Shutdown::Both);
             }
-        } else if here && !after {
-            to.write_all(&frame)?;
         }
     }
 }
