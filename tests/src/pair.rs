@@ -6,6 +6,7 @@ use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
+use std::time::Duration;
 use tempfile::TempDir;
 
 /// One round, as `send --json` reports it.
@@ -130,6 +131,15 @@ impl Send {
     #[must_use]
     pub fn finish(self) -> Sent {
         self.0.finish().into()
+    }
+
+    /// The same, for one that is to take long.
+    ///
+    /// # Panics
+    /// If it takes longer than this.
+    #[must_use]
+    pub fn finish_within(self, patience: Duration) -> Sent {
+        self.0.finish_within(patience).into()
     }
 }
 

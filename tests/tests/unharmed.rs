@@ -248,7 +248,8 @@ fn a_round_may_last_longer_than_the_timeout() {
     let pair = Pair::start(&[]);
     // The hardest compression takes seconds for memory that does not compress.
     let slow = ["--timeout", "3s", "--compress", "zstd:19", "--then", "stop"];
-    let report = pair.send(victim.pid(), &slow).expect_report();
+    let send = pair.start_send(victim.pid(), &slow);
+    let report = send.finish_within(Duration::from_secs(300)).expect_report();
     assert!(report.rounds[0].seconds > 3.0, "{:?}", report.rounds);
     assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
