@@ -20,6 +20,7 @@ pub mod fuzz;
 pub mod host;
 pub mod huge;
 pub mod images;
+pub mod kills;
 pub mod link;
 pub mod memory;
 pub mod mover;

@@ -4,6 +4,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_tests::daemon::until;
+use pageferry_tests::kills::{kills, spread};
 use pageferry_tests::link::{Link, Step};
 use pageferry_tests::net::{B, Net};
 use pageferry_tests::pair::{Sent, receive_command, send_command};
@@ -175,17 +176,6 @@ fn rounds_of_before_a_restart_are_parents_of_those_after() {
     assert_arrived(victim.pid(), &report);
     go_on(victim.pid());
     victim.assert_unharmed();
-}
-
-/// How often something is killed: fewer times than `PAGEFERRY_KILLS` asks for only by default.
-fn kills(default: u32) -> u32 {
-    std::env::var("PAGEFERRY_KILLS")
-        .map_or(default, |n| n.parse().expect("PAGEFERRY_KILLS is a number"))
-}
-
-/// A number between 0 and 1 that differs from call to call, the same in every run.
-fn spread(step: u32) -> f64 {
-    f64::from(step) * 0.618_033_988_749_895 % 1.0
 }
 
 /// Times for which a link is cut, s: few, or with `PAGEFERRY_LONG` all that are promised.

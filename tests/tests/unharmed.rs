@@ -3,6 +3,7 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pageferry_tests::kills::{kills, spread};
 use pageferry_tests::scenario::{assert_arrived, assert_verified, go_on};
 use pageferry_tests::{Pair, Victim};
 use std::fs;
@@ -11,10 +12,8 @@ use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// How many sends are killed; 200 with PAGEFERRY_KILLS=200, which a slow disk makes long.
-fn kills() -> u32 {
-    std::env::var("PAGEFERRY_KILLS").map_or(50, |n| n.parse().expect("PAGEFERRY_KILLS is a number"))
-}
+/// How many sends are killed by default: a slow disk makes more of them long.
+const KILLS: u32 = 50;
 
 /// Directories of migrations below a receiver's `--dir`.
 fn migrations(dir: &Path) -> Vec<PathBuf> {
@@ -22,11 +21,6 @@ fn migrations(dir: &Path) -> Vec<PathBuf> {
         .unwrap()
         .map(|entry| entry.unwrap().path());
     entries.filter(|path| path.is_dir()).collect()
-}
-
-/// A number between 0 and 1 that differs from call to call, the same in every run.
-fn spread(step: u32) -> f64 {
-    f64::from(step) * 0.618_033_988_749_895 % 1.0
 }
 
 #[test]
@@ -43,7 +37,7 @@ fn sends_killed_at_any_instant_leave_no_trace() {
     );
     let _ = alone.expect_report();
     let whole = begun.elapsed();
-    for step in 0..kills() {
+    for step in 0..kills(KILLS) {
         let options = ["--max-downtime", "0ms", "--max-rounds", "4"];
         let mut send = pair.start_send(victim.pid(), &options);
         std::thread::sleep(whole.mul_f64(spread(step)));
