@@ -7,12 +7,14 @@ use crate::restore::Restorer;
 use crate::secure::{Accepted, Secure};
 use crate::store::{Cut, Store};
 use crate::with_causes;
+use nix::sys::socket::{MsgFlags, recv};
 use pageferry_common::wire::WireError;
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, split};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, Interest, split};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -237,17 +239,21 @@ async fn converse(
 /// The first bytes, left where they are; `None` if the peer goes without sending as many.
 async fn first_bytes(stream: &TcpStream) -> io::Result<Option<[u8; FIRST_BYTES]>> {
     let mut first = [0; FIRST_BYTES];
-    let mut before = 0;
     loop {
-        let got = stream.peek(&mut first).await?;
-        if got == FIRST_BYTES {
-            return Ok(Some(first));
+        let ready = stream.ready(Interest::READABLE).await?;
+        let peeked = stream.try_io(Interest::READABLE, || {
+            let got = recv(stream.as_raw_fd(), &mut first, MsgFlags::MSG_PEEK)?;
+            if got < FIRST_BYTES && !ready.is_read_closed() {
+                // Readable, but not enough yet: the next bytes, or the end, are news again.
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            Ok(got)
+        });
+        match peeked {
+            Ok(FIRST_BYTES) => return Ok(Some(first)),
+            Ok(_) => return Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
         }
-        if got == before {
-            // Nothing new though readable: the peer has closed its side.
-            return Ok(None);
-        }
-        before = got;
-        tokio::task::yield_now().await;
     }
 }

@@ -4,7 +4,7 @@ use crate::converge::Limits;
 use crate::dirty::TrackerChoice;
 use crate::freeze::Then;
 use crate::handover::StateDump;
-use crate::sink::{Compression, Dialect};
+use crate::sink::{Compression, Dialect, FAST};
 use clap::Parser;
 use pageferry_common::criu::Options;
 use pageferry_common::tls::TlsFiles;
@@ -77,8 +77,8 @@ pub struct Cli {
     #[arg(long, value_enum, default_value = "native")]
     pub dialect: Dialect,
 
-    /// Compress pages: none, or zstd[:LEVEL]
-    #[arg(long, value_name = "HOW", default_value = "none", value_parser = parse_compression)]
+    /// Compress pages: auto (as far as the link is slower than that), none, or zstd[:LEVEL]
+    #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_compression)]
     pub compress: Compression,
 
     /// Begin the last, frozen round when it is estimated to take no longer than this
@@ -140,7 +140,7 @@ Examples:
       copy until little is dirty, copy the rest while frozen, let it run on
   send --to 127.0.0.1:7700 --rounds 3 4711
       three rounds, never frozen for longer than it takes to list mappings
-  send --to 127.0.0.1:7700 --compress zstd --then stop --json 4711
+  send --to 127.0.0.1:7700 --then stop --json 4711
       leave the target stopped (kill -CONT lets it go on), and report
 
   send --to dst:7700 --tls-ca ca.pem --tls-cert send.pem --tls-key send.key 4711
@@ -194,18 +194,18 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 }
 
 fn parse_compression(text: &str) -> Result<Compression, String> {
-    const DEFAULT_LEVEL: i32 = 1;
     let levels = zstd::compression_level_range();
     match text.split_once(':') {
+        None if text == "auto" => Ok(Compression::Auto),
         None if text == "none" => Ok(Compression::None),
-        None if text == "zstd" => Ok(Compression::Zstd(DEFAULT_LEVEL)),
+        None if text == "zstd" => Ok(Compression::Zstd(FAST)),
         Some(("zstd", level)) => level
             .parse()
             .ok()
             .filter(|level| levels.contains(level))
             .map(Compression::Zstd)
             .ok_or_else(|| format!("zstd has levels {} to {}", levels.start(), levels.end())),
-        _ => Err("it is none, zstd or zstd:LEVEL".to_owned()),
+        _ => Err("it is auto, none, zstd or zstd:LEVEL".to_owned()),
     }
 }
 

@@ -18,6 +18,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::thread;
+use std::time::Duration;
 
 /// A peer that says what it likes.
 struct Peer {
@@ -40,14 +41,13 @@ impl Peer {
         })
     }
 
-    /// Connects, and is welcome with a migration that nobody else has.
-    fn greet(to: SocketAddr) -> io::Result<Self> {
+    /// The beginning of a migration that nobody else has.
+    fn hello() -> Message {
         static MIGRATIONS: AtomicU32 = AtomicU32::new(1);
-        let mut peer = Self::connect(to)?;
         let mut id = [0; 16];
         let number = MIGRATIONS.fetch_add(1, Ordering::Relaxed);
         id[..4].copy_from_slice(&number.to_le_bytes());
-        peer.say(&Message::Hello {
+        Message::Hello {
             version: wire::VERSION,
             page_size: PAGE_SIZE as u32,
             features: wire::FEATURES,
@@ -56,7 +56,13 @@ impl Peer {
                 root_pid: 7,
                 token: Token([7; 32]),
             },
-        })?;
+        }
+    }
+
+    /// Connects, and is welcome with a migration that nobody else has.
+    fn greet(to: SocketAddr) -> io::Result<Self> {
+        let mut peer = Self::connect(to)?;
+        peer.say(&Self::hello())?;
         match peer.hear()? {
             Message::Welcome { .. } => Ok(peer),
             other => Err(io::Error::other(format!("{other:?}"))),
@@ -196,6 +202,23 @@ fn who_says_too_little_in_time_is_told_or_dropped() {
     let mut rest = Vec::new();
     slow.stream.read_to_end(&mut rest).unwrap();
     assert!(rest.is_empty());
+}
+
+#[test]
+fn who_greets_byte_by_byte_is_welcome() {
+    let pair = Pair::start(&[]);
+    let mut slow = Peer::connect(pair.address()).unwrap();
+    slow.stream.set_nodelay(true).unwrap();
+    let hello = Peer::hello();
+    let meta = hello.encode();
+    let header = Header::encode(hello.kind(), false, 0, &meta, 0);
+    for byte in [&header[..], &meta].concat() {
+        slow.stream.write_all(&[byte]).unwrap();
+        // Nothing tells when the receiver has looked at what is there so far.
+        thread::sleep(Duration::from_millis(1));
+    }
+    let answer = slow.hear().unwrap();
+    assert!(matches!(answer, Message::Welcome { .. }), "{answer:?}");
 }
 
 /// Plays one hostile part, and says so when it is at it; ends when the receiver has had enough.

@@ -5,7 +5,8 @@
 //! and at the end a number, 0 if it has everything.
 
 use super::link::{Duplex, Link, dial};
-use super::native::{Compression, Connect};
+use super::compress::Compression;
+use super::native::Connect;
 use super::{PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
@@ -63,7 +64,7 @@ impl CriuSink {
     /// # Errors
     /// [`SinkError`].
     pub fn connect(connect: Connect) -> Result<Self, SinkError> {
-        if connect.compression != Compression::None {
+        if matches!(connect.compression, Compression::Zstd(_)) {
             let what = "takes no compressed pages: leave out --compress".to_owned();
             return Err(SinkError::PageServer(what));
         }

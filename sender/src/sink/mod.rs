@@ -1,11 +1,13 @@
 //! The network is just another image writer: what a round is written to.
 
+mod compress;
 mod criu;
 mod link;
 mod native;
 
+pub use compress::{Compression, FAST};
 pub use criu::CriuSink;
-pub use native::{Compression, Connect, NativeSink, resolve};
+pub use native::{Connect, NativeSink, resolve};
 
 use crate::progress::Counters;
 use bytes::Bytes;

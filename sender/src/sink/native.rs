@@ -1,5 +1,6 @@
 //! The native protocol over TCP: a thread of its own with the socket, fed by a bounded channel.
 
+use super::compress::{Compression, Compressor, Pace};
 use super::link::{Duplex, Link, dial};
 use super::{Destination, Lost, PageSink, Receipt, SinkError};
 use crate::progress::Counters;
@@ -37,15 +38,6 @@ const BACK_OFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fr
 /// How long one attempt to connect again may take.
 const ATTEMPT: Duration = Duration::from_secs(10);
 
-/// Whether and how hard pages are compressed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compression {
-    /// Not at all.
-    None,
-    /// zstd at this level.
-    Zstd(i32),
-}
-
 /// Where to connect, and as whom.
 #[derive(Debug, Clone)]
 pub struct Connect {
@@ -79,8 +71,9 @@ enum Outgoing {
 /// The native sink.
 pub struct NativeSink {
     link: Link<Outgoing, Message>,
-    pool: BufferPool,
-    compressor: Option<zstd::bulk::Compressor<'static>>,
+    compressor: Option<Compressor>,
+    /// Of the link.
+    pace: Arc<Pace>,
     counters: Arc<Counters>,
     /// Of the connection.
     patience: Patience,
@@ -105,17 +98,13 @@ impl NativeSink {
     /// [`SinkError`].
     pub fn connect(connect: Connect, pool: &BufferPool) -> Result<Self, SinkError> {
         let counters = Arc::new(Counters::default());
-        let compressor = match connect.compression {
-            Compression::None => None,
-            Compression::Zstd(level) => {
-                Some(zstd::bulk::Compressor::new(level).map_err(SinkError::Io)?)
-            }
-        };
+        let compressor = Compressor::new(connect.compression, pool).map_err(SinkError::Io)?;
+        let pace = Arc::default();
         let patience = Patience::from(connect.stall);
         let mut sink = Self {
-            link: start(&connect, &counters, &patience, Duration::ZERO)?,
-            pool: pool.clone(),
+            link: start(&connect, &counters, &pace, &patience, Duration::ZERO)?,
             compressor,
+            pace,
             counters,
             patience,
             round_start: 0,
@@ -162,25 +151,6 @@ impl NativeSink {
     fn say(&mut self, message: Message) -> Result<(), SinkError> {
         self.link.say(Outgoing::Message(message))
     }
-
-    /// Compresses a chunk's pages if that makes them at least an eighth smaller.
-    fn compress(&mut self, pages: Bytes) -> Result<(bool, Bytes), SinkError> {
-        let Some(compressor) = &mut self.compressor else {
-            return Ok((false, pages));
-        };
-        if pages.is_empty() {
-            return Ok((false, pages));
-        }
-        let goal = pages.len() - pages.len() / 8;
-        let mut smaller = self.pool.take_blocking();
-        // A result that does not fit in the room given is an error, and no gain.
-        Ok(
-            match compressor.compress_to_buffer(&pages, &mut smaller[..goal]) {
-                Ok(len) if len > 0 => (true, smaller.freeze(len)),
-                Ok(_) | Err(_) => (false, pages),
-            },
-        )
-    }
 }
 
 impl PageSink for NativeSink {
@@ -204,7 +174,9 @@ impl PageSink for NativeSink {
             ?within,
             "the connection is lost, the target runs: connecting again"
         );
-        self.link = start(&self.connect, &self.counters, &self.patience, within)?;
+        self.pace = Arc::default();
+        let (counters, pace) = (&self.counters, &self.pace);
+        self.link = start(&self.connect, counters, pace, &self.patience, within)?;
         let rounds = self.welcome()?;
         tracing::info!(rounds, "connected again");
         let ended = std::mem::take(&mut self.ended);
@@ -253,7 +225,11 @@ impl PageSink for NativeSink {
         };
         let meta = Message::Chunk(chunk).encode();
         self.digest.chunk(&meta);
-        let (compressed, data) = self.compress(pages)?;
+        let (compressed, data) = match &mut self.compressor {
+            Some(compressor) => compressor.compress(pages, &self.pace),
+            None => (false, pages),
+        };
+        self.pace.queue(data.len());
         self.link.say(Outgoing::Chunk {
             meta,
             compressed,
@@ -420,13 +396,14 @@ async fn ask(
 fn start(
     connect: &Connect,
     counters: &Arc<Counters>,
+    pace: &Arc<Pace>,
     patience: &Patience,
     within: Duration,
 ) -> Result<Link<Outgoing, Message>, SinkError> {
-    let (connect, counters) = (connect.clone(), Arc::clone(counters));
-    let patience = patience.clone();
+    let (connect, patience) = (connect.clone(), patience.clone());
+    let told = (Arc::clone(counters), Arc::clone(pace));
     Link::start(move |commands, replies| {
-        converse(connect, patience, within, commands, replies, counters)
+        converse(connect, patience, within, commands, replies, told)
     })
 }
 
@@ -437,7 +414,7 @@ async fn converse(
     within: Duration,
     commands: mpsc::Receiver<Outgoing>,
     replies: mpsc::UnboundedSender<Message>,
-    counters: Arc<Counters>,
+    (counters, pace): (Arc<Counters>, Arc<Pace>),
 ) -> Result<(), SinkError> {
     let began = Instant::now();
     let mut pause = BACK_OFF.0;
@@ -459,7 +436,7 @@ async fn converse(
     let listening = listen(&mut reader, replies);
     tokio::pin!(listening);
     let ended = tokio::select! {
-        said = talk(&mut writer, commands, &phase, &counters.bytes) => match said {
+        said = talk(&mut writer, commands, &phase, &counters.bytes, &pace) => match said {
             Ok(()) => return Ok(()),
             // The receiver's own reason, if it gave one, says more than our failed write.
             Err(ours) => match timeout(LAST_WORDS, &mut listening).await {
@@ -531,6 +508,7 @@ async fn talk(
     mut commands: mpsc::Receiver<Outgoing>,
     phase: &SharedPhase,
     bytes_sent: &AtomicU64,
+    pace: &Pace,
 ) -> Result<(), WireError> {
     // Those of the connections before this one.
     let before = bytes_sent.load(Ordering::Relaxed);
@@ -541,7 +519,11 @@ async fn talk(
                 meta,
                 compressed,
                 data,
-            })) => writer.send_chunk(&meta, compressed, data).await?,
+            })) => {
+                let (bytes, began) = (data.len(), Instant::now());
+                writer.send_chunk(&meta, compressed, data).await?;
+                pace.wrote(bytes, began.elapsed());
+            }
             Ok(None) => {
                 if phase.get() != Phase::Closed {
                     let reason = "the sender gave up".to_owned();

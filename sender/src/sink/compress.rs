@@ -1,0 +1,268 @@
+//! Compressing pages, and judging whether it is worth it.
+
+use bytes::Bytes;
+use pageferry_common::BufferPool;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Whether and how hard pages are compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// zstd at this level.
+    Zstd(i32),
+    /// zstd at [`FAST`] while the link is what is waited for, and pages become smaller.
+    Auto,
+}
+
+/// The level of [`Compression::Auto`].
+pub const FAST: i32 = 1;
+
+/// Bytes of pages that are compressed only to see what would come of it.
+const SAMPLE: usize = 128 << 10;
+
+/// Samples take at most one part in so many of all time.
+const SAMPLE_SHARE: u32 = 50;
+
+/// How much of what was written last makes up most of what is believed of a link, bytes. A socket's own
+/// buffer takes the first few million bytes at once, however slow the link is.
+const PACE_WINDOW: f64 = (16 << 20) as f64;
+
+/// How fast a link takes what is written to it. The thread that writes tells, the one that compresses asks.
+#[derive(Debug, Default)]
+pub struct Pace {
+    /// Bytes that wait to be written.
+    queued: AtomicU64,
+    /// Seconds a byte; the bits of an `f64`. Only one thread writes it.
+    cost: AtomicU64,
+}
+
+impl Pace {
+    /// So many bytes more wait to be written.
+    pub fn queue(&self, bytes: usize) {
+        self.queued.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// So many of them were written, in this time.
+    pub fn wrote(&self, bytes: usize, took: Duration) {
+        self.queued.fetch_sub(bytes as u64, Ordering::Relaxed);
+        if bytes > 0 {
+            let weight = 1.0 - (-(bytes as f64) / PACE_WINDOW).exp();
+            let now = took.as_secs_f64() / bytes as f64;
+            let cost = self.cost() + weight * (now - self.cost());
+            self.cost.store(cost.to_bits(), Ordering::Relaxed);
+        }
+    }
+
+    /// Seconds that the link takes for a byte; 0 before anything was written.
+    fn cost(&self) -> f64 {
+        f64::from_bits(self.cost.load(Ordering::Relaxed))
+    }
+
+    /// Seconds until all that waits is written.
+    fn backlog(&self) -> f64 {
+        self.queued.load(Ordering::Relaxed) as f64 * self.cost()
+    }
+}
+
+/// What compressing has led to lately.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Outlook {
+    /// Seconds that it takes for a byte.
+    cost: f64,
+    /// Bytes that become of one.
+    ratio: f64,
+}
+
+impl Outlook {
+    /// Whether it is worth while to compress so many bytes for a link that takes `link` seconds a byte, and
+    /// has `backlog` seconds to go on meanwhile: if that is less time for the link than it waits for us, and
+    /// if the processor is not kept busy for twice what is saved (it may have others to serve).
+    fn pays(self, bytes: usize, link: f64, backlog: f64) -> bool {
+        let bytes = bytes as f64;
+        let (work, saved) = (bytes * self.cost, bytes * link * (1.0 - self.ratio));
+        (work - backlog).max(0.0) < saved && work < 2.0 * saved
+    }
+
+    /// Half of what it was, half of what is seen now.
+    fn learn(self, now: Self) -> Self {
+        Self {
+            cost: f64::midpoint(self.cost, now.cost),
+            ratio: f64::midpoint(self.ratio, now.ratio),
+        }
+    }
+}
+
+/// Decides chunk by chunk.
+#[derive(Debug)]
+struct Judge {
+    outlook: Option<Outlook>,
+    next_sample: Instant,
+    /// For what a sample becomes.
+    room: Vec<u8>,
+}
+
+/// Compresses chunks, or leaves them as they are.
+pub(super) struct Compressor {
+    zstd: zstd::bulk::Compressor<'static>,
+    /// `None`: always.
+    judge: Option<Judge>,
+    pool: BufferPool,
+}
+
+impl Compressor {
+    /// `None` if nothing is ever compressed. Buffers come out of `pool`.
+    pub(super) fn new(how: Compression, pool: &BufferPool) -> io::Result<Option<Self>> {
+        let (level, judge) = match how {
+            Compression::None => return Ok(None),
+            Compression::Zstd(level) => (level, None),
+            Compression::Auto => {
+                let judge = Judge {
+                    outlook: None,
+                    next_sample: Instant::now(),
+                    room: vec![0; SAMPLE],
+                };
+                (FAST, Some(judge))
+            }
+        };
+        Ok(Some(Self {
+            zstd: zstd::bulk::Compressor::new(level)?,
+            judge,
+            pool: pool.clone(),
+        }))
+    }
+
+    /// The pages as they are to be sent, and whether they are compressed: if that makes them at least an
+    /// eighth smaller, and is worth while.
+    pub(super) fn compress(&mut self, pages: Bytes, pace: &Pace) -> (bool, Bytes) {
+        if pages.is_empty() || !self.decide(&pages, pace) {
+            return (false, pages);
+        }
+        let goal = pages.len() - pages.len() / 8;
+        // Until there is one, the link is waited for.
+        let mut smaller = self.pool.take_blocking();
+        let began = Instant::now();
+        // A result that does not fit in the room given is an error, and no gain.
+        let result = self.zstd.compress_to_buffer(&pages, &mut smaller[..goal]);
+        let len = result.unwrap_or(0);
+        let made = if len > 0 { len } else { pages.len() };
+        if let Some(judge) = &mut self.judge {
+            judge.learn(pages.len(), made, began.elapsed());
+        }
+        match len {
+            0 => (false, pages),
+            len => (true, smaller.freeze(len)),
+        }
+    }
+
+    fn decide(&mut self, pages: &[u8], pace: &Pace) -> bool {
+        let Some(judge) = &mut self.judge else {
+            return true;
+        };
+        let began = Instant::now();
+        if began >= judge.next_sample {
+            // From the middle: the first pages of a mapping are often unlike the others.
+            let sample = SAMPLE.min(pages.len());
+            let from = (pages.len() - sample) / 2;
+            let (sampled, room) = (&pages[from..from + sample], &mut judge.room[..sample]);
+            let result = self.zstd.compress_to_buffer(sampled, room);
+            let took = began.elapsed();
+            judge.learn(sample, result.unwrap_or(sample), took);
+            judge.next_sample = began + SAMPLE_SHARE * took;
+        }
+        let pays = |outlook: Outlook| outlook.pays(pages.len(), pace.cost(), pace.backlog());
+        judge.outlook.is_some_and(pays)
+    }
+}
+
+impl Judge {
+    /// So many bytes became so many, in this time.
+    fn learn(&mut self, bytes: usize, made: usize, took: Duration) {
+        let now = Outlook {
+            cost: took.as_secs_f64() / bytes as f64,
+            ratio: made as f64 / bytes as f64,
+        };
+        self.outlook = Some(self.outlook.map_or(now, |before| before.learn(now)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const CHUNK: usize = 4 << 20;
+
+    /// Seconds a byte, of a rate in MB/s.
+    fn at(megabytes: f64) -> f64 {
+        1e-6 / megabytes
+    }
+
+    #[test]
+    fn it_pays_where_the_link_is_waited_for() {
+        let (text, random) = (0.3, 1.0);
+        for (link, ratio, chunks_waiting, pays) in [
+            (at(117.0), text, 1.0, true),
+            (at(117.0), 0.8, 1.0, true),
+            (at(117.0), random, 1.0, false),
+            // The link would stand still meanwhile, and even so.
+            (at(117.0), text, 0.0, true),
+            (at(117.0), 0.8, 0.0, false),
+            // Faster than the compressor.
+            (at(2000.0), text, 2.0, false),
+            // Not known yet.
+            (0.0, text, 1.0, false),
+        ] {
+            let outlook = Outlook {
+                cost: at(500.0),
+                ratio,
+            };
+            let backlog = chunks_waiting * CHUNK as f64 * link;
+            let what = format!("{link} {ratio} {chunks_waiting}");
+            assert_eq!(outlook.pays(CHUNK, link, backlog), pays, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_link_that_slows_down_is_noticed_within_a_hundred_megabytes() {
+        let pace = Pace::default();
+        let write = |bytes, rate: f64| {
+            pace.queue(bytes);
+            pace.wrote(bytes, Duration::from_secs_f64(bytes as f64 * at(rate)));
+        };
+        (0..2).for_each(|_| write(CHUNK, 4000.0));
+        (0..20).for_each(|_| write(CHUNK, 100.0));
+        assert!((pace.cost() / at(100.0) - 1.0).abs() < 0.05);
+        assert!(pace.backlog() == 0.0);
+        pace.queue(1_000_000);
+        assert!((pace.backlog() / 0.01 - 1.0).abs() < 0.05);
+    }
+
+    #[test]
+    fn on_a_slow_link_it_comes_to_compress_what_can_be_and_nothing_else() {
+        let pool = BufferPool::new(2);
+        let text = b"for a slow link, this is small. ".repeat(CHUNK / 32);
+        let mut random = vec![0; CHUNK];
+        let mut state = 1_u64;
+        for word in random.chunks_exact_mut(8) {
+            // xorshift64
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            word.copy_from_slice(&state.to_le_bytes());
+        }
+        for (pages, smaller) in [(text, true), (random, false)] {
+            let mut compressor = Compressor::new(Compression::Auto, &pool).unwrap().unwrap();
+            let pace = Pace::default();
+            let pages = Bytes::from(pages);
+            let (compressed, sent) = compressor.compress(pages.clone(), &pace);
+            assert!(!compressed && sent == pages);
+            pace.queue(CHUNK);
+            pace.wrote(CHUNK, Duration::from_secs(100));
+            let (compressed, sent) = compressor.compress(pages.clone(), &pace);
+            assert_eq!(compressed, smaller);
+            assert_eq!(sent.len() < CHUNK, smaller);
+        }
+    }
+}
