@@ -31,6 +31,7 @@ pub mod program;
 pub mod scenario;
 pub mod servers;
 pub mod service;
+pub mod usage;
 pub mod victim;
 
 pub use images::{Mismatch, Stats, compare};

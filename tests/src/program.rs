@@ -1,5 +1,6 @@
 //! Child programs whose output is read as it comes, and which cannot outlive the test.
 
+use crate::usage::{self, Usage};
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -78,6 +79,8 @@ pub struct Finished {
     pub stdout: String,
     /// All of its standard error.
     pub stderr: String,
+    /// What it took of the machine.
+    pub usage: Usage,
 }
 
 impl Program {
@@ -182,11 +185,12 @@ impl Program {
             self.kill();
             panic!("{} hangs; stderr:\n{stderr}", self.name);
         }
-        let status = self.child.wait().expect("it is our child");
+        let (status, usage) = usage::wait(&mut self.child).expect("it is our child");
         Finished {
             status,
             stdout,
             stderr,
+            usage,
         }
     }
 

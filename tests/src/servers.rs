@@ -1,6 +1,9 @@
 //! Databases with data in them and clients that load them.
 
 use crate::daemon::{Daemon, answered, output, until};
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -84,6 +87,52 @@ impl Redis {
         assert!(filled.expect("it was just there").success());
     }
 
+    /// Sets keys to a page of words each, until it has so many MiB of them.
+    ///
+    /// # Panics
+    /// If it does not take them.
+    pub fn fill_with_text(&self, mib: u32) {
+        let (mut state, mut words) = (1_u64, Vec::new());
+        let mut random = || {
+            // xorshift64
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state
+        };
+        for _ in 0..4096 {
+            let letters = (0..2 + random() % 8).map(|_| char::from(b'a' + (random() % 26) as u8));
+            words.push(letters.collect::<String>());
+        }
+        let stream = self.connect();
+        let mut lines = BufReader::new(&stream);
+        for key in 0..mib * 256 {
+            let mut text = String::with_capacity(4000);
+            while text.len() < 3900 {
+                // Some words are frequent.
+                let most = 1 + random() % 4096;
+                text += &words[(random() % most) as usize];
+                text.push(' ');
+            }
+            let key = format!("text:{key}");
+            let (key_len, text_len) = (key.len(), text.len());
+            let set = format!("*3\r\n$3\r\nSET\r\n${key_len}\r\n{key}\r\n${text_len}\r\n{text}\r\n");
+            (&stream).write_all(set.as_bytes()).expect("redis takes it");
+            let mut answer = String::new();
+            lines.read_line(&mut answer).expect("redis answers");
+            assert_eq!(answer, "+OK\r\n");
+        }
+    }
+
+    /// A connection to it.
+    ///
+    /// # Panics
+    /// If it takes none.
+    #[must_use]
+    pub fn connect(&self) -> UnixStream {
+        UnixStream::connect(self.dir.path().join("redis.sock")).expect("redis listens")
+    }
+
     /// Clients that read and write until they are dropped.
     #[must_use]
     pub fn load(&self) -> Daemon {
@@ -98,6 +147,12 @@ pub struct Postgres {
     dir: TempDir,
     user: nix::unistd::User,
 }
+
+/// MiB of the database for each unit of pgbench's scale.
+const MIB_OF_SCALE: u32 = 15;
+
+/// What the logs of a steady load begin with.
+const LOAD_LOG: &str = "load";
 
 const POSTGRES: &str = "/usr/lib/postgresql/15/bin";
 
@@ -159,6 +214,20 @@ impl Postgres {
         postgres
     }
 
+    /// The same with tables that just fit into its shared buffers, and are in them.
+    ///
+    /// # Panics
+    /// As [`Postgres::start`].
+    #[must_use]
+    pub fn start_full(through: &Command, address: &str, shared_mib: u32) -> Self {
+        let scale = (shared_mib / MIB_OF_SCALE).max(1);
+        let postgres = Self::start_in(through, address, shared_mib, scale);
+        let all = "create extension pg_prewarm; select sum(pg_prewarm(c.oid)) from pg_class c \
+                   where relname like 'pgbench%'";
+        postgres.sql(all).expect("the buffers can be filled");
+        postgres
+    }
+
     /// The process ID of its postmaster.
     #[must_use]
     pub fn pid(&self) -> i32 {
@@ -193,6 +262,24 @@ impl Postgres {
                     and (select count(*) > 100 from pgbench_history)";
         until("pgbench runs", || answered(self.sql(busy), "t"));
         load
+    }
+
+    /// Four clients that book so many times a second until they are dropped, and log it ([`Self::load_log`]).
+    #[must_use]
+    pub fn steady_load(&self, rate: u32) -> Daemon {
+        let mut pgbench = self.client("pgbench");
+        pgbench.args(["-n", "-c", "4", "-T", "86400", "-R", &rate.to_string(), "-l"]);
+        pgbench.arg(format!("--log-prefix={}", self.dir.path().join(LOAD_LOG).display()));
+        Daemon::start(pgbench.arg("postgres"))
+    }
+
+    /// What pgbench has logged of that: a line for each transaction. It comes in blocks.
+    #[must_use]
+    pub fn load_log(&self) -> String {
+        let files = fs::read_dir(self.dir.path()).into_iter().flatten().flatten();
+        let logs = files.filter(|file| file.file_name().to_string_lossy().starts_with(LOAD_LOG));
+        logs.map(|file| fs::read_to_string(file.path()).unwrap_or_default())
+            .collect()
     }
 
     /// Claims that what pgbench keeps consistent is so.

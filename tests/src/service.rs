@@ -159,16 +159,9 @@ struct Pgbench {
     logs: TempDir,
 }
 
-/// MiB of the database for each unit of pgbench's scale.
-const MIB_OF_SCALE: u32 = 15;
-
 impl Pgbench {
     fn start(net: &Net, mib: u32) -> Self {
-        let scale = (mib / MIB_OF_SCALE).max(1);
-        let postgres = Postgres::start_in(&net.enter("A"), SERVICE, mib, scale);
-        let all = "create extension pg_prewarm; select sum(pg_prewarm(c.oid)) from pg_class c \
-                   where relname like 'pgbench%'";
-        postgres.sql(all).expect("the buffers can be filled");
+        let postgres = Postgres::start_full(&net.enter("A"), SERVICE, mib);
         let logs = tempfile::tempdir().expect("a temporary directory can be made");
         let mut client = net.enter("C");
         client.args(["pgbench", "-h", SERVICE, "-U", "postgres", "-n", "-c", "4"]);

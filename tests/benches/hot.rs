@@ -1,0 +1,212 @@
+//! Micro-benchmarks of the pieces every page goes through: `cargo bench -p pageferry-tests`.
+
+use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use pageferry_common::digest::digest;
+use pageferry_common::wire::{
+    Chunk, Entry, EntryKind, FrameReader, FrameWriter, Incoming, Message, RoundKind, SharedPhase,
+};
+use pageferry_common::{
+    BUFFER_PAGES, BUFFER_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token,
+};
+use pageferry_receiver::image::DirName;
+use pageferry_receiver::image::writer::DirWriter;
+use pageferry_sender::sink::FAST;
+use pageferry_sender::source::{PageSource, TaskSource};
+use pageferry_sender::sys::pagemap::{self, PRESENT, Query, Region, SWAPPED, WRITTEN};
+use pageferry_sender::task::{Task, namespace_depth};
+use pageferry_tests::Victim;
+use std::fs::File;
+use std::hint::black_box;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+/// Memory of which a part is random, as programs have it.
+fn pages() -> Vec<u8> {
+    let mut state = 1_u64;
+    let mut pages = vec![0; BUFFER_SIZE];
+    for (index, word) in pages.chunks_exact_mut(8).enumerate() {
+        // xorshift64
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        let word_is = if index % 4 == 0 { state } else { state & 0xff };
+        word.copy_from_slice(&word_is.to_le_bytes());
+    }
+    pages
+}
+
+/// The entries of one chunk that is all data.
+fn entries(first: u64) -> Vec<Entry> {
+    let start = (1 + first) * PAGE_SIZE;
+    let range = PageRange::new(start, BUFFER_PAGES as u64).expect("it is one");
+    let kind = EntryKind::Data;
+    vec![Entry { range, kind }]
+}
+
+/// Asking the kernel which pages of 256 MiB are there and written, and reading them.
+fn memory(criterion: &mut Criterion) {
+    const MIB: u64 = 256;
+    let mut victim = Victim::start(&format!("heap={MIB}"));
+    let regions = victim.regions().into_iter();
+    let region = regions.max_by_key(|it| it.length).expect("it has some");
+    let whole = PageRange::new(region.start, region.length / PAGE_SIZE).expect("it is one");
+    let pid = victim.pid();
+    let pagemap = File::open(format!("/proc/{pid}/pagemap")).expect("it is our child");
+    let mut group = criterion.benchmark_group("memory");
+    group.throughput(Throughput::Bytes(whole.bytes()));
+    let query = Query {
+        any: PRESENT | SWAPPED,
+        report: PRESENT | SWAPPED | WRITTEN,
+        ..Query::default()
+    };
+    let mut room = vec![Region::default(); 4096];
+    if pagemap::scan(&pagemap, whole, query, &mut room, |_| {}).is_ok() {
+        group.bench_function("scan", |bencher| {
+            bencher.iter(|| {
+                let mut found = 0;
+                let each = |region: &Region| found += region.end - region.start;
+                pagemap::scan(&pagemap, whole, query, &mut room, each).expect("it lives");
+                black_box(found)
+            });
+        });
+    }
+    let depth = namespace_depth(pid).expect("it lives");
+    let task = Task::meet(pid, pid, depth).expect("it lives");
+    let mut buffer = vec![0; BUFFER_SIZE];
+    group.bench_function("read", |bencher| {
+        let mut source = TaskSource::new(&task);
+        let mut arrived = Vec::new();
+        bencher.iter(|| {
+            let mut rest = Some(whole);
+            while let Some(range) = rest {
+                let (now, later) = range.split_at(BUFFER_PAGES as u64);
+                let now = now.expect("a range is not empty");
+                arrived.clear();
+                let room = &mut buffer[..now.bytes() as usize];
+                source.read(&[now], room, &mut arrived).expect("it lives");
+                rest = later;
+            }
+        });
+    });
+    group.finish();
+}
+
+/// What is computed over every chunk.
+fn chunks(criterion: &mut Criterion) {
+    let pages = pages();
+    let mut group = criterion.benchmark_group("chunk");
+    group.throughput(Throughput::Bytes(BUFFER_SIZE as u64));
+    group.bench_function("checksum", |bencher| bencher.iter(|| digest(black_box(&pages))));
+    let mut zstd = zstd::bulk::Compressor::new(FAST).expect("there is such a level");
+    let mut smaller = vec![0; BUFFER_SIZE];
+    group.bench_function("compress", |bencher| {
+        bencher.iter(|| zstd.compress_to_buffer(black_box(&pages), &mut smaller));
+    });
+    let len = zstd.compress_to_buffer(&pages, &mut smaller).expect("it becomes smaller");
+    let mut again = vec![0; BUFFER_SIZE];
+    let mut unzstd = zstd::bulk::Decompressor::new().expect("there is memory");
+    group.bench_function("decompress", |bencher| {
+        bencher.iter(|| unzstd.decompress_to_buffer(black_box(&smaller[..len]), &mut again));
+    });
+    group.finish();
+}
+
+/// Frames from one end of a pipe in memory to the other.
+fn frames(criterion: &mut Criterion) {
+    const STALL: Duration = Duration::from_secs(60);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.expect("there can be one");
+    let data = bytes::Bytes::from(pages());
+    let (one, other) = tokio::io::duplex(BUFFER_SIZE + (1 << 20));
+    let mut writer = FrameWriter::new(one, SharedPhase::default(), STALL);
+    let mut reader = FrameReader::new(other, SharedPhase::default(), STALL);
+    let claim = Claim {
+        id: MigrationId([1; 16]),
+        root_pid: 1,
+        token: Token([2; 32]),
+    };
+    let (version, features) = (pageferry_common::wire::VERSION, 0);
+    let page_size = PAGE_SIZE as u32;
+    let hello = Message::Hello { version, page_size, features, claim };
+    let directory = String::new();
+    let welcome = Message::Welcome { version, features, rounds: 0, directory };
+    let (round, kind, uptime_us) = (1, RoundKind::PreDump, 1);
+    let begin = Message::RoundBegin { round, kind, uptime_us };
+    runtime.block_on(async {
+        for message in [hello, welcome, begin, Message::ImageOpen(ImageId::Task(1))] {
+            writer.send(&message).await.expect("it is heard");
+            reader.next().await.expect("it was said");
+        }
+    });
+    let chunk = Chunk { entries: entries(0), digest: 0 };
+    let meta = Message::Chunk(chunk).encode();
+    let mut buffer = vec![0; BUFFER_SIZE];
+    let mut group = criterion.benchmark_group("frame");
+    group.throughput(Throughput::Bytes(BUFFER_SIZE as u64));
+    group.bench_function("through memory", |bencher| {
+        bencher.iter(|| {
+            runtime.block_on(async {
+                writer.send_chunk(&meta, false, data.clone()).await.expect("it is heard");
+                let Ok(Incoming::Chunk { data_len, .. }) = reader.next().await else {
+                    panic!("it was a chunk");
+                };
+                reader.data(&mut buffer[..data_len]).await.expect("it was said");
+            });
+        });
+    });
+    group.finish();
+}
+
+/// Writing 64 MiB of an image, to memory if there is a tmpfs.
+fn images(criterion: &mut Criterion) {
+    const CHUNKS: u64 = 16;
+    let pages = pages();
+    let shm = std::path::Path::new("/dev/shm");
+    let dir = match shm.is_dir() {
+        true => tempfile::tempdir_in(shm),
+        false => tempfile::tempdir(),
+    };
+    let dir = dir.expect("a directory can be made");
+    let mut group = criterion.benchmark_group("image");
+    group.throughput(Throughput::Bytes(CHUNKS * BUFFER_SIZE as u64));
+    group.sample_size(20);
+    group.bench_function("write", |bencher| {
+        let begin = || {
+            let mut writer = DirWriter::begin(dir.path(), DirName::Round(1)).expect("it is new");
+            writer.open(ImageId::Task(1)).expect("it is new");
+            writer
+        };
+        bencher.iter_batched(
+            begin,
+            |mut writer| {
+                for chunk in 0..CHUNKS {
+                    let entries = entries(chunk * BUFFER_PAGES as u64);
+                    writer.put(&entries, &pages).expect("there is room");
+                }
+            },
+            BatchSize::PerIteration,
+        );
+    });
+    group.finish();
+    // What a plain file takes, to compare with.
+    let mut group = criterion.benchmark_group("file");
+    group.throughput(Throughput::Bytes(CHUNKS * BUFFER_SIZE as u64));
+    group.sample_size(20);
+    group.bench_function("write", |bencher| {
+        bencher.iter_batched(
+            || File::from(memfd_create("pages", MFdFlags::empty()).expect("there is one")),
+            |file| {
+                for chunk in 0..CHUNKS {
+                    let at = chunk * BUFFER_SIZE as u64;
+                    file.write_all_at(&pages, at).expect("there is room");
+                }
+            },
+            BatchSize::PerIteration,
+        );
+    });
+    group.finish();
+}
+
+criterion_group!(hot, memory, chunks, frames, images);
+criterion_main!(hot);
