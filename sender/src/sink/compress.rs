@@ -26,9 +26,11 @@ const SAMPLE: usize = 128 << 10;
 /// Samples take at most one part in so many of all time.
 const SAMPLE_SHARE: u32 = 50;
 
-/// How much of what was written last makes up most of what is believed of a link, bytes. A socket's own
-/// buffer takes the first few million bytes at once, however slow the link is.
-const PACE_WINDOW: f64 = (16 << 20) as f64;
+/// Bytes after which most of what is believed of a link is what was seen last, if that is slower than it was, and
+/// if it is faster. That it is slow is true as soon as it shows; it may look fast for a while, for a socket's
+/// buffer takes some millions of bytes at once when it is empty.
+const SLOWER: f64 = (2 << 20) as f64;
+const FASTER: f64 = (16 << 20) as f64;
 
 /// How fast a link takes what is written to it. The thread that writes tells, the one that compresses asks.
 #[derive(Debug, Default)]
@@ -49,9 +51,10 @@ impl Pace {
     pub fn wrote(&self, bytes: usize, took: Duration) {
         self.queued.fetch_sub(bytes as u64, Ordering::Relaxed);
         if bytes > 0 {
-            let weight = 1.0 - (-(bytes as f64) / PACE_WINDOW).exp();
-            let now = took.as_secs_f64() / bytes as f64;
-            let cost = self.cost() + weight * (now - self.cost());
+            let (before, now) = (self.cost(), took.as_secs_f64() / bytes as f64);
+            let window = if now > before { SLOWER } else { FASTER };
+            let weight = 1.0 - (-(bytes as f64) / window).exp();
+            let cost = before + weight * (now - before);
             self.cost.store(cost.to_bits(), Ordering::Relaxed);
         }
     }
@@ -225,15 +228,21 @@ mod tests {
     }
 
     #[test]
-    fn a_link_that_slows_down_is_noticed_within_a_hundred_megabytes() {
+    fn a_link_that_slows_down_is_noticed_at_once_and_one_that_speeds_up_in_a_while() {
         let pace = Pace::default();
         let write = |bytes, rate: f64| {
             pace.queue(bytes);
             pace.wrote(bytes, Duration::from_secs_f64(bytes as f64 * at(rate)));
         };
         (0..2).for_each(|_| write(CHUNK, 4000.0));
-        (0..20).for_each(|_| write(CHUNK, 100.0));
-        assert!((pace.cost() / at(100.0) - 1.0).abs() < 0.05);
+        write(CHUNK, 100.0);
+        assert!(pace.cost() > 0.8 * at(100.0));
+        // Room in a buffer is no fast link.
+        write(CHUNK / 2, 4000.0);
+        assert!(pace.cost() > 0.7 * at(100.0));
+        (0..24).for_each(|_| write(CHUNK, 4000.0));
+        assert!(pace.cost() < at(2000.0));
+        (0..4).for_each(|_| write(CHUNK, 100.0));
         assert!(pace.backlog() == 0.0);
         pace.queue(1_000_000);
         assert!((pace.backlog() / 0.01 - 1.0).abs() < 0.05);
