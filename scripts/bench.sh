@@ -22,5 +22,6 @@ cargo build --quiet --release --workspace --bins
 processor=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | sed -n 1p)
 memory=$(awk '/^MemTotal/ { printf "%.0f GiB", $2 / 1048576 }' /proc/meminfo)
 disk=$(df --output=fstype "${TMPDIR:-/tmp}" | tail -n 1)
-export MACHINE="${processor:-unknown processor}, $(nproc) processors, $memory, Linux $(uname -r), disk: $disk"
+MACHINE="${processor:-unknown processor}, $(nproc) processors, $memory, Linux $(uname -r), disk: $disk"
+export MACHINE
 exec target/release/bench "$@"

@@ -97,13 +97,17 @@ fn chunks(criterion: &mut Criterion) {
     let pages = pages();
     let mut group = criterion.benchmark_group("chunk");
     group.throughput(Throughput::Bytes(BUFFER_SIZE as u64));
-    group.bench_function("checksum", |bencher| bencher.iter(|| digest(black_box(&pages))));
+    group.bench_function("checksum", |bencher| {
+        bencher.iter(|| digest(black_box(&pages)))
+    });
     let mut zstd = zstd::bulk::Compressor::new(FAST).expect("there is such a level");
     let mut smaller = vec![0; BUFFER_SIZE];
     group.bench_function("compress", |bencher| {
         bencher.iter(|| zstd.compress_to_buffer(black_box(&pages), &mut smaller));
     });
-    let len = zstd.compress_to_buffer(&pages, &mut smaller).expect("it becomes smaller");
+    let len = zstd
+        .compress_to_buffer(&pages, &mut smaller)
+        .expect("it becomes smaller");
     let mut again = vec![0; BUFFER_SIZE];
     let mut unzstd = zstd::bulk::Decompressor::new().expect("there is memory");
     group.bench_function("decompress", |bencher| {
@@ -115,7 +119,9 @@ fn chunks(criterion: &mut Criterion) {
 /// Frames from one end of a pipe in memory to the other.
 fn frames(criterion: &mut Criterion) {
     const STALL: Duration = Duration::from_secs(60);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
     let runtime = runtime.expect("there can be one");
     let data = bytes::Bytes::from(pages());
     let (one, other) = tokio::io::duplex(BUFFER_SIZE + (1 << 20));
@@ -128,18 +134,35 @@ fn frames(criterion: &mut Criterion) {
     };
     let (version, features) = (pageferry_common::wire::VERSION, 0);
     let page_size = PAGE_SIZE as u32;
-    let hello = Message::Hello { version, page_size, features, claim };
+    let hello = Message::Hello {
+        version,
+        page_size,
+        features,
+        claim,
+    };
     let directory = String::new();
-    let welcome = Message::Welcome { version, features, rounds: 0, directory };
+    let welcome = Message::Welcome {
+        version,
+        features,
+        rounds: 0,
+        directory,
+    };
     let (round, kind, uptime_us) = (1, RoundKind::PreDump, 1);
-    let begin = Message::RoundBegin { round, kind, uptime_us };
+    let begin = Message::RoundBegin {
+        round,
+        kind,
+        uptime_us,
+    };
     runtime.block_on(async {
         for message in [hello, welcome, begin, Message::ImageOpen(ImageId::Task(1))] {
             writer.send(&message).await.expect("it is heard");
             reader.next().await.expect("it was said");
         }
     });
-    let chunk = Chunk { entries: entries(0), digest: 0 };
+    let chunk = Chunk {
+        entries: entries(0),
+        digest: 0,
+    };
     let meta = Message::Chunk(chunk).encode();
     let mut buffer = vec![0; BUFFER_SIZE];
     let mut group = criterion.benchmark_group("frame");
@@ -147,11 +170,17 @@ fn frames(criterion: &mut Criterion) {
     group.bench_function("through memory", |bencher| {
         bencher.iter(|| {
             runtime.block_on(async {
-                writer.send_chunk(&meta, false, data.clone()).await.expect("it is heard");
+                writer
+                    .send_chunk(&meta, false, data.clone())
+                    .await
+                    .expect("it is heard");
                 let Ok(Incoming::Chunk { data_len, .. }) = reader.next().await else {
                     panic!("it was a chunk");
                 };
-                reader.data(&mut buffer[..data_len]).await.expect("it was said");
+                reader
+                    .data(&mut buffer[..data_len])
+                    .await
+                    .expect("it was said");
             });
         });
     });

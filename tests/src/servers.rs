@@ -116,7 +116,8 @@ impl Redis {
             }
             let key = format!("text:{key}");
             let (key_len, text_len) = (key.len(), text.len());
-            let set = format!("*3\r\n$3\r\nSET\r\n${key_len}\r\n{key}\r\n${text_len}\r\n{text}\r\n");
+            let set =
+                format!("*3\r\n$3\r\nSET\r\n${key_len}\r\n{key}\r\n${text_len}\r\n{text}\r\n");
             (&stream).write_all(set.as_bytes()).expect("redis takes it");
             let mut answer = String::new();
             lines.read_line(&mut answer).expect("redis answers");
@@ -268,15 +269,30 @@ impl Postgres {
     #[must_use]
     pub fn steady_load(&self, rate: u32) -> Daemon {
         let mut pgbench = self.client("pgbench");
-        pgbench.args(["-n", "-c", "4", "-T", "86400", "-R", &rate.to_string(), "-l"]);
-        pgbench.arg(format!("--log-prefix={}", self.dir.path().join(LOAD_LOG).display()));
+        pgbench.args([
+            "-n",
+            "-c",
+            "4",
+            "-T",
+            "86400",
+            "-R",
+            &rate.to_string(),
+            "-l",
+        ]);
+        pgbench.arg(format!(
+            "--log-prefix={}",
+            self.dir.path().join(LOAD_LOG).display()
+        ));
         Daemon::start(pgbench.arg("postgres"))
     }
 
     /// What pgbench has logged of that: a line for each transaction. It comes in blocks.
     #[must_use]
     pub fn load_log(&self) -> String {
-        let files = fs::read_dir(self.dir.path()).into_iter().flatten().flatten();
+        let files = fs::read_dir(self.dir.path())
+            .into_iter()
+            .flatten()
+            .flatten();
         let logs = files.filter(|file| file.file_name().to_string_lossy().starts_with(LOAD_LOG));
         logs.map(|file| fs::read_to_string(file.path()).unwrap_or_default())
             .collect()

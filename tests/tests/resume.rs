@@ -266,10 +266,9 @@ fn a_link_that_is_waited_for_is_sent_less() {
     let mut victim = Victim::start("heap=8 text=96");
     let wired = Wired::start("100mbit", &victim, &[], &["--then", "stop"]);
     let report = wired.assert_arrived(&mut victim);
-    let (raw, wire) = report
-        .rounds
-        .iter()
-        .fold((0, 0), |(raw, wire), it| (raw + it.bytes_raw, wire + it.bytes_wire));
+    let (raw, wire) = report.rounds.iter().fold((0, 0), |(raw, wire), it| {
+        (raw + it.bytes_raw, wire + it.bytes_wire)
+    });
     assert!(wire < raw / 2, "{wire} of {raw} bytes");
 }
 

@@ -8,12 +8,5 @@ use std::os::fd::AsRawFd;
 pub fn begin(file: &File, offset: u64, bytes: u64) {
     let (offset, bytes) = (offset.cast_signed(), bytes.cast_signed());
     // SAFETY: the descriptor is open, and no memory is involved.
-    unsafe {
-        libc::sync_file_range(
-            file.as_raw_fd(),
-            offset,
-            bytes,
-            libc::SYNC_FILE_RANGE_WRITE,
-        )
-    };
+    unsafe { libc::sync_file_range(file.as_raw_fd(), offset, bytes, libc::SYNC_FILE_RANGE_WRITE) };
 }

@@ -4,8 +4,8 @@
 //! A connection is a round. CRIU's server says nothing but whether it has an image in its parent,
 //! and at the end a number, 0 if it has everything.
 
-use super::link::{Duplex, Link, dial};
 use super::compress::Compression;
+use super::link::{Duplex, Link, dial};
 use super::native::Connect;
 use super::{PageSink, Receipt, SinkError};
 use crate::progress::Counters;

@@ -75,13 +75,17 @@ impl LoadedRedis {
                 if early > 0.0 {
                     thread::sleep(Duration::from_secs_f64(early));
                 }
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1);
                 let key = format!("key:{}", (state >> 33) % u64::from(keys));
                 let request = format!(
                     "*3\r\n$3\r\nSET\r\n${}\r\n{key}\r\n${VALUE}\r\n{value}\r\n",
                     key.len()
                 );
-                stream.write_all(request.as_bytes()).expect("redis takes it");
+                stream
+                    .write_all(request.as_bytes())
+                    .expect("redis takes it");
                 let mut answer = String::new();
                 lines.read_line(&mut answer).expect("redis answers");
                 assert_eq!(answer, "+OK\r\n");

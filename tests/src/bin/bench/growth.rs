@@ -10,17 +10,29 @@ const WRITES: u64 = 2000;
 
 /// See the module.
 pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
-    let sizes = [1, 2, 4, 8, 16].into_iter().filter(|&gib| gib <= bench.growth);
+    let sizes = [1, 2, 4, 8, 16]
+        .into_iter()
+        .filter(|&gib| gib <= bench.growth);
     // Pages of zeros are looked at like any others, and leave the disk in peace.
     let sizes = sizes.map(|gib| (gib, format!("zero={} heap=16 dirty64={WRITES}", gib * 1024)));
-    let mappings = [10, 1000, 50_000].map(|n| (n, format!("heap=64 mappings={n} dirty64={WRITES}")));
+    let mappings =
+        [10, 1000, 50_000].map(|n| (n, format!("heap=64 mappings={n} dirty64={WRITES}")));
     let threads = [1, 32, 512].map(|n| (n, format!("heap=64 threads={n} dirty64={WRITES}")));
     let processes = [1, 8, 64].map(|n| {
-        let children = if n > 1 { format!("children={}", n - 1) } else { String::new() };
+        let children = if n > 1 {
+            format!("children={}", n - 1)
+        } else {
+            String::new()
+        };
         // Each of them writes.
         (n, format!("heap=64 {children} dirty64={}", WRITES / n))
     });
-    let columns = ["", "frozen, ms", "a round behind the first, ms", "its pages looked at"];
+    let columns = [
+        "",
+        "frozen, ms",
+        "a round behind the first, ms",
+        "its pages looked at",
+    ];
     for (what, cases) in [
         ("GiB of memory", sizes.collect::<Vec<_>>()),
         ("mappings", mappings.to_vec()),

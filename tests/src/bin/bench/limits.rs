@@ -22,7 +22,10 @@ const BUFFER: usize = 4 * MIB as usize;
 /// are said to have begun.
 pub fn measure() -> Result<Table, Box<dyn Error>> {
     let own = env::current_exe()?;
-    let out = Command::new(own).arg(ALONE).stderr(Stdio::inherit()).output()?;
+    let out = Command::new(own)
+        .arg(ALONE)
+        .stderr(Stdio::inherit())
+        .output()?;
     if !out.status.success() {
         return Err(format!("limits: {}", out.status).into());
     }
@@ -87,7 +90,8 @@ fn rate(bytes: u64, work: impl FnOnce()) -> f64 {
 fn iperf() -> f64 {
     let port = free_address().port().to_string();
     let mut server = Command::new("iperf3");
-    let mut server = Program::start(server.args(["-s", "-1", "--forceflush", "-p", &port, "-i", "0"]));
+    let mut server =
+        Program::start(server.args(["-s", "-1", "--forceflush", "-p", &port, "-i", "0"]));
     pageferry_tests::criu::await_listener("/proc/net/tcp6", port.parse().expect("it is one"));
     let mut client = Command::new("iperf3");
     let client = client.args(["-c", "127.0.0.1", "-p", &port, "-t", "2", "-J"]);

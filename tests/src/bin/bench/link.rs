@@ -46,7 +46,10 @@ public class Heap {
 /// What is sent.
 enum Target {
     Redis(Redis),
-    Java(Daemon, #[expect(dead_code, reason = "its files are there as long")] TempDir),
+    Java(
+        Daemon,
+        #[expect(dead_code, reason = "its files are there as long")] TempDir,
+    ),
     Random(Victim),
 }
 
@@ -84,7 +87,10 @@ pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Err
     let targets = [
         ("redis with text", Target::text()),
         ("JVM heap", Target::java()),
-        ("random", Target::Random(Victim::detached(&format!("heap={SIZE}")))),
+        (
+            "random",
+            Target::Random(Victim::detached(&format!("heap={SIZE}"))),
+        ),
     ];
     for place in &bench.places {
         let title = format!("Over 1 Gbit/s, images on {}", place.name);

@@ -52,7 +52,10 @@ impl Bench {
 }
 
 /// A case: its name, and what measures it.
-type Case = (&'static str, fn(&Bench, &mut Vec<Table>) -> Result<(), Box<dyn Error>>);
+type Case = (
+    &'static str,
+    fn(&Bench, &mut Vec<Table>) -> Result<(), Box<dyn Error>>,
+);
 
 const CASES: [Case; 6] = [
     ("full", full),
@@ -102,7 +105,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         if wanted.is_empty() || wanted.iter().any(|it| it == name) {
             measure(&bench, &mut tables)?;
             // What is measured so far is there, whatever becomes of the rest.
-            report::write(&bench.out, &variable("MACHINE", "an unknown machine"), &tables)?;
+            report::write(
+                &bench.out,
+                &variable("MACHINE", "an unknown machine"),
+                &tables,
+            )?;
         }
     }
     print!("{}", fs::read_to_string(bench.out.join("results.md"))?);
@@ -179,7 +186,10 @@ fn tls(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     let certs = Certs::new();
     let victim = Victim::detached("heap=1024");
     for place in &bench.places {
-        let title = format!("1 GiB over loopback, in the clear and with TLS, images on {}", place.name);
+        let title = format!(
+            "1 GiB over loopback, in the clear and with TLS, images on {}",
+            place.name
+        );
         let columns = ["how", "MB/s", "CPU s/GiB, both ends"];
         let mut table = Table::new(&format!("tls-{}", place.name), &title, &columns);
         for _ in 0..bench.runs {

@@ -26,12 +26,16 @@ pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Err
         };
         for place in &bench.places {
             let name = format!("precopy-{}-{}", service.to_lowercase(), place.name);
-            let title = format!("Pre-copy of {service} over 1 Gbit/s, images on {}", place.name);
-            let columns = [
-                "round", "frozen, ms", "s", "pages sent", "MB on the wire",
-            ];
+            let title = format!(
+                "Pre-copy of {service} over 1 Gbit/s, images on {}",
+                place.name
+            );
+            let columns = ["round", "frozen, ms", "s", "pages sent", "MB on the wire"];
             let mut rounds = Table::new(&name, &title, &columns);
-            let title = format!("What clients of {service} see meanwhile, images on {}", place.name);
+            let title = format!(
+                "What clients of {service} see meanwhile, images on {}",
+                place.name
+            );
             let columns = ["when", "requests/s", "p50, ms", "p99, ms", "most, ms"];
             let mut seen = Table::new(&format!("{name}-clients"), &title, &columns);
             for run in 0..bench.runs {
@@ -73,7 +77,10 @@ pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Err
                 }
                 if run == 0 {
                     let latencies = longest(&answers, began, ended);
-                    let title = format!("Longest answer of {service} in each 100 ms, images on {}", place.name);
+                    let title = format!(
+                        "Longest answer of {service} in each 100 ms, images on {}",
+                        place.name
+                    );
                     lines(&bench.plot(&name), &title, ("s", "ms"), false, &[latencies])?;
                 }
             }
@@ -90,9 +97,16 @@ fn summary(answers: &[Answer], from: f64, to: f64) -> [f64; 4] {
     took.sort_by(f64::total_cmp);
     let part = |share: f64| {
         let index = (took.len() as f64 * share) as usize;
-        took.get(index.min(took.len().saturating_sub(1))).copied().unwrap_or_default()
+        took.get(index.min(took.len().saturating_sub(1)))
+            .copied()
+            .unwrap_or_default()
     };
-    [took.len() as f64 / (to - from), part(0.5), part(0.99), part(1.0)]
+    [
+        took.len() as f64 / (to - from),
+        part(0.5),
+        part(0.99),
+        part(1.0),
+    ]
 }
 
 /// The longest time in each tenth of a second, ms, from some before to some behind.
@@ -117,8 +131,17 @@ pub fn small_writes(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dy
     const WRITES: u64 = 100_000;
     let victim = Victim::detached(&format!("heap=1024 dirty64={WRITES}"));
     for place in &bench.places {
-        let title = format!("Pages of which 64 bytes change, over loopback, images on {}", place.name);
-        let columns = ["round", "s", "pages sent", "MB on the wire", "bytes on the wire a page"];
+        let title = format!(
+            "Pages of which 64 bytes change, over loopback, images on {}",
+            place.name
+        );
+        let columns = [
+            "round",
+            "s",
+            "pages sent",
+            "MB on the wire",
+            "bytes on the wire a page",
+        ];
         let mut table = Table::new(&format!("small-{}", place.name), &title, &columns);
         for _ in 0..bench.runs {
             let options = ["--rounds", "4"];

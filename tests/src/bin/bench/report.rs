@@ -197,9 +197,19 @@ pub fn lines(
         .y_label_area_size(56);
     if growth {
         let x = (left..right * 1.1).log_scale();
-        draw(&mut builder.build_cartesian_2d(x, 0.0..top)?, axes, true, series)?;
+        draw(
+            &mut builder.build_cartesian_2d(x, 0.0..top)?,
+            axes,
+            true,
+            series,
+        )?;
     } else {
-        draw(&mut builder.build_cartesian_2d(left..right, 0.0..top)?, axes, false, series)?;
+        draw(
+            &mut builder.build_cartesian_2d(left..right, 0.0..top)?,
+            axes,
+            false,
+            series,
+        )?;
     }
     root.present()?;
     Ok(())
@@ -225,7 +235,9 @@ where
             .label(name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], style));
         if dots {
-            let dots = points.iter().map(|&point| Circle::new(point, 3, style.filled()));
+            let dots = points
+                .iter()
+                .map(|&point| Circle::new(point, 3, style.filled()));
             chart.draw_series(dots)?;
         }
     }
@@ -246,9 +258,8 @@ pub fn write(out: &Path, machine: &str, tables: &[Table]) -> Result<(), Box<dyn 
         machine: &'a str,
         tables: &'a [Table],
     }
-    let mut text = format!(
-        "Measured on: {machine}. Medians, in parentheses the least and the most.\n"
-    );
+    let mut text =
+        format!("Measured on: {machine}. Medians, in parentheses the least and the most.\n");
     for table in tables {
         let _ = write!(text, "\n{}", table.markdown());
     }

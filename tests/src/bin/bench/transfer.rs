@@ -76,7 +76,12 @@ pub fn criu(criu: &Criu, pid: i32, place: &Place) -> Transfer {
     let (server, address) = criu.page_server(dir.path(), &[]);
     let mut dump = criu.command("dump", state.path());
     dump.args(["--leave-running", "--page-server", "-t", &pid.to_string()]);
-    dump.args(["--address", "127.0.0.1", "--port", &address.port().to_string()]);
+    dump.args([
+        "--address",
+        "127.0.0.1",
+        "--port",
+        &address.port().to_string(),
+    ]);
     let began = Instant::now();
     let dumped = succeeded(Program::start(&mut dump).finish_within(LONG));
     let served = succeeded(server.finish_within(LONG));
