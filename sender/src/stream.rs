@@ -39,6 +39,8 @@ pub struct ImageStream<'a> {
     hashes: &'a mut ContentHashes,
     /// Changed since then, as far as nothing will tell again.
     owed: &'a mut PageSet,
+    /// That a page was written is told once: what does not get as far as being compared is owed, too.
+    told_once: bool,
     /// How to say "unchanged" of what is batched now; `None` if it is to be sent all the same.
     kept_kind: Option<EntryKind>,
     /// To be read: ascending, together at most a buffer.
@@ -71,13 +73,15 @@ pub struct Sent {
 }
 
 impl<'a> ImageStream<'a> {
-    /// The image must have been opened in `sink`. Pages that change are added to `owed`, however it ends.
+    /// The image must have been opened in `sink`. Pages that change are added to `owed`, however it ends; and
+    /// with `told_once`, those that are said to be written.
     pub fn new(
         sink: &'a mut dyn PageSink,
         pool: &'a BufferPool,
         parent: &'a PageSet,
         hashes: &'a mut ContentHashes,
         owed: &'a mut PageSet,
+        told_once: bool,
     ) -> Self {
         Self {
             sink,
@@ -85,6 +89,7 @@ impl<'a> ImageStream<'a> {
             parent,
             hashes,
             owed,
+            told_once,
             kept_kind: Some(EntryKind::Parent),
             wanted: Vec::with_capacity(PIECES_MAX),
             wanted_pages: 0,
@@ -148,8 +153,7 @@ impl<'a> ImageStream<'a> {
     }
 
     fn want(&mut self, source: &mut dyn PageSource, range: PageRange) -> Result<(), StreamError> {
-        // What is compared until it has been, will be compared again.
-        if !self.hashes.has_everything() {
+        if self.told_once {
             self.owed.insert(range);
         }
         let mut rest = Some(range);

@@ -507,6 +507,8 @@ fn send_task(
 ) -> Result<u64, StreamError> {
     sink.open(task.image()).map_err(StreamError::Sink)?;
     runs.clear();
+    // Else everything counts as written in each round, and is compared.
+    let told_once = !task.direct_io && !tracker.untracked(task.pid);
     let mut owed = PageSet::new();
     let mut hashes = std::mem::replace(&mut task.hashes, ContentHashes::of_nothing());
     let result = (|| {
@@ -514,7 +516,7 @@ fn send_task(
         let parent = task.held.pages();
         let mut source = TaskSource::new(task);
         let copy = sink.copies().then_some(EntryKind::Copy);
-        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut owed);
+        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut owed, told_once);
         for vma in &task.vmas {
             let kept = match (vma.class, look.kind()) {
                 (Class::Foreign | Class::Segment, _) => continue,
@@ -588,7 +590,7 @@ fn send_task(
         }
         Err(error) => {
             // What was asked for last was not handed to the stream to its end, perhaps.
-            if !task.hashes.has_everything() {
+            if told_once {
                 let written = runs.iter().filter(|run| run.written);
                 owed = owed.union(&written.map(|run| run.range).collect());
             }
@@ -731,7 +733,7 @@ fn send_segment(
             walks: WALKS_SPARED,
         };
         let parent = held.pages();
-        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut owed);
+        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut owed, false);
         for run in runs {
             if !run.written {
                 stream.run(&mut source, run, kept)?;

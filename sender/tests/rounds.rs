@@ -28,7 +28,8 @@ def change():
     while True:
         at = random.randrange(len(memory))
         memory[at] = random.randrange(256)
-        time.sleep(0.0001)
+        # So many pages in a round that they fill several chunks.
+        if at % 4 == 0: time.sleep(0.0001)
 threading.Thread(target=change, daemon=True).start()
 print('ready', flush=True)
 sys.stdin.read()
@@ -206,7 +207,7 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]
     assert!(sink.told > lost_at.last().copied().unwrap_or(0));
     assert_eq!(report.totals.reconnects as usize, lost_at.len());
     assert!(report.rounds[0].sent_pages > 64 * 256);
-    assert!(report.rounds[1..].iter().all(|r| r.sent_pages < 6000));
+    assert!(report.rounds[1..].iter().all(|r| r.sent_pages < 48 * 256));
     let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
     let image = &sink.images[&ImageId::Task(pid as u32)];
     let mut page = vec![0; PAGE_SIZE as usize];
