@@ -35,6 +35,8 @@ struct Core {
 
 #[derive(Clone, PartialEq, Message)]
 struct ProcessCore {
+    #[prost(uint32, required, tag = "1")]
+    state: u32,
     #[prost(message, repeated, tag = "15")]
     handlers: Vec<Handler>,
 }
@@ -67,6 +69,29 @@ pub fn children_are_waited_for(dir: &Path) -> io::Result<bool> {
         }
     }
     Ok(true)
+}
+
+/// The processes in a directory of images that were stopped by a signal, by their PIDs where they see themselves.
+///
+/// # Errors
+/// As [`records`].
+pub fn stopped(dir: &Path) -> io::Result<Vec<u32>> {
+    const STOPPED: u32 = 3;
+    let mut stopped = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name();
+        let name = name.to_string_lossy();
+        let pid = name
+            .strip_prefix("core-")
+            .and_then(|it| it.strip_suffix(".img"));
+        let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else {
+            continue;
+        };
+        let cores = records::<Core>(&dir.join(&*name))?;
+        let processes = cores.into_iter().filter_map(|core| core.process);
+        stopped.extend(processes.filter(|it| it.state == STOPPED).map(|_| pid));
+    }
+    Ok(stopped)
 }
 
 fn parse<M: Message + Default>(bytes: &[u8]) -> io::Result<Vec<M>> {
@@ -108,23 +133,25 @@ mod tests {
     }
 
     #[test]
-    fn one_process_that_does_not_wait_is_enough() {
+    fn one_process_that_does_not_wait_is_enough_and_those_that_stand_are_told() {
         let dir = tempfile::tempdir().unwrap();
-        let put = |name: &str, flags: &[u64]| {
+        let put = |name: &str, state, flags: &[u64]| {
             let handlers = flags.iter().map(|&flags| Handler { flags }).collect();
-            let process = Some(ProcessCore { handlers });
+            let process = Some(ProcessCore { state, handlers });
             let core = Core { process }.encode_to_vec();
             let mut image = b"magicTWO".to_vec();
             image.extend((core.len() as u32).to_le_bytes());
             image.extend(core);
             fs::write(dir.path().join(name), image).unwrap();
         };
-        put("core-1.img", &[0, 4]);
-        put("mm-1.img", &[2]);
+        put("core-1.img", 1, &[0, 4]);
+        put("mm-1.img", 3, &[2]);
         assert!(children_are_waited_for(dir.path()).unwrap());
-        put("core-2.img", &[0x1000_0002, 0]);
+        put("core-2.img", 3, &[0x1000_0002, 0]);
         assert!(!children_are_waited_for(dir.path()).unwrap());
-        put("core-2.img", &[]);
+        assert_eq!(stopped(dir.path()).unwrap(), [2]);
+        put("core-2.img", 1, &[]);
+        assert!(stopped(dir.path()).unwrap().is_empty());
         assert!(children_are_waited_for(dir.path()).unwrap());
         fs::write(dir.path().join("core-3.img"), "short").unwrap();
         assert!(children_are_waited_for(dir.path()).is_err());

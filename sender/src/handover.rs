@@ -23,7 +23,7 @@ use nix::sys::signal::Signal;
 use pageferry_common::criu::{Criu, Event, Options, Work, last_errors};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
 use pageferry_common::shim;
-use pageferry_common::state::children_are_waited_for;
+use pageferry_common::state::{children_are_waited_for, stopped};
 use pageferry_common::sys::{fdpass, perf};
 use pageferry_common::{BufferPool, Claim, MigrationId, PAGE_SIZE, StateName};
 use std::fs::{self, DirBuilder, File};
@@ -292,7 +292,8 @@ impl Handover {
             return Err(error);
         }
         downtime.restored();
-        self.decide(root, &mut work, parts.sink)?;
+        let stopped = stopped(images.path())?;
+        self.decide(root, &stopped, &mut work, parts.sink)?;
         downtime.running();
         // CRIU kills the tree on this answer. If it is dead, we do.
         let killed = work.answer(true).and_then(|()| work.event());
@@ -462,14 +463,15 @@ impl Handover {
     fn decide(
         &self,
         root: i32,
+        stopped: &[u32],
         work: &mut Work,
         sink: &mut dyn PageSink,
     ) -> Result<(), HandoverError> {
-        let record = Record::new(&self.to, self.claim, root);
+        let record = Record::new(&self.to, self.claim, root, stopped);
         record.write()?;
         // From here on it cannot run here, whoever dies.
         if let Some(pid) = record.signal(Signal::SIGSTOP) {
-            record.signal(Signal::SIGCONT);
+            record.let_go();
             Record::remove(root)?;
             refuse(work)?;
             return Err(HandoverError::MayNotStop(pid));
@@ -488,7 +490,7 @@ impl Handover {
             }
         };
         // It will never run there.
-        record.signal(Signal::SIGCONT);
+        record.let_go();
         Record::remove(root)?;
         refuse(work)?;
         Err(refused.into())

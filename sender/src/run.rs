@@ -123,7 +123,7 @@ fn resolve(cli: &Cli, root: i32) -> Result<(), Failure> {
             );
         }
         Ok(false) => {
-            record.signal(Signal::SIGCONT);
+            record.let_go();
             eprintln!(
                 "send: process {root} never ran at {}; it goes on here",
                 record.to

@@ -1,6 +1,8 @@
 //! `send --migrate`: the process goes on at the receiver, its data intact, and whatever fails at
 //! whatever step, exactly one copy of it runs.
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use pageferry_tests::criu::{Criu, free_address};
 use pageferry_tests::daemon::{Daemon, until};
 use pageferry_tests::host::Host;
@@ -40,9 +42,15 @@ fn copies(tree: &[i32]) -> Vec<(i32, bool)> {
 
 /// The root of the one copy there is of a tree.
 fn the_one_copy(tree: &[i32]) -> i32 {
+    the_one_copy_but(tree, 0)
+}
+
+/// The same of one of which so many processes stand.
+fn the_one_copy_but(tree: &[i32], stand: usize) -> i32 {
     until("one copy runs", || {
         let copies = copies(tree);
-        match copies.len() == tree.len() && copies.iter().all(|&(_, runs)| runs) {
+        let standing = copies.iter().filter(|(_, runs)| !runs).count();
+        match copies.len() == tree.len() && standing == stand {
             true => Ok(copies[0].0),
             false => Err(format!("{copies:?}")),
         }
@@ -390,8 +398,15 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
     for (step, moves) in steps {
         let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
         let receiver = restoring(&host, &criu, "0", dir.path());
-        let mut victim = Victim::detached("heap=8 children=1 dirty=20");
+        let mut victim = Victim::detached("heap=8 children=2 dirty=20");
         let (pid, tree) = (victim.pid(), victim.tree());
+        // Whoever stood before stands afterwards.
+        let signal = |pid, signal| kill(Pid::from_raw(pid), signal).unwrap();
+        signal(tree[2], Signal::SIGSTOP);
+        until("it stands", || match memory::is_stopped(tree[2]) {
+            true => Ok(()),
+            false => Err("it runs".to_owned()),
+        });
         let link = Link::to(receiver.address(), step, false);
         let options = [
             "--max-rounds",
@@ -423,11 +438,14 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
                 .stderr
                 .contains(if moves { "is gone" } else { "goes on here" })
         );
-        let copy = the_one_copy(&tree);
+        let copy = the_one_copy_but(&tree, 1);
         assert_eq!(copy != pid, moves);
         if moves {
             victim.await_end();
         }
+        let mut copies = memory::tree(copy).into_iter();
+        let stands = copies.find(|&pid| memory::is_stopped(pid));
+        signal(stands.unwrap(), Signal::SIGCONT);
         victim.report().verdict(copy).unwrap();
     }
 }

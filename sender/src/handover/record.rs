@@ -1,6 +1,7 @@
 //! What is written down before a hand-over is decided: enough for `send --resolve` to find out how it
 //! ended, whoever died meanwhile.
 
+use crate::task::{namespace_depth, pid_in_namespace};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_common::process::Process;
@@ -28,6 +29,9 @@ pub struct Record {
     root_pid: u32,
     root: i32,
     tree: Vec<Process>,
+    /// Those of the tree that were stopped by somebody else's signal.
+    #[serde(default)]
+    stopped: Vec<i32>,
 }
 
 /// A record that cannot be read or written.
@@ -40,10 +44,17 @@ pub struct RecordError {
 }
 
 impl Record {
-    /// Of the tree under `root`, which is frozen.
+    /// Of the tree under `root`, which is frozen; `stopped` are those who already were, by their PIDs where they
+    /// see themselves.
     #[must_use]
-    pub fn new(to: &str, claim: Claim, root: i32) -> Self {
+    pub fn new(to: &str, claim: Claim, root: i32, stopped: &[u32]) -> Self {
         let tree = crate::freeze::process_list(root);
+        let depth = namespace_depth(root).unwrap_or_default();
+        let was_stopped = |pid: &i32| {
+            let inner = pid_in_namespace(*pid, depth);
+            inner.is_ok_and(|inner| stopped.contains(&inner))
+        };
+        let stopped = tree.iter().map(|it| it.pid).filter(was_stopped).collect();
         let tree = tree.iter().filter_map(|it| Process::find(it.pid));
         Self {
             to: to.to_owned(),
@@ -52,6 +63,7 @@ impl Record {
             root_pid: claim.root_pid,
             root,
             tree: tree.collect(),
+            stopped,
         }
     }
 
@@ -131,6 +143,17 @@ impl Record {
             }
         }
         forbidden
+    }
+
+    /// Lets the tree go on after a SIGSTOP, but for those whom somebody else had stopped before.
+    pub fn let_go(&self) {
+        let stopped = |process: &&Process| self.stopped.contains(&process.pid);
+        for process in self.tree.iter().filter(|process| !stopped(process)) {
+            if process.lives() {
+                // One that ended meanwhile needs none.
+                let _ = kill(Pid::from_raw(process.pid), Signal::SIGCONT);
+            }
+        }
     }
 
     /// Waits until the whole tree, killed before, is gone.
