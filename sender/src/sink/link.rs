@@ -6,6 +6,7 @@ use pageferry_common::tls;
 use pageferry_common::wire::WireError;
 use rustls::ClientConfig;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -116,9 +117,9 @@ fn network(conversation: impl Future<Output = Result<(), SinkError>>) -> Result<
 }
 
 /// Both directions of a connection, encrypted or not.
-pub(super) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+pub(super) trait Duplex: AsyncRead + AsyncWrite + AsRawFd + Send + Unpin {}
 
-impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+impl<T: AsyncRead + AsyncWrite + AsRawFd + Send + Unpin> Duplex for T {}
 
 /// Connects to `HOST:PORT` within `attempt`. What is not acknowledged for as long as `stall` ends the
 /// connection.

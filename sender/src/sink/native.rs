@@ -423,7 +423,7 @@ async fn converse(
         false => connect.stall.min(ATTEMPT),
     };
     let (mut reader, mut writer, phase) = loop {
-        match greet(&connect, attempt, &patience, &replies).await {
+        match greet(&connect, attempt, &patience, &replies, &pace).await {
             Ok(greeted) => break greeted,
             Err(error) if !error.may_pass() || began.elapsed() + pause > within => {
                 return Err(error);
@@ -464,9 +464,11 @@ async fn greet(
     attempt: Duration,
     patience: &Patience,
     replies: &mpsc::UnboundedSender<Message>,
+    pace: &Pace,
 ) -> Result<Greeted, SinkError> {
-    let (read, write) =
-        split(dial(&connect.to, attempt, connect.stall, connect.tls.as_ref()).await?);
+    let stream = dial(&connect.to, attempt, connect.stall, connect.tls.as_ref()).await?;
+    pace.watch(stream.as_raw_fd());
+    let (read, write) = split(stream);
     let phase = SharedPhase::default();
     // A receiver speaks when a round is over; that it takes what we send is seen by writing.
     let mut reader = FrameReader::new(read, phase.clone(), patience.clone()).patient_in(&[
@@ -520,9 +522,9 @@ async fn talk(
                 compressed,
                 data,
             })) => {
-                let (bytes, began) = (data.len(), Instant::now());
+                let (bytes, unsent, began) = (data.len(), pace.unsent(), Instant::now());
                 writer.send_chunk(&meta, compressed, data).await?;
-                pace.wrote(bytes, began.elapsed());
+                pace.wrote(bytes, began.elapsed(), unsent);
             }
             Ok(None) => {
                 if phase.get() != Phase::Closed {

@@ -8,6 +8,7 @@ pub mod pidfd;
 pub mod ptrace;
 pub mod sched;
 pub mod signals;
+pub mod socket;
 pub mod uffd;
 pub mod witness;
 

@@ -15,6 +15,7 @@ use report::Table;
 use std::env;
 use std::error::Error;
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -30,6 +31,16 @@ pub struct Place {
 impl Place {
     fn tempdir(&self) -> TempDir {
         tempfile::tempdir_in(&self.dir).expect("a directory can be made there")
+    }
+
+    /// Uses as much memory as images of so many bytes take, and gives it back. The host of a virtual machine
+    /// takes back what is free for a second, and to get it again costs several times what is measured here.
+    fn warm(&self, bytes: u64) {
+        let mut file = tempfile::tempfile_in(&self.dir).expect("a file can be made there");
+        let piece = [1; 64 << 10];
+        for _ in 0..bytes / piece.len() as u64 {
+            file.write_all(&piece).expect("there is room");
+        }
     }
 }
 
@@ -139,11 +150,10 @@ fn full(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
                 "CRIU" => transfer::criu(&bench.criu, victim.pid(), place),
                 _ => transfer::ours(victim.pid(), place, None, &[], &["--rounds", "1"]),
             };
-            // Memory that a virtual machine uses for the first time is slow.
-            transfer("pageferry");
             for _ in 0..bench.runs {
                 // One after the other in turn: what else the machine does hits both.
                 for with in ["pageferry", "CRIU"] {
+                    place.warm(mib * MIB);
                     let done = transfer(with);
                     let [source, destination] = done.usage;
                     let rss = |bytes| bytes as f64 / MIB as f64;
@@ -199,6 +209,7 @@ fn tls(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
                     _ => Vec::new(),
                 };
                 let (here, there) = (options("send"), options("receive"));
+                place.warm(GIB);
                 let one = [&["--rounds", "1"], &pageferry_tests::certs::strs(&here)[..]].concat();
                 let done = transfer::ours(victim.pid(), place, None, &there, &one);
                 let [source, destination] = done.usage;

@@ -140,7 +140,7 @@ impl Table {
             .margin(6)
             .x_label_area_size(34)
             .y_label_area_size(190)
-            .build_cartesian_2d(0.0..most, (0..rows).into_segmented())?;
+            .build_cartesian_2d(0.0..most, (0..rows - 1).into_segmented())?;
         chart
             .configure_mesh()
             .disable_y_mesh()
