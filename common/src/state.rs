@@ -54,21 +54,13 @@ struct Handler {
 /// As [`records`].
 pub fn children_are_waited_for(dir: &Path) -> io::Result<bool> {
     const SA_NOCLDWAIT: u64 = 2;
-    for entry in fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        let name = name.to_string_lossy();
-        if !name.starts_with("core-") {
-            continue;
-        }
-        for core in records::<Core>(&dir.join(&*name))? {
-            let handlers = core.process.map(|process| process.handlers);
-            let mut handlers = handlers.unwrap_or_default().into_iter();
-            if handlers.any(|handler| handler.flags & SA_NOCLDWAIT != 0) {
-                return Ok(false);
-            }
-        }
-    }
-    Ok(true)
+    let waited_for = |process: &ProcessCore| {
+        let mut handlers = process.handlers.iter();
+        handlers.all(|handler| handler.flags & SA_NOCLDWAIT == 0)
+    };
+    Ok(processes(dir)?
+        .iter()
+        .all(|(_, process)| waited_for(process)))
 }
 
 /// The processes in a directory of images that were stopped by a signal, by their PIDs where they see themselves.
@@ -77,21 +69,27 @@ pub fn children_are_waited_for(dir: &Path) -> io::Result<bool> {
 /// As [`records`].
 pub fn stopped(dir: &Path) -> io::Result<Vec<u32>> {
     const STOPPED: u32 = 3;
-    let mut stopped = Vec::new();
+    let processes = processes(dir)?.into_iter();
+    let stopped = processes.filter(|(_, process)| process.state == STOPPED);
+    let pid = |image: String| image.strip_prefix(CORE)?.strip_suffix(".img")?.parse().ok();
+    Ok(stopped.filter_map(|(image, _)| pid(image)).collect())
+}
+
+/// What CRIU's images of threads begin with.
+const CORE: &str = "core-";
+
+/// All processes in a directory of images, with the name of the image that tells of each.
+fn processes(dir: &Path) -> io::Result<Vec<(String, ProcessCore)>> {
+    let mut processes = Vec::new();
     for entry in fs::read_dir(dir)? {
-        let name = entry?.file_name();
-        let name = name.to_string_lossy();
-        let pid = name
-            .strip_prefix("core-")
-            .and_then(|it| it.strip_suffix(".img"));
-        let Some(pid) = pid.and_then(|pid| pid.parse::<u32>().ok()) else {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if !name.starts_with(CORE) {
             continue;
-        };
-        let cores = records::<Core>(&dir.join(&*name))?;
-        let processes = cores.into_iter().filter_map(|core| core.process);
-        stopped.extend(processes.filter(|it| it.state == STOPPED).map(|_| pid));
+        }
+        let cores = records::<Core>(&dir.join(&name))?.into_iter();
+        processes.extend(cores.filter_map(|core| Some((name.clone(), core.process?))));
     }
-    Ok(stopped)
+    Ok(processes)
 }
 
 fn parse<M: Message + Default>(bytes: &[u8]) -> io::Result<Vec<M>> {

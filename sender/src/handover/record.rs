@@ -135,25 +135,24 @@ impl Record {
     /// Sends a signal to every process of the tree that still is the one it was. Returns one that we may
     /// not signal, if there is one.
     pub fn signal(&self, signal: Signal) -> Option<i32> {
+        self.signal_but(&[], signal)
+    }
+
+    /// Lets the tree go on after a SIGSTOP, but for those whom somebody else had stopped before.
+    pub fn let_go(&self) {
+        self.signal_but(&self.stopped, Signal::SIGCONT);
+    }
+
+    fn signal_but(&self, others: &[i32], signal: Signal) -> Option<i32> {
         let mut forbidden = None;
-        for process in self.tree.iter().filter(|process| process.lives()) {
+        let meant = |process: &&Process| !others.contains(&process.pid) && process.lives();
+        for process in self.tree.iter().filter(meant) {
             // One that ended meanwhile needs none.
             if kill(Pid::from_raw(process.pid), signal) == Err(nix::Error::EPERM) {
                 forbidden = Some(process.pid);
             }
         }
         forbidden
-    }
-
-    /// Lets the tree go on after a SIGSTOP, but for those whom somebody else had stopped before.
-    pub fn let_go(&self) {
-        let stopped = |process: &&Process| self.stopped.contains(&process.pid);
-        for process in self.tree.iter().filter(|process| !stopped(process)) {
-            if process.lives() {
-                // One that ended meanwhile needs none.
-                let _ = kill(Pid::from_raw(process.pid), Signal::SIGCONT);
-            }
-        }
     }
 
     /// Waits until the whole tree, killed before, is gone.
