@@ -188,8 +188,8 @@ pub struct Serve {
     pub keep_free: u64,
 
     /// Buffers of 4 MiB for each sender. Memory is at most 48 MiB, and for each of --max-senders that many
-    /// buffers, 13 MiB, 128 bytes of --max-images and 12 KiB of --max-rounds (docs/security.md)
-    #[arg(long, value_name = "N", default_value_t = 4,
+    /// buffers, 7 MiB, 128 bytes of --max-images and 12 KiB of --max-rounds (docs/security.md)
+    #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub buffers: u16,
 

@@ -99,8 +99,8 @@ pub struct Cli {
     pub then: Then,
 
     /// Buffers of 4 MiB between reading and sending
-    #[arg(long, value_name = "N", default_value_t = 8,
-          value_parser = clap::value_parser!(u16).range(2..=4096))]
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub buffers: u16,
 
     /// Give up when the receiver is silent, or takes nothing, for so long

@@ -6,7 +6,7 @@ use crate::sink::{PageSink, SinkError};
 use crate::source::PageSource;
 use bytes::Bytes;
 use pageferry_common::wire::{Entry, EntryKind};
-use pageferry_common::{BUFFER_PAGES, BufferPool, PAGE_SIZE, PageRange, PageSet};
+use pageferry_common::{BufferPool, CHUNK_PAGES, PAGE_SIZE, PageRange, PageSet};
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -94,7 +94,7 @@ impl<'a> ImageStream<'a> {
             wanted: Vec::with_capacity(PIECES_MAX),
             wanted_pages: 0,
             kept: Vec::with_capacity(PIECES_MAX),
-            arrived: Vec::with_capacity(BUFFER_PAGES),
+            arrived: Vec::with_capacity(CHUNK_PAGES),
             announced: PageSet::new(),
             scanned_pages: 0,
             changed_pages: 0,
@@ -159,7 +159,7 @@ impl<'a> ImageStream<'a> {
         let mut rest = Some(range);
         while let Some(range) = rest {
             self.make_room(source)?;
-            let (now, later) = range.split_at(BUFFER_PAGES as u64 - self.wanted_pages);
+            let (now, later) = range.split_at(CHUNK_PAGES as u64 - self.wanted_pages);
             let now = now.expect("make_room leaves room");
             self.wanted_pages += now.pages();
             self.wanted.push(now);
@@ -169,7 +169,7 @@ impl<'a> ImageStream<'a> {
     }
 
     fn make_room(&mut self, source: &mut dyn PageSource) -> Result<(), StreamError> {
-        let full = self.wanted_pages == BUFFER_PAGES as u64
+        let full = self.wanted_pages == CHUNK_PAGES as u64
             || self.wanted.len() + self.kept.len() == PIECES_MAX;
         if full { self.flush(source) } else { Ok(()) }
     }

@@ -372,7 +372,7 @@ fn shared_memory_is_right(lost: bool) {
         }
     };
     let (mut tree, mut sink) = (Tree::new(pid, false).unwrap(), MemorySink::default());
-    let pool = BufferPool::new(2);
+    let pool = BufferPool::new(1);
     let mut round = |number: u32, what: &str| -> Scanned {
         // Of four rounds, up to three are lost, each somewhere else.
         let losses = if lost { number % 4 } else { 0 };

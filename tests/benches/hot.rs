@@ -7,7 +7,7 @@ use pageferry_common::wire::{
     Chunk, Entry, EntryKind, FrameReader, FrameWriter, Incoming, Message, RoundKind, SharedPhase,
 };
 use pageferry_common::{
-    BUFFER_PAGES, BUFFER_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token,
+    CHUNK_PAGES, CHUNK_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token,
 };
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::writer::DirWriter;
@@ -24,7 +24,7 @@ use std::time::Duration;
 /// Memory of which a part is random, as programs have it.
 fn pages() -> Vec<u8> {
     let mut state = 1_u64;
-    let mut pages = vec![0; BUFFER_SIZE];
+    let mut pages = vec![0; CHUNK_SIZE];
     for (index, word) in pages.chunks_exact_mut(8).enumerate() {
         // xorshift64
         state ^= state << 13;
@@ -39,7 +39,7 @@ fn pages() -> Vec<u8> {
 /// The entries of one chunk that is all data.
 fn entries(first: u64) -> Vec<Entry> {
     let start = (1 + first) * PAGE_SIZE;
-    let range = PageRange::new(start, BUFFER_PAGES as u64).expect("it is one");
+    let range = PageRange::new(start, CHUNK_PAGES as u64).expect("it is one");
     let kind = EntryKind::Data;
     vec![Entry { range, kind }]
 }
@@ -73,14 +73,14 @@ fn memory(criterion: &mut Criterion) {
     }
     let depth = namespace_depth(pid).expect("it lives");
     let task = Task::meet(pid, pid, depth).expect("it lives");
-    let mut buffer = vec![0; BUFFER_SIZE];
+    let mut buffer = vec![0; CHUNK_SIZE];
     group.bench_function("read", |bencher| {
         let mut source = TaskSource::new(&task);
         let mut arrived = Vec::new();
         bencher.iter(|| {
             let mut rest = Some(whole);
             while let Some(range) = rest {
-                let (now, later) = range.split_at(BUFFER_PAGES as u64);
+                let (now, later) = range.split_at(CHUNK_PAGES as u64);
                 let now = now.expect("a range is not empty");
                 arrived.clear();
                 let room = &mut buffer[..now.bytes() as usize];
@@ -96,19 +96,19 @@ fn memory(criterion: &mut Criterion) {
 fn chunks(criterion: &mut Criterion) {
     let pages = pages();
     let mut group = criterion.benchmark_group("chunk");
-    group.throughput(Throughput::Bytes(BUFFER_SIZE as u64));
+    group.throughput(Throughput::Bytes(CHUNK_SIZE as u64));
     group.bench_function("checksum", |bencher| {
         bencher.iter(|| digest(black_box(&pages)))
     });
     let mut zstd = zstd::bulk::Compressor::new(FAST).expect("there is such a level");
-    let mut smaller = vec![0; BUFFER_SIZE];
+    let mut smaller = vec![0; CHUNK_SIZE];
     group.bench_function("compress", |bencher| {
         bencher.iter(|| zstd.compress_to_buffer(black_box(&pages), &mut smaller));
     });
     let len = zstd
         .compress_to_buffer(&pages, &mut smaller)
         .expect("it becomes smaller");
-    let mut again = vec![0; BUFFER_SIZE];
+    let mut again = vec![0; CHUNK_SIZE];
     let mut unzstd = zstd::bulk::Decompressor::new().expect("there is memory");
     group.bench_function("decompress", |bencher| {
         bencher.iter(|| unzstd.decompress_to_buffer(black_box(&smaller[..len]), &mut again));
@@ -124,7 +124,7 @@ fn frames(criterion: &mut Criterion) {
         .build();
     let runtime = runtime.expect("there can be one");
     let data = bytes::Bytes::from(pages());
-    let (one, other) = tokio::io::duplex(BUFFER_SIZE + (1 << 20));
+    let (one, other) = tokio::io::duplex(CHUNK_SIZE + (1 << 20));
     let mut writer = FrameWriter::new(one, SharedPhase::default(), STALL);
     let mut reader = FrameReader::new(other, SharedPhase::default(), STALL);
     let claim = Claim {
@@ -164,9 +164,9 @@ fn frames(criterion: &mut Criterion) {
         digest: 0,
     };
     let meta = Message::Chunk(chunk).encode();
-    let mut buffer = vec![0; BUFFER_SIZE];
+    let mut buffer = vec![0; CHUNK_SIZE];
     let mut group = criterion.benchmark_group("frame");
-    group.throughput(Throughput::Bytes(BUFFER_SIZE as u64));
+    group.throughput(Throughput::Bytes(CHUNK_SIZE as u64));
     group.bench_function("through memory", |bencher| {
         bencher.iter(|| {
             runtime.block_on(async {
@@ -198,7 +198,7 @@ fn images(criterion: &mut Criterion) {
     };
     let dir = dir.expect("a directory can be made");
     let mut group = criterion.benchmark_group("image");
-    group.throughput(Throughput::Bytes(CHUNKS * BUFFER_SIZE as u64));
+    group.throughput(Throughput::Bytes(CHUNKS * CHUNK_SIZE as u64));
     group.sample_size(20);
     group.bench_function("write", |bencher| {
         let begin = || {
@@ -210,7 +210,7 @@ fn images(criterion: &mut Criterion) {
             begin,
             |mut writer| {
                 for chunk in 0..CHUNKS {
-                    let entries = entries(chunk * BUFFER_PAGES as u64);
+                    let entries = entries(chunk * CHUNK_PAGES as u64);
                     writer.put(&entries, &pages).expect("there is room");
                 }
             },
@@ -220,14 +220,14 @@ fn images(criterion: &mut Criterion) {
     group.finish();
     // What a plain file takes, to compare with.
     let mut group = criterion.benchmark_group("file");
-    group.throughput(Throughput::Bytes(CHUNKS * BUFFER_SIZE as u64));
+    group.throughput(Throughput::Bytes(CHUNKS * CHUNK_SIZE as u64));
     group.sample_size(20);
     group.bench_function("write", |bencher| {
         bencher.iter_batched(
             || File::from(memfd_create("pages", MFdFlags::empty()).expect("there is one")),
             |file| {
                 for chunk in 0..CHUNKS {
-                    let at = chunk * BUFFER_SIZE as u64;
+                    let at = chunk * CHUNK_SIZE as u64;
                     file.write_all_at(&pages, at).expect("there is room");
                 }
             },

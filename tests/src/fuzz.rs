@@ -21,7 +21,7 @@ use pageferry_common::wire::message::{CHUNK_ENTRIES_MAX, PIECE_MAX, STRING_MAX};
 use pageferry_common::wire::{
     FrameKind, FrameReader, FrameWriter, Incoming, Message, SharedPhase, WireError,
 };
-use pageferry_common::{BUFFER_SIZE, PAGE_SIZE};
+use pageferry_common::{CHUNK_SIZE, PAGE_SIZE};
 use std::cell::LazyCell;
 use std::path::Path;
 use std::time::Duration;
@@ -111,7 +111,7 @@ pub fn messages(input: &[u8]) {
     match message {
         Message::Chunk(chunk) => {
             assert!(chunk.entries.len() <= CHUNK_ENTRIES_MAX);
-            assert!(chunk.raw_len() <= BUFFER_SIZE);
+            assert!(chunk.raw_len() <= CHUNK_SIZE);
             let mut neighbours = chunk.entries.windows(2);
             assert!(neighbours.all(|pair| pair[0].range.end() <= pair[1].range.start()));
         }
@@ -153,7 +153,7 @@ async fn read_and_write(bytes: &[u8]) -> (Vec<u8>, u64) {
                 compressed,
                 data_len,
             }) => {
-                assert!(data_len <= BUFFER_SIZE);
+                assert!(data_len <= CHUNK_SIZE);
                 assert_eq!(Message::Chunk(chunk).encode(), meta);
                 let mut data = vec![0; data_len];
                 if reader.data(&mut data).await.is_err() {

@@ -8,7 +8,7 @@ use pageferry_common::wire::message::CHUNK_ENTRIES_MAX;
 use pageferry_common::wire::{
     self, Chunk, Entry, EntryKind, FrameKind, Message, RefuseCode, RoundKind, Totals,
 };
-use pageferry_common::{BUFFER_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token};
+use pageferry_common::{CHUNK_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token};
 use pageferry_tests::daemon::until;
 use pageferry_tests::scenario::{assert_arrived, go_on};
 use pageferry_tests::{Pair, Victim};
@@ -242,7 +242,7 @@ const SENDERS: [(&str, Part); 8] = [
         let mut peer = Peer::greet(to)?;
         peer.begin(1)?;
         peer.open(ImageId::Task(7))?;
-        let entries = vec![entry(1, (BUFFER_SIZE as u64) / PAGE_SIZE, EntryKind::Data)];
+        let entries = vec![entry(1, (CHUNK_SIZE as u64) / PAGE_SIZE, EntryKind::Data)];
         let meta = Message::Chunk(Chunk { entries, digest: 0 }).encode();
         peer.frame(FrameKind::Chunk, &meta, true, &BOMB)?;
         at_it();
@@ -438,7 +438,7 @@ fn hostile_peers_take_no_more_memory_than_stated_and_a_migration_beside_them_arr
     victim.assert_unharmed();
     // As docs/security.md states it.
     let (kib, mib) = (1 << 10, 1 << 20);
-    let sender = buffers * 4 * mib + 12 * mib + images * 128 + rounds * 12 * kib;
+    let sender = buffers * 4 * mib + 6 * mib + images * 128 + rounds * 12 * kib;
     let stated = 32 * mib + (senders + 64) * 256 * kib + senders * sender;
     println!("{} MiB of {} MiB", peak / mib, stated / mib);
     assert!(peak <= stated, "{} MiB", peak / mib);

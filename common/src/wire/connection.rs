@@ -182,7 +182,7 @@ pub enum Incoming {
         meta: Bytes,
         /// Whether the data is compressed.
         compressed: bool,
-        /// Length of the data on the wire, bytes; at most [`crate::BUFFER_SIZE`].
+        /// Length of the data on the wire, bytes; at most [`crate::CHUNK_SIZE`].
         data_len: usize,
     },
 }

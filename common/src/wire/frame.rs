@@ -1,7 +1,7 @@
 //! The fixed frame header: 32 bytes, checked before anything is allocated for what follows it.
 
 use super::message::CHUNK_ENTRIES_MAX;
-use crate::BUFFER_SIZE;
+use crate::CHUNK_SIZE;
 use crate::digest::digest2;
 
 /// First bytes of every frame.
@@ -188,7 +188,7 @@ impl Header {
         }
         let (meta, data) = (u32_at(8), u32_at(12));
         let data_max = if kind == FrameKind::Chunk {
-            BUFFER_SIZE
+            CHUNK_SIZE
         } else {
             0
         };
@@ -260,7 +260,7 @@ mod tests {
     #[test]
     fn lengths_are_bounded_before_anything_is_read() {
         for (kind, meta, data) in [
-            (FrameKind::Chunk, 0, BUFFER_SIZE + 1),
+            (FrameKind::Chunk, 0, CHUNK_SIZE + 1),
             (FrameKind::Hello, 0, 1),
         ] {
             let header = Header::encode(kind, false, 0, &vec![0; meta], data);

@@ -4,7 +4,7 @@ use super::frame::FrameKind;
 use crate::addr::{BadRange, PAGE_SIZE, PageRange};
 use crate::ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
 use crate::needed::{BUILD_ID_MAX, NeededFile};
-use crate::{BUFFER_PAGES, BUFFER_SIZE};
+use crate::{CHUNK_PAGES, CHUNK_SIZE};
 
 /// Most entries one chunk may have.
 pub const CHUNK_ENTRIES_MAX: usize = 4096;
@@ -113,7 +113,7 @@ pub struct Chunk {
 }
 
 impl Chunk {
-    /// Length of the uncompressed pages, bytes; at most [`BUFFER_SIZE`].
+    /// Length of the uncompressed pages, bytes; at most [`CHUNK_SIZE`].
     #[must_use]
     pub fn raw_len(&self) -> usize {
         let data = self.entries.iter().filter(|e| e.kind == EntryKind::Data);
@@ -633,7 +633,7 @@ impl Decoder<'_> {
             entries: count,
             raw_len,
         };
-        if count == 0 || count > CHUNK_ENTRIES_MAX || raw_len > BUFFER_SIZE as u64 {
+        if count == 0 || count > CHUNK_ENTRIES_MAX || raw_len > CHUNK_SIZE as u64 {
             return Err(bounds);
         }
         let mut entries: Vec<Entry> = Vec::with_capacity(count);
@@ -656,7 +656,7 @@ impl Decoder<'_> {
             }
             entries.push(Entry { range, kind });
         }
-        if data_pages > BUFFER_PAGES as u64 || data_pages * PAGE_SIZE != raw_len {
+        if data_pages > CHUNK_PAGES as u64 || data_pages * PAGE_SIZE != raw_len {
             return Err(bounds);
         }
         Ok(Chunk { entries, digest })

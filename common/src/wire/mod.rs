@@ -10,7 +10,7 @@
 //! | 5 | 1 | flags | bit 0: the data is one zstd frame (chunks only); others zero |
 //! | 6 | 2 | reserved | zero |
 //! | 8 | 4 | meta length | bytes, at most [`frame::META_MAX`] |
-//! | 12 | 4 | data length | bytes, at most [`crate::BUFFER_SIZE`]; zero unless a chunk |
+//! | 12 | 4 | data length | bytes, at most [`crate::CHUNK_SIZE`]; zero unless a chunk |
 //! | 16 | 8 | sequence | counts the frames of this direction from 0: a lost, repeated or reordered frame shows |
 //! | 24 | 8 | checksum | XXH3-64 of bytes 0..24 and of the metadata |
 //! | 32 | | metadata | the message |

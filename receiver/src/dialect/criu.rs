@@ -17,7 +17,7 @@ use crate::quota::Quota;
 use crate::store::Store;
 use pageferry_common::psi::{self, Command, Header, Place, Width};
 use pageferry_common::wire::{RefuseCode, WireError};
-use pageferry_common::{BUFFER_SIZE, BufferPool, ImageId, PAGE_SIZE, PageBuf, PageRange};
+use pageferry_common::{BufferPool, CHUNK_SIZE, ImageId, PAGE_SIZE, PageBuf, PageRange};
 use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -70,7 +70,9 @@ where
     };
     let mut session = Session {
         socket,
-        disk: Disk::start(limits.buffers, move |jobs| dump.work(jobs))?,
+        disk: Disk::start(BufferPool::chunks(limits.buffers), move |jobs| {
+            dump.work(jobs)
+        })?,
         pool: BufferPool::new(limits.buffers),
         batch: Batch::default(),
         began: Instant::now(),
@@ -179,7 +181,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         while let Some(range) = rest {
             let (now, later) = match place {
                 Place::Present { .. } => {
-                    let room = (BUFFER_SIZE - self.batch.filled) as u64 / PAGE_SIZE;
+                    let room = (CHUNK_SIZE - self.batch.filled) as u64 / PAGE_SIZE;
                     range.split_at(room)
                 }
                 Place::Parent | Place::Elsewhere => (Some(range), None),

@@ -1,6 +1,6 @@
 //! The native protocol's receiving end: one task on the socket, one thread on the disk.
 //!
-//! Memory for one sender: `--buffers` of 4 MiB, two more to decompress and to copy, and what is stated in
+//! Memory for one sender: `--buffers` of 4 MiB, two chunks more to decompress and to copy, and what is stated in
 //! `docs/security.md`. Until it has greeted: a message.
 
 use super::{Failure, Limits, Migration, Refusal};
@@ -26,7 +26,7 @@ use pageferry_common::wire::{
     self, Chunk, FrameReader, FrameWriter, Incoming, Message, RefuseCode, RoundKind, SharedPhase,
     Totals, WireError,
 };
-use pageferry_common::{BUFFER_SIZE, BufferPool, Claim, ImageId, MemfdName, PAGE_SIZE, StateName};
+use pageferry_common::{BufferPool, CHUNK_SIZE, Claim, ImageId, MemfdName, PAGE_SIZE, StateName};
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -154,7 +154,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             let (kept, quota) = (kept.clone(), Arc::clone(&quota));
             move |jobs| work(&home, &quota, kept.as_deref(), jobs)
         };
-        let mut disk = Disk::start(limits.buffers, work)?;
+        let mut disk = Disk::start(BufferPool::chunks(limits.buffers), work)?;
         let rounds = Rounds {
             restorer,
             ready,
@@ -429,6 +429,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     let mut buffer = self.pool.take().await;
                     self.reader.data(&mut buffer[..data_len]).await?;
                     let data = buffer.freeze(data_len);
+                    if !compressed {
+                        // Here, where it is in the processor's cache still.
+                        check(&chunk, &data)?;
+                    }
                     let put = Job::Put {
                         chunk,
                         compressed,
@@ -682,10 +686,6 @@ fn work(
                     true => decompress(&mut decompressor, &data, &chunk, &mut scratch)?,
                     false => &data[..],
                 };
-                if digest(pages) != chunk.digest {
-                    let what = "the pages of a chunk were damaged on their way";
-                    return Err(Refusal::new(RefuseCode::Protocol, what));
-                }
                 in_round(&mut round).put(&chunk.entries, pages)?;
                 if let Some(mut kept) = keep() {
                     kept.segments.put(&chunk.entries, pages);
@@ -718,18 +718,33 @@ fn in_round(round: &mut Option<DirWriter>) -> &mut DirWriter {
     round.as_mut().expect("the phase table begins rounds")
 }
 
-/// Decompresses into `scratch`, never more than the chunk announced, which is at most a buffer.
+/// Whether the pages of a chunk are what was sent.
+fn check(chunk: &Chunk, pages: &[u8]) -> Result<(), Refusal> {
+    match digest(pages) == chunk.digest {
+        true => Ok(()),
+        false => {
+            let what = "the pages of a chunk were damaged on their way";
+            Err(Refusal::new(RefuseCode::Protocol, what))
+        }
+    }
+}
+
+/// Decompresses into `scratch`, and checks; never more than the chunk announced, which is at most a buffer.
 fn decompress<'a>(
     decompressor: &mut zstd::bulk::Decompressor<'_>,
     data: &[u8],
     chunk: &Chunk,
     scratch: &'a mut Vec<u8>,
 ) -> Result<&'a [u8], Refusal> {
-    scratch.resize(BUFFER_SIZE, 0);
+    scratch.resize(CHUNK_SIZE, 0);
     let room = &mut scratch[..chunk.raw_len()];
     let len = room.len();
     match decompressor.decompress_to_buffer(data, room) {
-        Ok(got) if got == len => Ok(&scratch[..len]),
+        Ok(got) if got == len => {
+            let pages = &scratch[..len];
+            check(chunk, pages)?;
+            Ok(pages)
+        }
         Ok(_) | Err(_) => {
             let what = "compressed pages do not have the size announced";
             Err(Refusal::new(RefuseCode::Protocol, what))

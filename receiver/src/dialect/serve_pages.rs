@@ -5,7 +5,7 @@ use crate::image::FileError;
 use crate::image::chain::{images, levels, newest_round};
 use crate::image::index::{Index, Pages};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, UnknownCommand, Width};
-use pageferry_common::{BUFFER_PAGES, BUFFER_SIZE, ImageId, PAGE_SIZE};
+use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE};
 use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
@@ -78,7 +78,7 @@ impl Served {
     /// [`ServeError`].
     pub fn serve(&self, read: impl Read, mut write: impl Write) -> Result<(u64, bool), ServeError> {
         let mut reader = BufReader::new(read);
-        let mut buffer = vec![0; HEADER_MAX + BUFFER_SIZE];
+        let mut buffer = vec![0; HEADER_MAX + CHUNK_SIZE];
         let mut width = None;
         let mut given = 0;
         while let Some(header) = self.next(&mut reader, &mut width)? {
@@ -144,7 +144,7 @@ impl Served {
         let pid = u32::try_from(wanted.object).ok();
         let task = pid.and_then(|pid| Some((pid, self.tasks.get(&pid)?)));
         let (pid, pages) = task.ok_or(ServeError::NoProcess(wanted.object))?;
-        let most = (wanted.pages.min(BUFFER_PAGES as u64) * PAGE_SIZE) as usize;
+        let most = (wanted.pages.min(CHUNK_PAGES as u64) * PAGE_SIZE) as usize;
         let address = wanted.address;
         let pages = match address.is_multiple_of(PAGE_SIZE) {
             true => pages.read(address, &mut buffer[HEADER_MAX..][..most])?,

@@ -12,7 +12,7 @@ use super::{DirName, FileError, failed};
 use crate::segments::{Prefilled, Segments};
 use pageferry_common::psi::Place;
 use pageferry_common::state::records;
-use pageferry_common::{BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
+use pageferry_common::{CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
 use prost::Message;
 use std::collections::BTreeMap;
 use std::fs;
@@ -152,10 +152,10 @@ pub fn prepare(
 
 /// Writes pages that are in an image.
 fn copy(writer: &mut DirWriter, pages: &Pages, range: PageRange) -> Result<(), WriteError> {
-    let mut buffer = vec![0; range.bytes().min(BUFFER_SIZE as u64) as usize];
+    let mut buffer = vec![0; range.bytes().min(CHUNK_SIZE as u64) as usize];
     let mut rest = Some(range);
     while let Some(now) = rest {
-        let room = &mut buffer[..now.bytes().min(BUFFER_SIZE as u64) as usize];
+        let room = &mut buffer[..now.bytes().min(CHUNK_SIZE as u64) as usize];
         let found = pages.read(now.start(), room)?;
         let (now, later) = now.split_at(found);
         let range = now.expect("it is in the index");

@@ -11,7 +11,7 @@ use crate::sys::writeback;
 use nix::unistd::{Whence, lseek};
 use pageferry_common::psi::Place;
 use pageferry_common::wire::{Entry, EntryKind};
-use pageferry_common::{BUFFER_PAGES, BUFFER_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
+use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, BufWriter, Write};
@@ -37,11 +37,6 @@ pub enum WriteError {
 /// Bytes of a pages file that are left to the kernel before the disk is to have them. What gathers until the
 /// round's end would have to be waited for there.
 const WRITEBACK: u64 = 32 << 20;
-
-/// Bytes that are written at once. For one large write the file system takes memory in large blocks; those
-/// are just what a virtual machine has given back to its host, and gets again page fault by page fault:
-/// with 4 MiB, images were written half as fast.
-const PIECE: usize = 64 << 10;
 
 /// What pages are that are simply there.
 const PRESENT: Place = Place::Present { lazy: false };
@@ -383,7 +378,7 @@ impl ImageWriter {
         let mut rest = Some(range);
         // Few bytes of the peer's may stand for many here.
         while let Some(all) = rest {
-            let (now, later) = all.split_at(BUFFER_PAGES as u64);
+            let (now, later) = all.split_at(CHUNK_PAGES as u64);
             if let Some(now) = now {
                 quota.bytes(now.bytes())?;
                 self.copy(&mut parent, now, |_| true)?;
@@ -411,12 +406,10 @@ impl ImageWriter {
     }
 
     fn append(&mut self, pages: &[u8]) -> Result<(), FileError> {
-        for piece in pages.chunks(PIECE) {
-            self.pages
-                .write_all_at(piece, self.offset)
-                .map_err(failed("write", &self.pages_path))?;
-            self.offset += piece.len() as u64;
-        }
+        self.pages
+            .write_all_at(pages, self.offset)
+            .map_err(failed("write", &self.pages_path))?;
+        self.offset += pages.len() as u64;
         let written = self.offset - self.on_its_way;
         if written >= WRITEBACK {
             writeback::begin(&self.pages, self.on_its_way, written);
@@ -450,7 +443,7 @@ impl ImageWriter {
         wanted: fn(bool) -> bool,
     ) -> Result<(), FileError> {
         let mut buffer = std::mem::take(&mut self.scratch);
-        let len = BUFFER_SIZE.min(range.bytes() as usize);
+        let len = CHUNK_SIZE.min(range.bytes() as usize);
         buffer.resize(buffer.len().max(len), 0);
         from.read(range, &mut |found| {
             let mut done = 0;

@@ -245,8 +245,9 @@ impl Judge {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use pageferry_common::CHUNK_SIZE;
 
-    const CHUNK: usize = 4 << 20;
+    const CHUNK: usize = CHUNK_SIZE;
 
     /// Seconds a byte, of a rate in MB/s.
     fn at(megabytes: f64) -> f64 {
@@ -285,7 +286,7 @@ mod tests {
             let took = Duration::from_secs_f64(bytes as f64 * at(rate));
             pace.learn(bytes, took, dry);
         };
-        let (chunk, about) = (CHUNK as u64, |rate| pace.cost() / at(rate));
+        let (chunk, about) = (8 * CHUNK as u64, |rate| pace.cost() / at(rate));
         (0..2).for_each(|_| leave(chunk, 100.0, false));
         assert!((0.8..1.0).contains(&about(100.0)));
         // What the socket takes in no time has not left.
@@ -302,7 +303,7 @@ mod tests {
 
     #[test]
     fn on_a_slow_link_it_comes_to_compress_what_can_be_and_nothing_else() {
-        let pool = BufferPool::new(2);
+        let pool = BufferPool::new(1);
         let text = b"for a slow link, this is small. ".repeat(CHUNK / 32);
         let mut random = vec![0; CHUNK];
         let mut state = 1_u64;

@@ -2,7 +2,7 @@
 
 use super::{Input, PAGE, STALL, run, scratch};
 use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, Width};
-use pageferry_common::{BUFFER_PAGES, ImageId, PAGE_SIZE, PageRange};
+use pageferry_common::{CHUNK_PAGES, ImageId, PAGE_SIZE, PageRange};
 use pageferry_receiver::dialect::serve_pages::Served;
 use pageferry_receiver::dialect::{Limits, Migration, criu};
 use pageferry_receiver::door::Door;
@@ -162,7 +162,7 @@ fn are_right(width: Width, mut answers: &[u8]) -> bool {
             .all(|(page, bytes)| known(page) && bytes.iter().all(|&byte| byte == fill_of(page)));
         let is_answer = matches!(header.command, Command::Add(Place::Present { lazy: false }));
         let of_ours = PIDS.iter().any(|&pid| header.object == u64::from(pid));
-        if !(right && is_answer && of_ours && (1..=BUFFER_PAGES as u64).contains(&header.pages)) {
+        if !(right && is_answer && of_ours && (1..=CHUNK_PAGES as u64).contains(&header.pages)) {
             return false;
         }
         answers = rest;

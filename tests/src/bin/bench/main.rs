@@ -1,5 +1,6 @@
 //! Measures Pageferry beside CRIU, on whatever machine this is: `scripts/bench.sh`.
 
+mod ballast;
 mod clients;
 mod growth;
 mod limits;
@@ -8,6 +9,7 @@ mod precopy;
 mod report;
 mod transfer;
 
+use ballast::Ballast;
 use pageferry_tests::Victim;
 use pageferry_tests::certs::Certs;
 use pageferry_tests::criu::Criu;
@@ -15,7 +17,6 @@ use report::Table;
 use std::env;
 use std::error::Error;
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
@@ -33,14 +34,9 @@ impl Place {
         tempfile::tempdir_in(&self.dir).expect("a directory can be made there")
     }
 
-    /// Uses as much memory as images of so many bytes take, and gives it back. The host of a virtual machine
-    /// takes back what is free for a second, and to get it again costs several times what is measured here.
-    fn warm(&self, bytes: u64) {
-        let mut file = tempfile::tempfile_in(&self.dir).expect("a file can be made there");
-        let piece = [1; 64 << 10];
-        for _ in 0..bytes / piece.len() as u64 {
-            file.write_all(&piece).expect("there is room");
-        }
+    /// Memory for images of so many bytes.
+    fn ballast(&self, bytes: u64) -> Ballast {
+        Ballast::new(&self.dir, bytes)
     }
 }
 
@@ -153,7 +149,7 @@ fn full(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
             for _ in 0..bench.runs {
                 // One after the other in turn: what else the machine does hits both.
                 for with in ["pageferry", "CRIU"] {
-                    place.warm(mib * MIB);
+                    let _ballast = place.ballast(mib * MIB);
                     let done = transfer(with);
                     let [source, destination] = done.usage;
                     let rss = |bytes| bytes as f64 / MIB as f64;
@@ -209,7 +205,7 @@ fn tls(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
                     _ => Vec::new(),
                 };
                 let (here, there) = (options("send"), options("receive"));
-                place.warm(GIB);
+                let _ballast = place.ballast(GIB);
                 let one = [&["--rounds", "1"], &pageferry_tests::certs::strs(&here)[..]].concat();
                 let done = transfer::ours(victim.pid(), place, None, &there, &one);
                 let [source, destination] = done.usage;
