@@ -15,12 +15,15 @@ pub enum Compression {
     None,
     /// zstd at this level.
     Zstd(i32),
-    /// zstd at [`FAST`] while the link is what is waited for, and pages become smaller.
+    /// zstd, at [`FAST`] or faster, while the link is what is waited for, and pages become smaller.
     Auto,
 }
 
-/// The level of [`Compression::Auto`].
+/// The level that is meant where none is said.
 pub const FAST: i32 = 1;
+
+/// The levels of [`Compression::Auto`]; the other takes about half the time.
+const LEVELS: [i32; 2] = [FAST, -5];
 
 /// What pages must become at most, of what they were, to be sent so.
 const MOST: f64 = 7.0 / 8.0;
@@ -122,6 +125,14 @@ struct Outlook {
 }
 
 impl Outlook {
+    /// So many bytes became so many, in this time.
+    fn new(bytes: usize, made: usize, took: Duration) -> Self {
+        Self {
+            cost: took.as_secs_f64() / bytes as f64,
+            ratio: made as f64 / bytes as f64,
+        }
+    }
+
     /// Whether it is worth while to compress so many bytes for a link that takes `link` seconds a byte, and
     /// has `backlog` seconds to go on meanwhile: if that is less time for the link than it waits for us, and
     /// if the processor is not kept busy for twice what is saved (it may have others to serve).
@@ -129,6 +140,12 @@ impl Outlook {
         let bytes = bytes as f64;
         let (work, saved) = (bytes * self.cost, bytes * link * (1.0 - self.ratio));
         (work - backlog).max(0.0) < saved && work < 2.0 * saved
+    }
+
+    /// Seconds until so many bytes have left over such a link.
+    fn until_sent(self, bytes: usize, link: f64, backlog: f64) -> f64 {
+        let bytes = bytes as f64;
+        (bytes * self.cost).max(backlog) + bytes * self.ratio * link
     }
 
     /// Whether pages become small enough to be sent so.
@@ -148,7 +165,8 @@ impl Outlook {
 /// Decides chunk by chunk.
 #[derive(Debug)]
 struct Judge {
-    outlook: Option<Outlook>,
+    /// Of each level.
+    outlooks: Option<[Outlook; LEVELS.len()]>,
     next_sample: Instant,
     /// For what a sample becomes.
     room: Vec<u8>,
@@ -170,11 +188,11 @@ impl Compressor {
             Compression::Zstd(level) => (level, None),
             Compression::Auto => {
                 let judge = Judge {
-                    outlook: None,
+                    outlooks: None,
                     next_sample: Instant::now(),
                     room: vec![0; SAMPLE],
                 };
-                (FAST, Some(judge))
+                (LEVELS[0], Some(judge))
             }
         };
         Ok(Some(Self {
@@ -187,9 +205,16 @@ impl Compressor {
     /// The pages as they are to be sent, and whether they are compressed: if that makes them at least an
     /// eighth smaller, and is worth while.
     pub(super) fn compress(&mut self, pages: Bytes, pace: &Pace) -> (bool, Bytes) {
-        if pages.is_empty() || !self.decide(&pages, pace) {
+        if pages.is_empty() {
             return (false, pages);
         }
+        let level = match &mut self.judge {
+            Some(judge) => match judge.decide(&mut self.zstd, &pages, pace) {
+                Some(level) => level,
+                None => return (false, pages),
+            },
+            None => 0,
+        };
         let goal = (pages.len() as f64 * MOST) as usize;
         // Until there is one, the link is waited for.
         let mut smaller = self.pool.take_blocking();
@@ -199,46 +224,60 @@ impl Compressor {
         let len = result.unwrap_or(0);
         let made = if len > 0 { len } else { pages.len() };
         if let Some(judge) = &mut self.judge {
-            judge.learn(pages.len(), made, began.elapsed());
+            judge.learn(level, Outlook::new(pages.len(), made, began.elapsed()));
         }
         match len {
             0 => (false, pages),
             len => (true, smaller.freeze(len)),
         }
     }
-
-    fn decide(&mut self, pages: &[u8], pace: &Pace) -> bool {
-        let Some(judge) = &mut self.judge else {
-            return true;
-        };
-        let began = Instant::now();
-        if began >= judge.next_sample {
-            // From the middle: the first pages of a mapping are often unlike the others.
-            let sample = SAMPLE.min(pages.len());
-            let from = (pages.len() - sample) / 2;
-            let (sampled, room) = (&pages[from..from + sample], &mut judge.room[..sample]);
-            let result = self.zstd.compress_to_buffer(sampled, room);
-            let took = began.elapsed();
-            judge.learn(sample, result.unwrap_or(sample), took);
-            judge.next_sample = began + SAMPLE_SHARE * took;
-        }
-        let pays = |outlook: Outlook| match pace.is_unknown() {
-            // The chunk before is still on its way: better than to wait for it.
-            true => pace.is_busy() && outlook.is_gain(),
-            false => outlook.pays(pages.len(), pace.cost(), pace.backlog()),
-        };
-        judge.outlook.is_some_and(pays)
-    }
 }
 
 impl Judge {
-    /// So many bytes became so many, in this time.
-    fn learn(&mut self, bytes: usize, made: usize, took: Duration) {
-        let now = Outlook {
-            cost: took.as_secs_f64() / bytes as f64,
-            ratio: made as f64 / bytes as f64,
-        };
-        self.outlook = Some(self.outlook.map_or(now, |before| before.learn(now)));
+    /// The level to compress pages at, by its place among [`LEVELS`], to which `zstd` is set then; `None` to leave
+    /// them as they are.
+    fn decide(
+        &mut self,
+        zstd: &mut zstd::bulk::Compressor<'static>,
+        pages: &[u8],
+        pace: &Pace,
+    ) -> Option<usize> {
+        let began = Instant::now();
+        if began >= self.next_sample {
+            // From the middle: the first pages of a mapping are often unlike the others.
+            let sample = SAMPLE.min(pages.len());
+            let from = (pages.len() - sample) / 2;
+            let sampled = &pages[from..from + sample];
+            for (place, level) in LEVELS.into_iter().enumerate() {
+                let began = Instant::now();
+                zstd.set_compression_level(level).ok()?;
+                let result = zstd.compress_to_buffer(sampled, &mut self.room[..sample]);
+                let made = result.unwrap_or(sample);
+                self.learn(place, Outlook::new(sample, made, began.elapsed()));
+            }
+            self.next_sample = began + SAMPLE_SHARE * began.elapsed();
+        }
+        let outlooks = self.outlooks?;
+        let (bytes, link, backlog) = (pages.len(), pace.cost(), pace.backlog());
+        let place = match pace.is_unknown() {
+            // The chunk before is still on its way: better than to wait for it.
+            true => (pace.is_busy() && outlooks[0].is_gain()).then_some(0),
+            false => {
+                let until = |place: &usize| outlooks[*place].until_sent(bytes, link, backlog);
+                (0..LEVELS.len())
+                    .filter(|place| outlooks[*place].pays(bytes, link, backlog))
+                    .min_by(|one, other| until(one).total_cmp(&until(other)))
+            }
+        }?;
+        zstd.set_compression_level(LEVELS[place]).ok()?;
+        Some(place)
+    }
+
+    /// This was seen at a level.
+    fn learn(&mut self, place: usize, now: Outlook) {
+        // Until each has been seen, one stands for the others.
+        let outlooks = self.outlooks.get_or_insert([now; LEVELS.len()]);
+        outlooks[place] = outlooks[place].learn(now);
     }
 }
 
@@ -276,6 +315,21 @@ mod tests {
             let backlog = chunks_waiting * CHUNK as f64 * link;
             let what = format!("{link} {ratio} {chunks_waiting}");
             assert_eq!(outlook.pays(CHUNK, link, backlog), pays, "{what}");
+        }
+    }
+
+    #[test]
+    fn what_has_left_sooner_is_better() {
+        let [good, fast] = [(200.0, 0.38), (500.0, 0.55)].map(|(rate, ratio)| Outlook {
+            cost: at(rate),
+            ratio,
+        });
+        let link = at(117.0);
+        for (chunks_waiting, better) in [(0.0, fast), (0.2, fast), (0.5, good), (2.0, good)] {
+            let backlog = chunks_waiting * CHUNK as f64 * link;
+            let until = |it: Outlook| it.until_sent(CHUNK, link, backlog);
+            let other = if better == fast { good } else { fast };
+            assert!(until(better) < until(other), "{chunks_waiting}");
         }
     }
 
