@@ -77,7 +77,7 @@ pub struct Cli {
     #[arg(long, value_enum, default_value = "native")]
     pub dialect: Dialect,
 
-    /// Compress pages: auto (as far as the link is slower than that), none, or zstd[:LEVEL]
+    /// Compress pages: auto (as far, and as well, as the link leaves time for), none, or zstd[:LEVEL]
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_compression)]
     pub compress: Compression,
 
