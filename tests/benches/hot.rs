@@ -189,7 +189,7 @@ fn frames(criterion: &mut Criterion) {
 
 /// Writing 64 MiB of an image, to memory if there is a tmpfs.
 fn images(criterion: &mut Criterion) {
-    const CHUNKS: u64 = 16;
+    const CHUNKS: u64 = 128;
     let pages = pages();
     let shm = std::path::Path::new("/dev/shm");
     let dir = match shm.is_dir() {
