@@ -682,16 +682,25 @@ mod tests {
         let entry = (0u64..5, 1u64..20, 1u32..=4);
         (prop::collection::vec(entry, 1..50), any::<u64>()).prop_map(|(raw, digest)| {
             let mut at = 0x1000;
+            let mut room = CHUNK_PAGES as u64;
             let mut entries = Vec::new();
             for (gap, pages, kind) in raw {
-                let range = PageRange::new(at + gap * PAGE_SIZE, pages).unwrap();
-                at = range.end();
                 let kind = [
                     EntryKind::Data,
                     EntryKind::Zero,
                     EntryKind::Parent,
                     EntryKind::Copy,
                 ][kind as usize - 1];
+                let mut range = PageRange::new(at + gap * PAGE_SIZE, pages).unwrap();
+                if kind == EntryKind::Data {
+                    // No chunk has more data than this.
+                    let (Some(fits), _) = range.split_at(room) else {
+                        continue;
+                    };
+                    range = fits;
+                    room -= range.pages();
+                }
+                at = range.end();
                 entries.push(Entry { range, kind });
             }
             Chunk { entries, digest }
