@@ -9,7 +9,7 @@
 
 use crate::addr::PAGE_SIZE;
 use bytes::{Bytes, BytesMut};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
 
 /// Most pages with data in a chunk: what one `process_vm_readv` reads.
@@ -22,7 +22,7 @@ pub const CHUNK_SIZE: usize = CHUNK_PAGES * PAGE_SIZE as usize;
 const PIECES: usize = 8;
 
 /// Size of a buffer in bytes: 4 MiB.
-pub const BUFFER_SIZE: usize = PIECES * CHUNK_SIZE;
+const BUFFER_SIZE: usize = PIECES * CHUNK_SIZE;
 
 /// A fixed number of buffers, whose pieces come home when they are dropped.
 #[derive(Debug, Clone)]
@@ -46,13 +46,13 @@ impl Home {
         let _ = self.free.send(());
     }
 
-    fn pieces(&self) -> std::sync::MutexGuard<'_, Vec<BytesMut>> {
+    fn pieces(&self) -> MutexGuard<'_, Vec<BytesMut>> {
         self.pieces.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl BufferPool {
-    /// A pool of `buffers` buffers of [`BUFFER_SIZE`] bytes, every page of them touched.
+    /// A pool of `buffers` buffers of 4 MiB, every page of them touched.
     #[must_use]
     pub fn new(buffers: usize) -> Self {
         let (sender, free) = mpsc::unbounded_channel();

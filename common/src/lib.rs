@@ -25,7 +25,7 @@ pub mod tls;
 pub mod wire;
 
 pub use addr::{PAGE_SIZE, PageRange};
-pub use buffer::{BUFFER_SIZE, BufferPool, CHUNK_PAGES, CHUNK_SIZE, PageBuf};
+pub use buffer::{BufferPool, CHUNK_PAGES, CHUNK_SIZE, PageBuf};
 pub use ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
 pub use page_set::PageSet;
 

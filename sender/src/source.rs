@@ -26,7 +26,7 @@ pub trait PageSource {
     ) -> io::Result<()>;
 }
 
-/// A process's private memory: one `process_vm_readv` for a whole buffer of pages, and
+/// A process's private memory: one `process_vm_readv` for a whole chunk's pages, and
 /// `/proc/PID/mem` for what the process itself may not read.
 #[derive(Debug)]
 pub struct TaskSource<'a> {

@@ -1,4 +1,4 @@
-//! From runs of pages to chunks: batches what must be read into one buffer, reads it, and only
+//! From runs of pages to chunks: batches what must be read for one chunk, reads it, and only
 //! then says what it is.
 
 use crate::dirty::{ContentHashes, Run};
@@ -11,7 +11,7 @@ use std::io;
 use std::time::{Duration, Instant};
 
 /// Pieces (to read, or kept) in one chunk. What is read may come apart into as many entries as it
-/// has pages, so this and a buffer's pages stay together below a chunk's most entries.
+/// has pages, so this and a chunk's pages stay together below a chunk's most entries.
 const PIECES_MAX: usize = 2048;
 
 /// Most pages in one entry: the wire has 32 bits for them.
@@ -43,7 +43,7 @@ pub struct ImageStream<'a> {
     told_once: bool,
     /// How to say "unchanged" of what is batched now; `None` if it is to be sent all the same.
     kept_kind: Option<EntryKind>,
-    /// To be read: ascending, together at most a buffer.
+    /// To be read: ascending, together at most a chunk's pages.
     wanted: Vec<PageRange>,
     wanted_pages: u64,
     /// Not to be read: in-parent entries that lie between.

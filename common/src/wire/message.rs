@@ -118,7 +118,7 @@ impl Chunk {
     pub fn raw_len(&self) -> usize {
         let data = self.entries.iter().filter(|e| e.kind == EntryKind::Data);
         usize::try_from(data.map(|e| e.range.bytes()).sum::<u64>())
-            .expect("a chunk's pages fit into a buffer")
+            .expect("a chunk's pages are few")
     }
 }
 
@@ -314,7 +314,7 @@ impl Message {
                 out.u8(2).u64(*id);
             }
             Self::Chunk(chunk) => {
-                out.u32(u32::try_from(chunk.raw_len()).expect("a chunk fits into a buffer"))
+                out.u32(u32::try_from(chunk.raw_len()).expect("a chunk's pages are few"))
                     .u32(u32::try_from(chunk.entries.len()).expect("entries are bounded"))
                     .u64(chunk.digest);
                 for entry in &chunk.entries {

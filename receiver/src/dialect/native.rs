@@ -729,7 +729,7 @@ fn check(chunk: &Chunk, pages: &[u8]) -> Result<(), Refusal> {
     }
 }
 
-/// Decompresses into `scratch`, and checks; never more than the chunk announced, which is at most a buffer.
+/// Decompresses into `scratch`, and checks; never more than the chunk announced.
 fn decompress<'a>(
     decompressor: &mut zstd::bulk::Decompressor<'_>,
     data: &[u8],

@@ -125,6 +125,12 @@ struct Outlook {
 }
 
 impl Outlook {
+    /// Of pages that are left as they are.
+    const RAW: Self = Self {
+        cost: 0.0,
+        ratio: 1.0,
+    };
+
     /// So many bytes became so many, in this time.
     fn new(bytes: usize, made: usize, took: Duration) -> Self {
         Self {
@@ -133,16 +139,15 @@ impl Outlook {
         }
     }
 
-    /// Whether it is worth while to compress so many bytes for a link that takes `link` seconds a byte, and
-    /// has `backlog` seconds to go on meanwhile: if that is less time for the link than it waits for us, and
-    /// if the processor is not kept busy for twice what is saved (it may have others to serve).
+    /// Whether it is worth while to compress so many bytes for such a link: if they have left sooner, and if the
+    /// processor is not kept busy for twice what the link is spared (it may have others to serve).
     fn pays(self, bytes: usize, link: f64, backlog: f64) -> bool {
-        let bytes = bytes as f64;
-        let (work, saved) = (bytes * self.cost, bytes * link * (1.0 - self.ratio));
-        (work - backlog).max(0.0) < saved && work < 2.0 * saved
+        let until = |it: Self| it.until_sent(bytes, link, backlog);
+        until(self) < until(Self::RAW) && self.cost < 2.0 * link * (1.0 - self.ratio)
     }
 
-    /// Seconds until so many bytes have left over such a link.
+    /// Seconds until so many bytes have left over a link that takes `link` seconds a byte, and has `backlog`
+    /// seconds to go on meanwhile.
     fn until_sent(self, bytes: usize, link: f64, backlog: f64) -> f64 {
         let bytes = bytes as f64;
         (bytes * self.cost).max(backlog) + bytes * self.ratio * link
@@ -209,11 +214,11 @@ impl Compressor {
             return (false, pages);
         }
         let level = match &mut self.judge {
-            Some(judge) => match judge.decide(&mut self.zstd, &pages, pace) {
-                Some(level) => level,
-                None => return (false, pages),
-            },
-            None => 0,
+            Some(judge) => judge.decide(&mut self.zstd, &pages, pace),
+            None => Some(0),
+        };
+        let Some(level) = level else {
+            return (false, pages);
         };
         let goal = (pages.len() as f64 * MOST) as usize;
         // Until there is one, the link is waited for.
@@ -284,9 +289,7 @@ impl Judge {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry_common::CHUNK_SIZE;
-
-    const CHUNK: usize = CHUNK_SIZE;
+    use pageferry_common::CHUNK_SIZE as CHUNK;
 
     /// Seconds a byte, of a rate in MB/s.
     fn at(megabytes: f64) -> f64 {
