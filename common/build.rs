@@ -1,4 +1,4 @@
-//! Builds the libraries that are loaded into CRIU (`shim/`) and that the programs carry inside
+//! Builds the libraries that are loaded into CRIU (`preload/`) and that the programs carry inside
 //! themselves: shared libraries, which Cargo has no way to depend on.
 
 use std::env;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::Command;
 
 fn main() {
-    println!("cargo::rerun-if-changed=shim");
+    println!("cargo::rerun-if-changed=preload");
     ["dump", "restore"].into_iter().for_each(build);
 }
 
@@ -33,7 +33,7 @@ fn build(name: &str) {
     rustc
         .args(["--target", &variable("TARGET"), "-o"])
         .arg(&out)
-        .arg(format!("shim/{name}.rs"));
+        .arg(format!("preload/{name}.rs"));
     if let Ok(linker) = env::var("RUSTC_LINKER") {
         rustc.arg("-C").arg(format!("linker={linker}"));
     }

@@ -6,28 +6,19 @@
 
 #![deny(unsafe_code)]
 
-pub mod addr;
-pub mod buffer;
-pub mod capability;
 pub mod criu;
 pub mod digest;
 pub mod ids;
-pub mod limits;
-pub mod needed;
-pub mod page_set;
-pub mod process;
-pub mod psi;
-pub mod shim;
-pub mod state;
+pub mod memory;
+pub mod needed_files;
+pub mod proc;
 #[allow(unsafe_code)]
 pub mod sys;
 pub mod tls;
 pub mod wire;
 
-pub use addr::{PAGE_SIZE, PageRange};
-pub use buffer::{BufferPool, CHUNK_PAGES, CHUNK_SIZE, PageBuf};
 pub use ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
-pub use page_set::PageSet;
+pub use memory::{BufferPool, CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE, PageBuf, PageRange, PageSet};
 
 /// An error and what caused it, in one line.
 #[must_use]

@@ -3,21 +3,16 @@
 
 #![deny(unsafe_code)]
 
-pub mod certs;
 pub mod cli;
-pub mod dialect;
-pub mod disk;
-pub mod door;
-pub mod fill;
 pub mod image;
 pub mod quota;
 pub mod restore;
 pub mod run;
-pub mod secure;
-pub mod segments;
 pub mod server;
-pub mod store;
+pub mod session;
+pub mod storage;
 #[allow(unsafe_code)]
 pub mod sys;
+pub mod tools;
 
 pub(crate) use pageferry_common::with_causes;

@@ -4,7 +4,7 @@
 
 use clap::Parser;
 use pageferry_receiver::cli::Cli;
-use pageferry_receiver::fill;
+use pageferry_receiver::restore::filler;
 use pageferry_receiver::run::run;
 use std::path::Path;
 use std::process::ExitCode;
@@ -12,8 +12,8 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     match (arguments.next(), arguments.next(), arguments.next()) {
-        (Some(hidden), Some(round), Some(restored)) if hidden == fill::ARG => {
-            fill::main(Path::new(&round), Path::new(&restored))
+        (Some(hidden), Some(round), Some(restored)) if hidden == filler::ARG => {
+            filler::main(Path::new(&round), Path::new(&restored))
         }
         _ => run(&Cli::parse()),
     }

@@ -1,20 +1,20 @@
 //! From the command line to an exit code, and of every failure what to do about it.
 
-use crate::certs;
 use crate::cli::{Cli, Command, RestoreHow, Serve, ServePages};
-use crate::dialect::serve_pages::{ServeError, Served};
-use crate::dialect::{Limits, Migration};
-use crate::image::flatten::{Pages, flatten};
-use crate::image::verify::verify;
 use crate::quota::Bounds;
 use crate::restore::Restorer;
-use crate::secure::Secure;
+use crate::server::tls::Secure;
 use crate::server::{self, Ended, Options};
-use crate::store::{Store, StoreError};
+use crate::session::page_client::{ServeError, Served};
+use crate::session::{Limits, Migration};
+use crate::storage::store::{Store, StoreError};
+use crate::tools::certs;
+use crate::tools::flatten::{Pages, flatten};
+use crate::tools::verify::verify;
 use crate::with_causes;
-use pageferry_common::capability::{self, lacking};
-use pageferry_common::criu::Criu;
-use pageferry_common::limits::raise_descriptors;
+use pageferry_common::criu::session::Criu;
+use pageferry_common::proc::capabilities::{self, lacking};
+use pageferry_common::sys::rlimit::raise_descriptors;
 use std::io::{self, IsTerminal};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -292,7 +292,7 @@ fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Exit> {
         complain(error, "what follows -- is for CRIU");
         Exit::Usage
     })?;
-    let lacking = lacking(&capability::TO_RESTORE);
+    let lacking = lacking(&capabilities::TO_RESTORE);
     if !lacking.is_empty() {
         let without = lacking.join(", ");
         tracing::warn!(without, "CRIU will hardly be able to restore");

@@ -1,16 +1,16 @@
 //! Scripted clients of CRIU's page-server protocol: both headers, the old commands, chains of
 //! dumps, and clients that lie or break off.
 
-use pageferry_common::psi::{self, Command, Header, Place, Width};
+use pageferry_common::criu::page_server::{self, Command, Header, Place, Width};
 use pageferry_common::{ImageId, PAGE_SIZE};
-use pageferry_receiver::dialect::criu::receive;
-use pageferry_receiver::dialect::{Failure, Limits, Migration};
-use pageferry_receiver::door::Door;
 use pageferry_receiver::image::chain::{Cursor, levels};
 use pageferry_receiver::image::format::PagemapEntry;
-use pageferry_receiver::image::verify::verify;
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::store::Store;
+use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::session::criu::receive;
+use pageferry_receiver::session::{Failure, Limits, Migration};
+use pageferry_receiver::storage::store::Store;
+use pageferry_receiver::tools::verify::verify;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -40,7 +40,7 @@ impl Script {
             command,
             pages,
             address: page * PAGE_SIZE,
-            object: image.map_or(0, |image| psi::object(image).unwrap()),
+            object: image.map_or(0, |image| page_server::object(image).unwrap()),
         };
         header.encode(self.width, &mut self.bytes);
         self

@@ -8,12 +8,12 @@ use pageferry_common::wire::{
     RoundKind, SharedPhase, Totals, WireError,
 };
 use pageferry_common::{Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, StateName, Token};
-use pageferry_receiver::dialect::native::receive;
-use pageferry_receiver::dialect::{Failure, Limits, Migration};
-use pageferry_receiver::door::Door;
-use pageferry_receiver::image::verify::verify;
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::store::Store;
+use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::session::native::receive;
+use pageferry_receiver::session::{Failure, Limits, Migration};
+use pageferry_receiver::storage::store::Store;
+use pageferry_receiver::tools::verify::verify;
 use std::fs;
 use std::io::Read;
 use std::path::Path;

@@ -6,7 +6,7 @@ use crate::freeze::Then;
 use crate::handover::StateDump;
 use crate::sink::{Compression, Dialect, FAST};
 use clap::Parser;
-use pageferry_common::criu::Options;
+use pageferry_common::criu::session::Options;
 use pageferry_common::tls::TlsFiles;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -77,7 +77,7 @@ pub struct Cli {
     #[arg(long, value_enum, default_value = "native")]
     pub dialect: Dialect,
 
-    /// Compress pages: auto (as far, and as well, as the link leaves time for), none, or zstd[:LEVEL]
+    /// Compress pages: auto (as far, and as well, as the link leaves time for), none, or zstd or zstd:LEVEL
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_compression)]
     pub compress: Compression,
 

@@ -6,24 +6,18 @@
 
 #![deny(unsafe_code)]
 
+pub mod baseline;
 pub mod cli;
 pub mod converge;
+pub mod copy;
 pub mod dirty;
-pub mod files;
 pub mod freeze;
 pub mod handover;
-pub mod held;
-pub mod maps;
 pub mod migrate;
 pub mod progress;
 pub mod report;
 pub mod run;
-pub mod segment;
 pub mod sink;
-pub mod source;
-pub mod stream;
 #[allow(unsafe_code)]
 pub mod sys;
-pub mod task;
-pub mod tree;
-pub mod vm_flags;
+pub mod target;

@@ -1,15 +1,15 @@
 //! The migration, from top to bottom.
 
 use crate::converge::{self, Limits, Next, Observed, Why};
+use crate::copy::stream::StreamError;
 use crate::dirty::DirtyTracker;
 use crate::freeze::{FreezeError, Freezer, Then, may_signal};
 use crate::handover::{self, Handover, HandoverError};
 use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
 use crate::sink::{PageSink, Receipt, SinkError};
-use crate::stream::StreamError;
 use crate::sys::sched::Urgent;
-use crate::tree::{Look, Scanned, SendError, Tree, TreeFault};
+use crate::target::tree::{Look, Scanned, SendError, Tree, TreeFault};
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, PAGE_SIZE, with_causes};
 use std::io;

@@ -2,6 +2,7 @@
 //! about it.
 
 use crate::cli::Cli;
+use crate::copy::stream::StreamError;
 use crate::dirty::{self, NoTracker};
 use crate::freeze::{FreezeError, Freezer, Then, TreeError, may_signal};
 use crate::handover::{Handover, HandoverError, Record, RecordError};
@@ -9,13 +10,12 @@ use crate::migrate::{MigrateError, Parts, Plan, migrate};
 use crate::progress::{LogWriter, Progress};
 use crate::report::Report;
 use crate::sink::{Connect, SinkError};
-use crate::stream::StreamError;
-use crate::task::namespace_depth;
-use crate::tree::{SendError, Tree, TreeFault};
+use crate::target::process::namespace_depth;
+use crate::target::tree::{SendError, Tree, TreeFault};
 use nix::sys::signal::Signal;
-use pageferry_common::capability::{self, lacking};
-use pageferry_common::criu::{BadOption, Criu, NoCriu};
-use pageferry_common::limits::raise_descriptors;
+use pageferry_common::criu::session::{BadOption, Criu, NoCriu};
+use pageferry_common::proc::capabilities::{self, lacking};
+use pageferry_common::sys::rlimit::raise_descriptors;
 use pageferry_common::tls::TlsError;
 use pageferry_common::wire::WireError;
 use pageferry_common::{BufferPool, Claim, MigrationId, Token};
@@ -148,7 +148,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     }
     let gone = |_| MigrateError::TargetGone(pid);
     let depth = namespace_depth(pid).map_err(gone)?;
-    let root_pid = crate::task::pid_in_namespace(pid, depth).map_err(gone)?;
+    let root_pid = crate::target::process::pid_in_namespace(pid, depth).map_err(gone)?;
     let claim = Claim {
         id: MigrationId(random().map_err(Failure::Prepare)?),
         root_pid,
@@ -158,7 +158,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
         // Found out in the end, all rounds would be in vain.
         may_signal(pid).map_err(|why| MigrateError::from(FreezeError::from(why)))?;
     }
-    let lacking = lacking(&capability::TO_DUMP);
+    let lacking = lacking(&capabilities::TO_DUMP);
     if cli.migrate && !lacking.is_empty() {
         return Err(Failure::MayNotMove(lacking));
     }

@@ -10,7 +10,7 @@ use pageferry_sender::migrate::{Parts, Plan, migrate};
 use pageferry_sender::progress::{Counters, Progress};
 use pageferry_sender::report::Report;
 use pageferry_sender::sink::{PageSink, Receipt, SinkError};
-use pageferry_sender::tree::{Look, Scanned, Tree};
+use pageferry_sender::target::tree::{Look, Scanned, Tree};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Lines, Write};

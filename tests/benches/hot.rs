@@ -11,10 +11,10 @@ use pageferry_common::{
 };
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::writer::DirWriter;
+use pageferry_sender::copy::source::{PageSource, TaskSource};
 use pageferry_sender::sink::FAST;
-use pageferry_sender::source::{PageSource, TaskSource};
 use pageferry_sender::sys::pagemap::{self, PRESENT, Query, Region, SWAPPED, WRITTEN};
-use pageferry_sender::task::{Task, namespace_depth};
+use pageferry_sender::target::process::{Task, namespace_depth};
 use pageferry_tests::Victim;
 use std::fs::File;
 use std::hint::black_box;

@@ -2,9 +2,9 @@
 //! noticed, at either end, and nothing comes of it but an end.
 
 use cap::Cap;
-use pageferry_common::criu::{self, Options};
+use pageferry_common::criu::session::{self, Options};
 use pageferry_common::digest::{RoundDigest, digest, digest2};
-use pageferry_common::needed::NeededFile;
+use pageferry_common::needed_files::NeededFile;
 use pageferry_common::wire::frame::HEADER_LEN;
 use pageferry_common::wire::{
     self, Chunk, Entry, EntryKind, FrameKind, Header, Message, RoundKind, Totals,
@@ -12,12 +12,12 @@ use pageferry_common::wire::{
 use pageferry_common::{
     BufferPool, Claim, ImageId, MemfdName, MigrationId, PAGE_SIZE, PageRange, StateName, Token,
 };
-use pageferry_receiver::dialect::native::receive;
-use pageferry_receiver::dialect::{Failure, Limits, Migration};
-use pageferry_receiver::door::Door;
 use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::restore::Restorer;
-use pageferry_receiver::store::Store;
+use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::session::native::receive;
+use pageferry_receiver::session::{Failure, Limits, Migration};
+use pageferry_receiver::storage::store::Store;
 use pageferry_sender::sink::{Compression, Connect, Dialect, Lost, SinkError};
 use pageferry_tests::criu::Criu;
 use pageferry_tests::fuzz::{check_store, scratch};
@@ -360,7 +360,7 @@ fn so_it_is_where_files_are_compared() {
     let Some(criu) = Criu::stable("damage to a session that compares files") else {
         return;
     };
-    let criu = criu::Criu::find(Some(criu.path())).unwrap();
+    let criu = session::Criu::find(Some(criu.path())).unwrap();
     let lazy = false;
     // Hello, what is asked for, and the end of that.
     damaged_sessions(

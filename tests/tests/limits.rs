@@ -1,8 +1,8 @@
 //! What a receiver takes of its peers is limited, whatever they do; who reaches a limit is told which, and
 //! nobody else comes to harm.
 
+use pageferry_common::criu::page_server::{self, Command, Place, Width};
 use pageferry_common::digest::{RoundDigest, digest};
-use pageferry_common::psi::{self, Command, Place, Width};
 use pageferry_common::wire::frame::{HEADER_LEN, Header, META_MAX};
 use pageferry_common::wire::message::CHUNK_ENTRIES_MAX;
 use pageferry_common::wire::{
@@ -295,11 +295,11 @@ const SENDERS: [(&str, Part); 8] = [
     ("is CRIU gone mad", |to, at_it| {
         let mut peer = Peer::connect(to)?;
         let say = |peer: &mut Peer, command, page: u64, pages| {
-            let header = psi::Header {
+            let header = page_server::Header {
                 command,
                 pages,
                 address: page * PAGE_SIZE,
-                object: psi::object(ImageId::Task(7)).unwrap(),
+                object: page_server::object(ImageId::Task(7)).unwrap(),
             };
             let mut bytes = Vec::new();
             header.encode(Width::Wide, &mut bytes);

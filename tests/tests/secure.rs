@@ -1,6 +1,6 @@
 //! Nobody reads along, and nobody comes in without a certificate: both ends say in a line why not.
 
-use pageferry_receiver::certs;
+use pageferry_receiver::tools::certs;
 use pageferry_tests::certs::{Certs, options, strs};
 use pageferry_tests::criu::Criu;
 use pageferry_tests::pair::send_command;

@@ -1,7 +1,7 @@
 //! Each dirty tracker on each kind of memory: what arrives is, byte by byte, what the frozen victim
 //! holds. These tests run in the VM too, whose kernel has what the host's may lack.
 
-use pageferry_sender::vm_flags::VmFlags;
+use pageferry_sender::target::smaps::VmFlags;
 use pageferry_tests::criu::skip;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::images::{Entry, Pagemap};

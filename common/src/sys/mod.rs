@@ -2,3 +2,4 @@
 
 pub mod fdpass;
 pub mod perf;
+pub mod rlimit;

@@ -324,8 +324,8 @@ async fn in_time<T>(patience: &Patience, work: impl Future<Output = T>) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::PageRange;
     use crate::ids::ImageId;
+    use crate::memory::addr::PageRange;
     use crate::wire::{Entry, EntryKind};
 
     const STALL: Duration = Duration::from_secs(5);

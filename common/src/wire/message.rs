@@ -1,9 +1,9 @@
 //! The typed messages and their encoding, by hand and bounded.
 
 use super::frame::FrameKind;
-use crate::addr::{BadRange, PAGE_SIZE, PageRange};
 use crate::ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
-use crate::needed::{BUILD_ID_MAX, NeededFile};
+use crate::memory::addr::{BadRange, PAGE_SIZE, PageRange};
+use crate::needed_files::{BUILD_ID_MAX, NeededFile};
 use crate::{CHUNK_PAGES, CHUNK_SIZE};
 
 /// Most entries one chunk may have.

@@ -78,7 +78,7 @@
 //! | 11 | Refuse | R | code u16, reason string; the connection ends |
 //! | 12 | Abort | S | reason string; the round in progress is discarded, the connection ends |
 //! | 13 | State | S | last u8 (0, 1), name string, length u32, the piece: at most 32 KiB |
-//! | 14 | Restore | S | options u32: [`crate::criu::Options::bits`] |
+//! | 14 | Restore | S | options u32: [`crate::criu::session::Options::bits`] |
 //! | 15 | Restored | R | |
 //! | 16 | Commit | S | |
 //! | 17 | Running | R | |

@@ -2,7 +2,7 @@
 
 use super::format::{PagemapEntry, PagemapReader};
 use super::{FileError, INVENTORY, PARENT, failed, pages_name};
-use pageferry_common::psi::Place;
+use pageferry_common::criu::page_server::Place;
 use pageferry_common::{ImageId, PageRange};
 use std::collections::BTreeSet;
 use std::fs::{self, File};

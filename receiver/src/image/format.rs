@@ -4,7 +4,7 @@
 //! protobuf. The few messages there are here are small enough to code by hand, bounded.
 
 use pageferry_common::PageRange;
-use pageferry_common::psi::Place;
+use pageferry_common::criu::page_server::Place;
 use std::io::{self, BufRead, Write};
 
 /// First word of an image.

@@ -2,7 +2,7 @@
 
 use super::chain::{Cursor, Levels, images};
 use super::{DirName, FileError, failed};
-use pageferry_common::psi::Place;
+use pageferry_common::criu::page_server::Place;
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;

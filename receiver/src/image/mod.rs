@@ -1,11 +1,8 @@
 //! CRIU image directories: writing rounds, reading chains of them.
 
 pub mod chain;
-pub mod flatten;
 pub mod format;
 pub mod index;
-pub mod lazy;
-pub mod verify;
 pub mod writer;
 
 use std::fmt;
@@ -82,7 +79,7 @@ pub fn pages_name(pages_id: u32) -> String {
 }
 
 /// Pages files are numbered from here, so that CRIU's own (from 1, or 65537) can lie beside them.
-const FIRST_PAGES_ID: u32 = 0x20001;
+pub const FIRST_PAGES_ID: u32 = 0x20001;
 
 /// Name of the symlink to the round before.
 pub const PARENT: &str = "parent";

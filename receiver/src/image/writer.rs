@@ -9,7 +9,7 @@ use super::{DirName, FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages
 use crate::quota::{Bounds, Quota, QuotaError};
 use crate::sys::writeback;
 use nix::unistd::{Whence, lseek};
-use pageferry_common::psi::Place;
+use pageferry_common::criu::page_server::Place;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
 use std::collections::BTreeSet;
@@ -325,7 +325,7 @@ impl Drop for DirWriter {
 
 /// One image in the making: a pagemap and its pages file.
 #[derive(Debug)]
-pub(super) struct ImageWriter {
+pub(crate) struct ImageWriter {
     image: ImageId,
     pagemap: BufWriter<File>,
     pagemap_path: PathBuf,
@@ -348,7 +348,7 @@ pub(super) struct ImageWriter {
 
 impl ImageWriter {
     /// Creates an image in `dir`.
-    pub(super) fn create(dir: &Path, image: ImageId, pages_id: u32) -> Result<Self, FileError> {
+    pub(crate) fn create(dir: &Path, image: ImageId, pages_id: u32) -> Result<Self, FileError> {
         let pagemap_path = dir.join(image.pagemap_name());
         let pages_path = dir.join(pages_name(pages_id));
         let mut pagemap = BufWriter::new(create_image(&pagemap_path)?);
@@ -436,7 +436,7 @@ impl ImageWriter {
 
     /// Stores pages of the chain again. Zero pages become holes, and so do those that are not
     /// `wanted`, which is asked whether they are lazy.
-    pub(super) fn copy(
+    pub(crate) fn copy(
         &mut self,
         from: &mut Cursor,
         range: PageRange,
@@ -481,7 +481,7 @@ impl ImageWriter {
         Ok(())
     }
 
-    pub(super) fn close(mut self) -> Result<(), FileError> {
+    pub(crate) fn close(mut self) -> Result<(), FileError> {
         let at_pagemap = failed("write", &self.pagemap_path);
         let finish = |pagemap: &mut BufWriter<File>, last: Option<PagemapEntry>| {
             last.map_or(Ok(()), |entry| entry.write(pagemap))?;

@@ -4,8 +4,8 @@
 use super::pages::Scanner;
 use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
-use crate::maps::Vma;
-use crate::task::Task;
+use crate::target::process::Task;
+use crate::target::vma::Vma;
 use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
 use std::collections::BTreeMap;
 use std::io;

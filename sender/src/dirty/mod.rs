@@ -14,8 +14,8 @@ pub use content_hash::ContentHashes;
 pub use pages::Part;
 
 use crate::freeze::{FreezeError, Frozen};
-use crate::maps::Vma;
-use crate::task::Task;
+use crate::target::process::Task;
+use crate::target::vma::Vma;
 use pageferry_common::PageRange;
 use std::io;
 

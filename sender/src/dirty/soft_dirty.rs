@@ -4,9 +4,9 @@
 use super::pages::Scanner;
 use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
-use crate::maps::Vma;
 use crate::sys::pagemap::SOFT_DIRTY;
-use crate::task::Task;
+use crate::target::process::Task;
+use crate::target::vma::Vma;
 use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
 use std::collections::HashMap;
 use std::fs::{self, File};

@@ -5,10 +5,10 @@
 use super::pages::Scanner;
 use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
-use crate::maps::Vma;
 use crate::sys::pagemap::{PRESENT, SWAPPED, WPALLOWED, WRITTEN};
 use crate::sys::uffd::Uffd;
-use crate::task::Task;
+use crate::target::process::Task;
+use crate::target::vma::Vma;
 use pageferry_common::PageRange;
 use std::collections::HashMap;
 use std::io;

@@ -5,9 +5,9 @@
 //! as before, *inside the kernel's signal handling*: only there does the kernel restart a system
 //! call that our stop interrupted.
 
-use crate::maps;
 use crate::sys::ptrace::{self, Stop, Tid};
 use crate::sys::{pidfd, uffd};
+use crate::target::vma;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -162,7 +162,7 @@ fn syscall_instruction(tid: Tid) -> io::Result<u64> {
     const VDSO_MAX: usize = 64 << 10;
     let none = || io::Error::other("it has no vDSO with a system call instruction");
     let maps = fs::read(format!("/proc/{tid}/maps"))?;
-    let range = maps::vdso(&maps).ok_or_else(none)?;
+    let range = vma::vdso(&maps).ok_or_else(none)?;
     let mut code = vec![0; (range.bytes() as usize).min(VDSO_MAX)];
     let remote = nix::sys::uio::RemoteIoVec {
         base: range.start() as usize,

@@ -1,7 +1,7 @@
 //! What `/proc` says of threads, children and tracers.
 
 use super::FrozenProcess;
-use pageferry_common::process::text;
+use pageferry_common::proc::process::text;
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;

@@ -1,10 +1,10 @@
 //! What is written down before a hand-over is decided: enough for `send --resolve` to find out how it
 //! ended, whoever died meanwhile.
 
-use crate::task::{namespace_depth, pid_in_namespace};
+use crate::target::process::{namespace_depth, pid_in_namespace};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pageferry_common::process::Process;
+use pageferry_common::proc::process::Process;
 use pageferry_common::{Claim, MigrationId, Token};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};

@@ -10,7 +10,7 @@ use super::native::Connect;
 use super::{PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
-use pageferry_common::psi::{self, Command, Header, Place, Width};
+use pageferry_common::criu::page_server::{self, Command, Header, Place, Width};
 use pageferry_common::wire::{Entry, EntryKind, RoundKind, Totals, WireError};
 use pageferry_common::{ImageId, PageRange};
 use std::io;
@@ -233,7 +233,7 @@ struct Server<'a> {
 impl Server<'_> {
     /// Names an image; whether the server has it in its parent.
     async fn open(&mut self, image: ImageId) -> Result<bool, SinkError> {
-        self.object = psi::object(image)
+        self.object = page_server::object(image)
             .ok_or_else(|| SinkError::PageServer(format!("has no number for {image}")))?;
         let open = Header::bare(Command::Open { answered: true }, self.object);
         self.header(open).await?;
@@ -321,7 +321,7 @@ impl Server<'_> {
     }
 
     async fn header(&mut self, header: Header) -> Result<(), SinkError> {
-        let mut bytes = Vec::with_capacity(psi::HEADER_MAX);
+        let mut bytes = Vec::with_capacity(page_server::HEADER_MAX);
         header.encode(self.width.unwrap_or(Width::Narrow), &mut bytes);
         self.write(&bytes).await
     }

@@ -11,8 +11,8 @@ pub use native::{Connect, NativeSink, resolve};
 
 use crate::progress::Counters;
 use bytes::Bytes;
-use pageferry_common::criu::Options;
-use pageferry_common::needed::NeededFile;
+use pageferry_common::criu::session::Options;
+use pageferry_common::needed_files::NeededFile;
 use pageferry_common::tls;
 use pageferry_common::wire::{Entry, RefuseCode, RoundKind, Totals, WireError};
 use pageferry_common::{BufferPool, ImageId, MemfdName, StateName};

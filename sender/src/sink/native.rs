@@ -5,9 +5,9 @@ use super::link::{Duplex, Link, dial};
 use super::{Destination, Lost, PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
-use pageferry_common::criu::Options;
+use pageferry_common::criu::session::Options;
 use pageferry_common::digest::{RoundDigest, digest};
-use pageferry_common::needed::NeededFile;
+use pageferry_common::needed_files::NeededFile;
 use pageferry_common::wire::message::PIECE_MAX;
 use pageferry_common::wire::{
     self, Chunk, Entry, FrameReader, FrameWriter, Incoming, Message, Patience, Phase, RoundKind,

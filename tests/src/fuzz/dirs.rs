@@ -1,15 +1,15 @@
 //! Directories of images that somebody else wrote, whole or not.
 
 use super::{Input, PAGE, scratch};
-use pageferry_common::state::children_are_waited_for;
+use pageferry_common::criu::images::children_are_waited_for;
 use pageferry_common::{ImageId, PAGE_SIZE};
-use pageferry_receiver::dialect::serve_pages::Served;
 use pageferry_receiver::image::chain::{Cursor, Levels, images as images_in, levels, newest_round};
-use pageferry_receiver::image::flatten::{Pages as Which, flatten};
 use pageferry_receiver::image::index::{Catalog, Index, Pages};
-use pageferry_receiver::image::lazy::prepare;
-use pageferry_receiver::image::verify::verify;
-use pageferry_receiver::segments::Segments;
+use pageferry_receiver::restore::lazy::prepare;
+use pageferry_receiver::restore::segments::Segments;
+use pageferry_receiver::session::page_client::Served;
+use pageferry_receiver::tools::flatten::{Pages as Which, flatten};
+use pageferry_receiver::tools::verify::verify;
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::Path;

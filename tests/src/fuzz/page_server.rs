@@ -1,17 +1,17 @@
 //! CRIU's page-server protocol, both ways: dumps that are taken, and pages that are given.
 
 use super::{Input, PAGE, STALL, run, scratch};
-use pageferry_common::psi::{Command, HEADER_MAX, Header, Place, Width};
+use pageferry_common::criu::page_server::{Command, HEADER_MAX, Header, Place, Width};
 use pageferry_common::{CHUNK_PAGES, ImageId, PAGE_SIZE, PageRange};
-use pageferry_receiver::dialect::serve_pages::Served;
-use pageferry_receiver::dialect::{Limits, Migration, criu};
-use pageferry_receiver::door::Door;
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::format::PagemapEntry;
-use pageferry_receiver::image::verify::verify;
 use pageferry_receiver::image::writer::DirWriter;
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::store::Store;
+use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::session::page_client::Served;
+use pageferry_receiver::session::{Limits, Migration, criu};
+use pageferry_receiver::storage::store::Store;
+use pageferry_receiver::tools::verify::verify;
 use std::cell::LazyCell;
 use std::sync::Arc;
 

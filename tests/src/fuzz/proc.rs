@@ -2,12 +2,14 @@
 
 use super::Input;
 use pageferry_common::PageRange;
-use pageferry_common::process::start_time;
-use pageferry_sender::files::executable;
+use pageferry_common::proc::process::start_time;
 use pageferry_sender::freeze::procs::{field_in, is_vfork, state_in};
-use pageferry_sender::maps::{self, Class, KernelMounts};
-use pageferry_sender::task::{children_faults_in, nested_pids_in, writes_past_page_tables};
-use pageferry_sender::vm_flags::program_for;
+use pageferry_sender::target::files::executable;
+use pageferry_sender::target::process::{
+    children_faults_in, nested_pids_in, writes_past_page_tables,
+};
+use pageferry_sender::target::smaps::program_for;
+use pageferry_sender::target::vma::{self, Class, KernelMounts};
 use std::cell::LazyCell;
 
 thread_local! {
@@ -47,17 +49,17 @@ pub fn proc(input: &[u8]) {
 }
 
 fn whole_maps(bytes: &[u8]) {
-    let vdso = maps::vdso(bytes);
+    let vdso = vma::vdso(bytes);
     for line in String::from_utf8_lossy(bytes).lines() {
         if let Some(path) = executable(line) {
             assert!(path.starts_with('/'));
         }
     }
-    let Ok(vmas) = MOUNTS.with(|mounts| maps::parse(bytes, mounts)) else {
+    let Ok(vmas) = MOUNTS.with(|mounts| vma::parse(bytes, mounts)) else {
         return;
     };
     if let Some(vdso) = vdso {
-        let of_vdso = |vma: &maps::Vma| vma.range == vdso && vma.class == Class::Whole;
+        let of_vdso = |vma: &vma::Vma| vma.range == vdso && vma.class == Class::Whole;
         assert!(vmas.iter().any(of_vdso));
     }
 }
@@ -72,14 +74,14 @@ fn file_in_maps(name: &[u8]) {
         b"\n5000-6000 r-xp 00000000 00:00 0 [vdso]\n",
     ];
     let text = line.concat();
-    let vmas = MOUNTS.with(|mounts| maps::parse(&text, mounts));
+    let vmas = MOUNTS.with(|mounts| vma::parse(&text, mounts));
     let [file, vdso] = &vmas.expect("it is as the kernel writes it")[..] else {
         panic!("these are two mappings");
     };
     assert_eq!(file.class, Class::Private { hugetlb: false });
     assert!(file.file_code && file.inode == 77 && file.offset == 0x2000);
     assert_eq!(vdso.class, Class::Whole);
-    assert_eq!(maps::vdso(&text), PageRange::from_bounds(0x5000, 0x6000));
+    assert_eq!(vma::vdso(&text), PageRange::from_bounds(0x5000, 0x6000));
 }
 
 /// Whatever a process is called, it is what it is.

@@ -1,14 +1,14 @@
 //! Small things: what CRIU answers, one pagemap, and what we read again of what we wrote.
 
 use super::Input;
-use pageferry_common::criu::{Event, Options};
-use pageferry_common::needed::{BUILD_ID_MAX, build_id};
+use pageferry_common::criu::session::{Event, Options};
+use pageferry_common::needed_files::{BUILD_ID_MAX, build_id};
 use pageferry_common::{ImageId, MemfdName, MigrationId, StateName, Token};
-use pageferry_receiver::dialect::detect::{Dialect, detect};
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::format::{PagemapEntry, PagemapReader, write_pagemap_head};
 use pageferry_receiver::image::index::Catalog;
 use pageferry_receiver::restore::Outcome;
+use pageferry_receiver::server::detect::{Dialect, detect};
 use pageferry_sender::handover::record::Record;
 use std::io::{BufRead, BufReader};
 

@@ -4,11 +4,11 @@ use super::{Input, PAGE, STALL, run, scratch};
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{Chunk, Entry, EntryKind, FrameKind, Header, Message, Totals};
 use pageferry_common::{ImageId, PageRange};
-use pageferry_receiver::dialect::{Limits, Migration, native};
-use pageferry_receiver::door::Door;
-use pageferry_receiver::image::verify::verify;
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::store::Store;
+use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::session::{Limits, Migration, native};
+use pageferry_receiver::storage::store::Store;
+use pageferry_receiver::tools::verify::verify;
 use std::fs;
 use std::path::Path;
 

@@ -1,0 +1,369 @@
+//! The directory that a process is restored from before its memory is there.
+//!
+//! It has CRIU's images of state, and of memory only what CRIU needs to restore: nearly all private
+//! memory is not in it at all, and is filled in by us ([`crate::restore::filler`]). Making it takes time for
+//! entries, not for pages.
+
+use crate::image::chain::levels;
+use crate::image::format::PagemapEntry;
+use crate::image::index::{Catalog, Index, Pages};
+use crate::image::writer::{DirWriter, WriteError};
+use crate::image::{DirName, FileError, failed};
+use crate::restore::segments::{Prefilled, Segments};
+use pageferry_common::criu::images::records;
+use pageferry_common::criu::page_server::Place;
+use pageferry_common::{CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
+use prost::Message;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+
+/// Most pages that are copied for a restore, 16 MiB. Of more, CRIU is told that they are in the parent, for
+/// which it reads all pagemaps of the chain, time that grows with memory.
+const COPIED_MAX: u64 = 4096;
+
+const MAP_PRIVATE: u32 = 0x02;
+const MAP_ANONYMOUS: u32 = 0x20;
+const MAP_LOCKED: u32 = 0x2000;
+const MAP_HUGETLB: u32 = 0x4_0000;
+/// Bits of a mapping's status: the vDSO, and the data beside it.
+const VDSO: u32 = 1 << 3;
+const VVAR: u32 = 1 << 12;
+
+/// CRIU's image of a process's memory, as far as it matters.
+#[derive(Clone, PartialEq, Message)]
+struct Mm {
+    #[prost(message, repeated, tag = "14")]
+    vmas: Vec<Vma>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Vma {
+    #[prost(uint64, required, tag = "1")]
+    start: u64,
+    #[prost(uint64, required, tag = "2")]
+    end: u64,
+    #[prost(uint32, required, tag = "6")]
+    flags: u32,
+    #[prost(uint32, required, tag = "7")]
+    status: u32,
+}
+
+impl Vma {
+    /// Whether CRIU registers it with a userfaultfd: it does so with those alone.
+    fn is_lazy(&self) -> bool {
+        let with = MAP_PRIVATE | MAP_ANONYMOUS;
+        self.flags & (with | MAP_LOCKED | MAP_HUGETLB) == with && self.status & (VDSO | VVAR) == 0
+    }
+}
+
+/// The machine that [`ThreadInfo`] is of.
+const X86_64: i32 = 1;
+
+/// CRIU's image of a thread: only where its stack is.
+#[derive(Clone, PartialEq, Message)]
+struct Core {
+    #[prost(int32, required, tag = "1")]
+    machine: i32,
+    /// A process that has ended, and not been waited for, has none.
+    #[prost(message, optional, tag = "2")]
+    x86: Option<ThreadInfo>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ThreadInfo {
+    #[prost(message, optional, tag = "2")]
+    registers: Option<Registers>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Registers {
+    #[prost(uint64, required, tag = "20")]
+    sp: u64,
+}
+
+/// A directory to restore from.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its path.
+    pub dir: PathBuf,
+    /// Segments that CRIU is to take instead of reading their images, which are empty.
+    pub segments: Prefilled,
+}
+
+/// Makes the directory beside the newest round of `catalog`, a complete final one that CRIU's images of
+/// state are in; `segments` are those of its shared segments that are in memory already. `None` if these
+/// images do not tell where the stacks are (not x86-64).
+///
+/// # Errors
+/// [`WriteError`].
+pub fn prepare(
+    home: &Path,
+    catalog: &Catalog,
+    segments: &mut Segments,
+) -> Result<Option<Prepared>, WriteError> {
+    let round = DirName::Round(catalog.rounds());
+    let top = home.join(round.to_string());
+    let Some(mut images) = split(&top, catalog)? else {
+        return Ok(None);
+    };
+    let segments = segments.finish(&top, catalog)?;
+    for image in &mut images {
+        if matches!(image.id, ImageId::Shmem(id) if segments.has(id)) {
+            image.at_once.clear();
+        }
+    }
+    let mut writer = DirWriter::begin(home, DirName::Restore(catalog.rounds()))?;
+    let at_once = images.iter().flat_map(|image| &image.at_once);
+    let copied = at_once.map(|(range, _)| range.pages()).sum::<u64>() <= COPIED_MAX;
+    if !copied {
+        writer.follow(round)?;
+    }
+    let chain = levels(&top)?;
+    for Image {
+        id, index, at_once, ..
+    } in images
+    {
+        writer.open(id)?;
+        if at_once.is_empty() {
+            continue;
+        }
+        let pages = Pages::open(&chain, id, index.clone())?;
+        for (range, huge) in at_once {
+            match copied || huge {
+                true => copy(&mut writer, &pages, range)?,
+                false => {
+                    let place = Place::Parent;
+                    writer.put_as_is(&[PagemapEntry { range, place }], &[])?;
+                }
+            }
+        }
+    }
+    let dir = writer.publish()?;
+    for name in crate::image::chain::names(&top)? {
+        if StateName::new(&name).is_some() {
+            let link = dir.join(&name);
+            fs::hard_link(top.join(&name), &link).map_err(failed("create", &link))?;
+        }
+    }
+    Ok(Some(Prepared { dir, segments }))
+}
+
+/// Writes pages that are in an image.
+fn copy(writer: &mut DirWriter, pages: &Pages, range: PageRange) -> Result<(), WriteError> {
+    let mut buffer = vec![0; range.bytes().min(CHUNK_SIZE as u64) as usize];
+    let mut rest = Some(range);
+    while let Some(now) = rest {
+        let room = &mut buffer[..now.bytes().min(CHUNK_SIZE as u64) as usize];
+        let found = pages.read(now.start(), room)?;
+        let (now, later) = now.split_at(found);
+        let range = now.expect("it is in the index");
+        let place = Place::Present { lazy: false };
+        let data = &buffer[..range.bytes() as usize];
+        writer.put_as_is(&[PagemapEntry { range, place }], data)?;
+        rest = later;
+    }
+    Ok(())
+}
+
+/// What a process that was restored from the directory of [`prepare`] waits for.
+#[derive(Debug)]
+pub struct Awaited {
+    /// Its pages.
+    pub pages: Rc<Pages>,
+    /// Those that are missing.
+    pub missing: Vec<PageRange>,
+}
+
+/// What the processes wait for that are restored from `round`, that of `catalog`; `None` as with
+/// [`prepare`].
+///
+/// # Errors
+/// [`FileError`].
+pub fn awaited(
+    round: &Path,
+    catalog: Catalog,
+) -> Result<Option<BTreeMap<i32, Awaited>>, FileError> {
+    let Some(images) = split(round, &catalog)? else {
+        return Ok(None);
+    };
+    let chain = levels(round)?;
+    let later = images.into_iter().map(|image| (image.id, image.later));
+    let mut later: BTreeMap<_, _> = later.collect();
+    let mut awaited = BTreeMap::new();
+    for (id, index) in catalog.into_images() {
+        if let (ImageId::Task(pid), Some(missing)) = (id, later.remove(&id)) {
+            let pages = Rc::new(Pages::open(&chain, id, index)?);
+            awaited.insert(pid.cast_signed(), Awaited { pages, missing });
+        }
+    }
+    Ok(Some(awaited))
+}
+
+/// One image, by when its pages are needed.
+#[derive(Debug)]
+struct Image<'a> {
+    id: ImageId,
+    index: &'a Index,
+    /// By CRIU, and whether they are huge.
+    at_once: Vec<(PageRange, bool)>,
+    later: Vec<PageRange>,
+}
+
+/// All images of the round in `top`; `None` if there are no stacks in CRIU's.
+fn split<'a>(top: &Path, catalog: &'a Catalog) -> Result<Option<Vec<Image<'a>>>, FileError> {
+    let Some(stacks) = stacks(top)? else {
+        return Ok(None);
+    };
+    let mut split = Vec::new();
+    for (id, index) in catalog.images() {
+        let vmas = match id {
+            ImageId::Task(pid) => match record::<Mm>(&top.join(format!("mm-{pid}.img")))? {
+                Some(mm) => mm.vmas,
+                // A process that has ended since: CRIU restores no memory of it.
+                None => continue,
+            },
+            ImageId::Shmem(_) => Vec::new(),
+        };
+        let (mut at_once, mut later) = (Vec::new(), Vec::new());
+        for range in index.ranges() {
+            pieces(range, &vmas, &stacks, |range, needed| match needed {
+                Needed::Later => later.push(range),
+                Needed::AtOnce { huge } => at_once.push((range, huge)),
+            });
+        }
+        split.push(Image {
+            id,
+            index,
+            at_once,
+            later,
+        });
+    }
+    Ok(Some(split))
+}
+
+/// When pages have to be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Needed {
+    /// When CRIU restores. Huge ones it reads from the newest directory only.
+    AtOnce { huge: bool },
+    /// When the process touches them.
+    Later,
+}
+
+/// Cuts a range where it changes when its pages are needed.
+fn pieces(
+    range: PageRange,
+    vmas: &[Vma],
+    stacks: &PageSet,
+    mut each: impl FnMut(PageRange, Needed),
+) {
+    const AT_ONCE: Needed = Needed::AtOnce { huge: false };
+    let mut at = range.start();
+    let first = vmas.partition_point(|vma| vma.end <= at);
+    for vma in &vmas[first..] {
+        if vma.start >= range.end() {
+            break;
+        }
+        let gap = PageRange::from_bounds(at, vma.start.max(at));
+        gap.into_iter().for_each(|gap| each(gap, AT_ONCE));
+        let (start, end) = (vma.start.max(at), vma.end.min(range.end()));
+        let Some(inside) = PageRange::from_bounds(start, end) else {
+            continue;
+        };
+        at = end;
+        if vma.flags & MAP_HUGETLB != 0 {
+            each(inside, Needed::AtOnce { huge: true });
+        } else if vma.is_lazy() {
+            stacks.split(inside, |range, stack| {
+                each(range, if stack { AT_ONCE } else { Needed::Later });
+            });
+        } else {
+            each(inside, AT_ONCE);
+        }
+    }
+    let rest = PageRange::from_bounds(at, range.end());
+    rest.into_iter().for_each(|rest| each(rest, AT_ONCE));
+}
+
+/// The pages that threads' stack pointers are in: wanted at once, whoever's they are.
+fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
+    let mut stacks = PageSet::new();
+    for name in crate::image::chain::names(dir)? {
+        if !name.starts_with("core-") || !name.ends_with(".img") {
+            continue;
+        }
+        let core = record::<Core>(&dir.join(&name))?;
+        let sp = match core.map(|core| (core.machine, core.x86)) {
+            Some((X86_64, None)) => continue,
+            Some((X86_64, Some(thread))) => thread.registers.map(|registers| registers.sp),
+            Some(_) | None => None,
+        };
+        let Some(sp) = sp else {
+            return Ok(None);
+        };
+        if let Ok(page) = PageRange::new(sp - sp % PAGE_SIZE, 1) {
+            stacks.insert(page);
+        }
+    }
+    Ok(Some(stacks))
+}
+
+/// The one record of an image of state; `None` if there is no such image.
+fn record<M: Message + Default>(path: &Path) -> Result<Option<M>, FileError> {
+    let records = records(path).map_err(failed("understand", path))?;
+    Ok(records.into_iter().next())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn range(start: u64, end: u64) -> PageRange {
+        PageRange::from_bounds(start * PAGE_SIZE, end * PAGE_SIZE).unwrap()
+    }
+
+    fn vma(start: u64, end: u64, flags: u32) -> Vma {
+        Vma {
+            start: start * PAGE_SIZE,
+            end: end * PAGE_SIZE,
+            flags,
+            status: 1,
+        }
+    }
+
+    #[test]
+    fn every_page_is_in_one_piece() {
+        let anonymous = MAP_PRIVATE | MAP_ANONYMOUS;
+        let vmas = [
+            vma(1, 10, anonymous),
+            vma(10, 12, MAP_PRIVATE),
+            vma(20, 30, anonymous | MAP_HUGETLB),
+            vma(30, 40, anonymous | MAP_LOCKED),
+        ];
+        let mut stacks = PageSet::new();
+        stacks.insert(range(5, 6));
+        let (now, later) = (Needed::AtOnce { huge: false }, Needed::Later);
+        let pieces = |range| {
+            let mut all = Vec::new();
+            pieces(range, &vmas, &stacks, |range, needed| {
+                all.push((range, needed))
+            });
+            all
+        };
+        assert_eq!(
+            pieces(range(2, 35)),
+            [
+                (range(2, 5), later),
+                (range(5, 6), now),
+                (range(6, 10), later),
+                (range(10, 12), now),
+                (range(12, 20), now),
+                (range(20, 30), Needed::AtOnce { huge: true }),
+                (range(30, 35), now),
+            ]
+        );
+        assert_eq!(pieces(range(50, 60)), [(range(50, 60), now)]);
+    }
+}

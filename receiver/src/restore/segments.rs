@@ -1,0 +1,590 @@
+//! Shared segments of a migration, as the processes will have them: memfds, filled as rounds arrive, that
+//! CRIU takes instead of reading the images. Without that the time to restore would grow with them.
+//!
+//! They are memory that the restored processes need anyway. Any that cannot be kept (no memory, no name)
+//! is read from the images, and so is all that comes when little memory is left.
+
+use crate::image::index::{Catalog, Index, Pages};
+use crate::image::{FileError, failed};
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::socket::{Shutdown, shutdown};
+use pageferry_common::criu::images::records;
+use pageferry_common::sys::fdpass;
+use pageferry_common::wire::{Entry, EntryKind};
+use pageferry_common::{ImageId, MemfdName, PageRange};
+use prost::Message;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Where the library in CRIU asks for segments (`common/preload/restore.rs`), in the directory that CRIU
+/// restores from.
+const SOCKET: &str = "segments.socket";
+
+/// How long to wait before accepting again what could not be accepted.
+const AGAIN: Duration = Duration::from_millis(20);
+
+/// How many bytes are kept before it is looked again how much memory is left.
+const LOOK_AFTER: u64 = 16 << 20;
+
+/// CRIU's image of all memfds.
+const MEMFDS: &str = "memfd.img";
+
+/// What CRIU's image says of one memfd, as far as it matters.
+#[derive(Clone, PartialEq, Message)]
+struct MemfdInode {
+    #[prost(string, required, tag = "1")]
+    name: String,
+    #[prost(uint64, required, tag = "4")]
+    size: u64,
+    #[prost(uint32, required, tag = "5")]
+    shmid: u32,
+    #[prost(uint32, required, tag = "6")]
+    seals: u32,
+    #[prost(uint32, optional, tag = "8")]
+    hugetlb_flag: Option<u32>,
+}
+
+/// The segments of a migration whose rounds arrive.
+#[derive(Debug)]
+pub struct Segments {
+    memfds: BTreeMap<u64, Memfd>,
+    /// Whose pages come now, if they are kept.
+    open: Option<u64>,
+    /// Bytes that may be kept before the next look.
+    until_look: u64,
+    is_short: fn() -> bool,
+}
+
+impl Default for Segments {
+    fn default() -> Self {
+        Self {
+            memfds: BTreeMap::new(),
+            open: None,
+            until_look: 0,
+            is_short: memory_is_short,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Memfd {
+    name: MemfdName,
+    file: File,
+}
+
+impl Memfd {
+    fn new(name: &MemfdName) -> io::Result<Self> {
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+        let file = File::from(memfd_create(name.as_str(), flags)?);
+        let name = name.clone();
+        Ok(Self { name, file })
+    }
+}
+
+impl Segments {
+    /// What is put from now on belongs to an image; whether that has a parent.
+    pub fn open(&mut self, image: ImageId, has_parent: bool) {
+        self.open = match image {
+            ImageId::Shmem(id) => Some(id),
+            ImageId::Task(_) => None,
+        };
+        // What came before of one that has no parent is of another, or of no use.
+        if let (Some(id), false) = (self.open, has_parent) {
+            self.memfds.remove(&id);
+        }
+    }
+
+    /// The open image is of a segment of that name. One is kept from its first round on; the id of one that
+    /// is not kept and has a parent is returned, see [`Segments::recover`].
+    pub fn name(&mut self, name: &MemfdName, has_parent: bool) -> Option<u64> {
+        let id = self.open?;
+        match self.memfds.get(&id) {
+            Some(known) if known.name == *name => {}
+            Some(_) => drop(self.memfds.remove(&id)),
+            None if has_parent => return Some(id),
+            None => match Memfd::new(name) {
+                Ok(memfd) => drop(self.memfds.insert(id, memfd)),
+                Err(error) => {
+                    tracing::warn!(id, %error, "a shared segment will be read when restoring");
+                }
+            },
+        }
+        None
+    }
+
+    /// Keeps a segment from now on whose rounds so far were not kept: `pages` has them.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn recover(
+        &mut self,
+        id: u64,
+        name: &MemfdName,
+        index: &Index,
+        pages: &Pages,
+    ) -> Result<(), FileError> {
+        let at = Path::new(name.as_str());
+        let memfd = Memfd::new(name).map_err(failed("make", at))?;
+        let mut buffer = vec![0; 1 << 20];
+        for range in index.ranges() {
+            let mut rest = Some(range);
+            while let Some(range) = rest {
+                let read = pages.read(range.start(), &mut buffer)?;
+                let (now, later) = range.split_at(read);
+                let Some(now) = now else {
+                    return Err(failed("fill", at)(io::ErrorKind::UnexpectedEof.into()));
+                };
+                if self.has_no_room(now.bytes()) {
+                    let short = io::Error::other("little memory is left");
+                    return Err(failed("fill", at)(short));
+                }
+                let content = &buffer[..now.bytes() as usize];
+                let write = memfd.file.write_all_at(content, now.start());
+                write.map_err(failed("fill", at))?;
+                rest = later;
+            }
+        }
+        self.memfds.insert(id, memfd);
+        Ok(())
+    }
+
+    /// Whether there is too little memory to keep so many bytes.
+    fn has_no_room(&mut self, bytes: u64) -> bool {
+        match self.until_look.checked_sub(bytes) {
+            Some(rest) => {
+                self.until_look = rest;
+                false
+            }
+            None => {
+                let short = (self.is_short)();
+                if !short {
+                    self.until_look = LOOK_AFTER;
+                }
+                short
+            }
+        }
+    }
+
+    /// Keeps a chunk of the open image.
+    pub fn put(&mut self, entries: &[Entry], pages: &[u8]) {
+        let Some(id) = self.open.filter(|id| self.memfds.contains_key(id)) else {
+            return;
+        };
+        if self.has_no_room(pages.len() as u64) {
+            tracing::warn!(
+                id,
+                "little memory is left: a shared segment will be read when restoring"
+            );
+            self.memfds.remove(&id);
+            return;
+        }
+        let memfd = &self.memfds[&id];
+        let mut rest = pages;
+        let kept = entries.iter().try_for_each(|entry| match entry.kind {
+            EntryKind::Data => {
+                let (now, later) = rest.split_at(entry.range.bytes() as usize);
+                rest = later;
+                memfd.file.write_all_at(now, entry.range.start())
+            }
+            EntryKind::Zero => punch(&memfd.file, entry.range),
+            EntryKind::Parent | EntryKind::Copy => Ok(()),
+        });
+        if let Err(error) = kept {
+            tracing::warn!(id, %error, "a shared segment will be read when restoring");
+            self.memfds.remove(&id);
+        }
+    }
+
+    /// Those that CRIU would make when it restores from `round`, that of `catalog`, each as it would be
+    /// with its pages.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn finish(&mut self, round: &Path, catalog: &Catalog) -> Result<Prefilled, FileError> {
+        let mut ready = BTreeMap::new();
+        let path = round.join(MEMFDS);
+        let records = records::<MemfdInode>(&path).map_err(failed("understand", &path))?;
+        for memfd in records {
+            let id = u64::from(memfd.shmid);
+            let ours = self.memfds.remove(&id);
+            let Some(ours) = ours.filter(|ours| ours.name.as_str() == memfd.name) else {
+                continue;
+            };
+            if memfd.hugetlb_flag.unwrap_or(0) != 0 || memfd.size == 0 {
+                continue;
+            }
+            let Some(index) = catalog.get(ImageId::Shmem(id)) else {
+                continue;
+            };
+            match complete(&ours.file, &memfd, index) {
+                Ok(()) => drop(ready.insert(id, ours.file)),
+                Err(error) => {
+                    tracing::warn!(id, %error, "a shared segment is read when restoring");
+                }
+            }
+        }
+        self.memfds.clear();
+        Ok(Prefilled(ready))
+    }
+}
+
+/// Whether less than a quarter of this host's memory is left for others.
+fn memory_is_short() -> bool {
+    std::fs::read_to_string("/proc/meminfo").is_ok_and(|text| is_short(&text))
+}
+
+/// The same by the words of `/proc/meminfo`.
+fn is_short(text: &str) -> bool {
+    let kib = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse::<u64>().ok()
+    };
+    match (kib("MemAvailable:"), kib("MemTotal:")) {
+        (Some(available), Some(total)) => available < total / 4,
+        _ => false,
+    }
+}
+
+/// Gives a memfd its size, takes away the pages that the last round does not list any more, and seals it
+/// if no seal may be added: that is all that tells a memfd that was never to have any.
+fn complete(file: &File, memfd: &MemfdInode, pages: &Index) -> io::Result<()> {
+    let mut end = 0;
+    for range in pages.ranges() {
+        if let Some(gap) = PageRange::from_bounds(end, range.start()) {
+            punch(file, gap)?;
+        }
+        end = range.end();
+    }
+    file.set_len(end)?;
+    file.set_len(memfd.size)?;
+    let seals = SealFlag::from_bits_truncate(memfd.seals.cast_signed());
+    if seals == SealFlag::F_SEAL_SEAL {
+        fcntl(file, FcntlArg::F_ADD_SEALS(seals))?;
+    }
+    Ok(())
+}
+
+fn punch(file: &File, range: PageRange) -> io::Result<()> {
+    let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    let (start, bytes) = (range.start().cast_signed(), range.bytes().cast_signed());
+    Ok(fallocate(file, hole, start, bytes)?)
+}
+
+/// Segments with all their pages, by their ids.
+#[derive(Debug, Default)]
+pub struct Prefilled(BTreeMap<u64, File>);
+
+impl Prefilled {
+    /// Whether a segment is among them: its images need not be read.
+    #[must_use]
+    pub fn has(&self, id: u64) -> bool {
+        self.0.contains_key(&id)
+    }
+
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Gives them to whoever asks at the socket in `dir`, until dropped.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn serve(self: &Arc<Self>, dir: &Path) -> io::Result<Server> {
+        let dir = File::open(dir)?;
+        // The path of a socket must be short.
+        let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
+        let listener = Arc::new(fdpass::listen(Path::new(&path))?);
+        let fetched = Arc::new(Mutex::new(BTreeSet::new()));
+        let give = {
+            let (all, listener, fetched) = (
+                Arc::clone(self),
+                Arc::clone(&listener),
+                Arc::clone(&fetched),
+            );
+            move || {
+                loop {
+                    match fdpass::accept(listener.as_fd()) {
+                        Ok(peer) => {
+                            if let Err(error) = all.answer(&peer, &fetched) {
+                                tracing::warn!(%error, "who asked for a shared segment did not get it");
+                            }
+                        }
+                        // It is shut down.
+                        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
+                        // Out of descriptors, most likely. CRIU waits for an answer.
+                        Err(error) => {
+                            tracing::warn!(%error, "cannot give a shared segment yet");
+                            std::thread::sleep(AGAIN);
+                        }
+                    }
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("segments".into());
+        Ok(Server {
+            all: Arc::clone(self),
+            fetched,
+            listener,
+            thread: Some(thread.spawn(give)?),
+        })
+    }
+
+    fn answer(&self, peer: &OwnedFd, fetched: &Mutex<BTreeSet<u64>>) -> io::Result<()> {
+        let mut id = [0; 8];
+        match fdpass::receive(peer.as_fd(), &mut id)? {
+            Some((8, _)) => {}
+            _ => return Err(io::ErrorKind::InvalidData.into()),
+        }
+        let id = u64::from_le_bytes(id);
+        let memfd = self.0.get(&id);
+        // Before who has it can go on: that it was not sent all the same fails the restore anyway.
+        if memfd.is_some() {
+            let mut fetched = fetched.lock().unwrap_or_else(PoisonError::into_inner);
+            fetched.insert(id);
+        }
+        fdpass::send(peer.as_fd(), &[0], memfd.map(AsFd::as_fd))?;
+        Ok(())
+    }
+}
+
+/// Gives segments away while it lives.
+#[derive(Debug)]
+pub struct Server {
+    all: Arc<Prefilled>,
+    fetched: Arc<Mutex<BTreeSet<u64>>>,
+    listener: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Whether each was fetched. One that was not is empty in what CRIU restored.
+    #[must_use]
+    pub fn all_fetched(&self) -> bool {
+        let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
+        fetched.len() == self.all.0.len()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // Wakes the thread, whose next accept fails.
+        let _ = shutdown(self.listener.as_raw_fd(), Shutdown::Both);
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image::DirName;
+    use crate::image::chain::levels;
+    use crate::image::writer::DirWriter;
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+    use pageferry_common::PAGE_SIZE;
+    use proptest::prelude::*;
+    use std::fs;
+
+    const PAGE: usize = PAGE_SIZE as usize;
+    const ID: u64 = 7;
+    const NAME: &str = "/dev/zero";
+
+    /// One round: each page is not there (0), data, zero (2), or kept if it was there (3).
+    fn put_round(
+        home: &Path,
+        segments: &mut Segments,
+        round: u32,
+        old: &[Option<u8>],
+        steps: &[u8],
+    ) -> Vec<Option<u8>> {
+        let mut writer = DirWriter::begin(home, DirName::Round(round)).unwrap();
+        if round > 1 {
+            writer.follow(DirName::Round(round - 1)).unwrap();
+        }
+        writer.write_inventory(1).unwrap();
+        let image = ImageId::Shmem(ID);
+        let has_parent = writer.open(image).unwrap();
+        segments.open(image, has_parent);
+        segments.name(&MemfdName::new(NAME).unwrap(), has_parent);
+        let mut new = vec![None; steps.len()];
+        for (page, &step) in steps.iter().enumerate() {
+            let (kind, content) = match (step % 6, old.get(page).copied().flatten()) {
+                (0, _) => continue,
+                (2, _) => (EntryKind::Zero, 0),
+                (3.., Some(old)) => (EntryKind::Parent, old),
+                _ => (EntryKind::Data, step),
+            };
+            let range = PageRange::new(page as u64 * PAGE_SIZE, 1).unwrap();
+            let data = vec![content; if kind == EntryKind::Data { PAGE } else { 0 }];
+            let entries = [Entry { range, kind }];
+            writer.put(&entries, &data).unwrap();
+            segments.put(&entries, &data);
+            new[page] = Some(content);
+        }
+        writer.commit().unwrap();
+        new
+    }
+
+    fn memfd_image(memfd: &MemfdInode) -> Vec<u8> {
+        let record = memfd.encode_to_vec();
+        let mut image = b"magicTWO".to_vec();
+        image.extend((record.len() as u32).to_le_bytes());
+        image.extend(record);
+        image
+    }
+
+    fn memfd(pages: usize) -> MemfdInode {
+        MemfdInode {
+            name: NAME.to_owned(),
+            size: (pages * PAGE) as u64,
+            shmid: ID as u32,
+            seals: 0,
+            hugetlb_flag: None,
+        }
+    }
+
+    fn finish(home: &Path, segments: &mut Segments, round: u32, memfd: &MemfdInode) -> Prefilled {
+        let top = home.join(round.to_string());
+        fs::write(top.join(MEMFDS), memfd_image(memfd)).unwrap();
+        let mut catalog = Catalog::default();
+        (0..round).for_each(|_| catalog.advance(home).unwrap());
+        segments.finish(&top, &catalog).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn a_segment_is_what_the_last_round_says(
+            rounds in prop::collection::vec(prop::collection::vec(any::<u8>(), 8), 1..5),
+        ) {
+            let home = tempfile::tempdir().unwrap();
+            let mut segments = Segments::default();
+            let mut model = Vec::new();
+            for (round, steps) in (1u32..).zip(&rounds) {
+                model = put_round(home.path(), &mut segments, round, &model, steps);
+            }
+            // As long as the pages, or longer.
+            let memfd = memfd(model.len() + 2);
+            let ready = finish(home.path(), &mut segments, rounds.len() as u32, &memfd);
+            prop_assert!(ready.has(ID));
+            let mut content = vec![1; (model.len() + 2) * PAGE];
+            ready.0[&ID].read_exact_at(&mut content, 0).unwrap();
+            for (index, page) in content.chunks(PAGE).enumerate() {
+                let byte = model.get(index).copied().flatten().unwrap_or(0);
+                prop_assert!(page.iter().all(|&found| found == byte), "page {index}");
+            }
+            prop_assert_eq!(ready.0[&ID].metadata().unwrap().len(), memfd.size);
+        }
+    }
+
+    #[test]
+    fn only_what_criu_would_make_alike_is_given() {
+        let (good, steps) = (memfd(8), [1; 8]);
+        for (memfd, fine) in [
+            (good.clone(), true),
+            (
+                MemfdInode {
+                    name: "other".to_owned(),
+                    ..good.clone()
+                },
+                false,
+            ),
+            (
+                MemfdInode {
+                    hugetlb_flag: Some(21 << 26),
+                    ..good.clone()
+                },
+                false,
+            ),
+            (
+                MemfdInode {
+                    shmid: 8,
+                    ..good.clone()
+                },
+                false,
+            ),
+            (
+                MemfdInode {
+                    size: 0,
+                    ..good.clone()
+                },
+                false,
+            ),
+        ] {
+            let home = tempfile::tempdir().unwrap();
+            let mut segments = Segments::default();
+            put_round(home.path(), &mut segments, 1, &[], &steps);
+            let ready = finish(home.path(), &mut segments, 1, &memfd);
+            assert_eq!(ready.has(ID), fine, "{memfd:?}");
+        }
+        // One that was not kept from its beginning.
+        let home = tempfile::tempdir().unwrap();
+        let old = put_round(home.path(), &mut Segments::default(), 1, &[], &steps);
+        let mut segments = Segments::default();
+        put_round(home.path(), &mut segments, 2, &old, &[3; 8]);
+        assert!(finish(home.path(), &mut segments, 2, &good).is_empty());
+    }
+
+    #[test]
+    fn nothing_is_kept_when_little_memory_is_left() {
+        let home = tempfile::tempdir().unwrap();
+        let mut segments = Segments {
+            is_short: || true,
+            ..Segments::default()
+        };
+        put_round(home.path(), &mut segments, 1, &[], &[1; 8]);
+        assert!(finish(home.path(), &mut segments, 1, &memfd(8)).is_empty());
+        let (chain, image) = (levels(&home.path().join("1")).unwrap(), ImageId::Shmem(ID));
+        let index = Index::load(&chain, image).unwrap().unwrap();
+        let pages = Pages::open(&chain, image, index.clone()).unwrap();
+        let name = MemfdName::new(NAME).unwrap();
+        let recovered = segments.recover(ID, &name, &index, &pages);
+        assert!(
+            recovered
+                .unwrap_err()
+                .source
+                .to_string()
+                .contains("little memory")
+        );
+        let text = |available| format!("MemTotal: 4000 kB\nMemAvailable: {available} kB\n");
+        assert!(is_short(&text(999)) && !is_short(&text(1000)));
+        assert!(!is_short("MemTotal: 4000 kB\n"));
+    }
+
+    #[test]
+    fn who_asks_gets_it_and_that_is_known() {
+        let home = tempfile::tempdir().unwrap();
+        let mut segments = Segments::default();
+        put_round(home.path(), &mut segments, 1, &[], &[5; 8]);
+        let sealed = MemfdInode {
+            seals: 1,
+            ..memfd(8)
+        };
+        let ready = Arc::new(finish(home.path(), &mut segments, 1, &sealed));
+        let server = ready.serve(home.path()).unwrap();
+        let ask = |id: u64| {
+            let flags = SockFlag::SOCK_CLOEXEC;
+            let peer = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+            let address = UnixAddr::new(&home.path().join(SOCKET)).unwrap();
+            connect(peer.as_raw_fd(), &address).unwrap();
+            fdpass::send(peer.as_fd(), &id.to_le_bytes(), None).unwrap();
+            fdpass::receive(peer.as_fd(), &mut [0]).unwrap().unwrap().1
+        };
+        assert!(ask(8).is_none());
+        assert!(!server.all_fetched());
+        let fetched = File::from(ask(ID).unwrap());
+        assert!(server.all_fetched());
+        assert_eq!(fetched.metadata().unwrap().len(), 8 * PAGE_SIZE);
+        assert_eq!(fcntl(&fetched, FcntlArg::F_GET_SEALS).unwrap(), 1);
+    }
+}

@@ -1,0 +1,4 @@
+//! `--dir`: its migrations, who works on which, and the thread that writes.
+
+pub mod store;
+pub mod writer_thread;

@@ -1,0 +1,106 @@
+//! Merges a chain into one directory that needs no other.
+
+use crate::image::chain::{Cursor, images, levels, names, newest_round};
+use crate::image::writer::ImageWriter;
+use crate::image::{FIRST_PAGES_ID, FileError, PARENT, failed};
+use pageferry_common::ImageId;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+/// What was merged.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Flattened {
+    /// Directories of the chain.
+    pub levels: usize,
+    /// Memory images.
+    pub images: usize,
+    /// Pages in them.
+    pub pages: u64,
+}
+
+/// Which pages are merged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pages {
+    /// All.
+    All,
+    /// Those without which a restored process cannot run: instead of the others there are holes.
+    NotLazy,
+}
+
+/// Merges the chain that ends in `dir` into the new directory `out`; images that are not memory are
+/// copied as they are. `progress` hears of every image begun.
+///
+/// # Errors
+/// [`FileError`]; `out` does not appear then.
+pub fn flatten(
+    dir: &Path,
+    out: &Path,
+    pages: Pages,
+    mut progress: impl FnMut(ImageId),
+) -> Result<Flattened, FileError> {
+    let top = newest_round(dir)?;
+    let chain = levels(&top)?;
+    must_be_new(out)?;
+    let mut tmp = out.as_os_str().to_owned();
+    tmp.push(format!(".tmp-{}", std::process::id()));
+    let tmp = PathBuf::from(tmp);
+    DirBuilder::new()
+        .mode(0o700)
+        .create(&tmp)
+        .map_err(failed("create", &tmp))?;
+    let removed_on_failure = Unfinished(&tmp);
+
+    let images = images(&top)?;
+    let wanted = match pages {
+        Pages::All => |_| true,
+        Pages::NotLazy => |lazy: bool| !lazy,
+    };
+    let mut done = Flattened {
+        levels: chain.len(),
+        images: images.len(),
+        pages: 0,
+    };
+    for (number, &image) in images.iter().enumerate() {
+        progress(image);
+        let mut list = Cursor::open(&chain, image)?.expect("it was listed");
+        let mut cursor = Cursor::open(&chain, image)?.expect("it was listed");
+        let mut writer = ImageWriter::create(&tmp, image, FIRST_PAGES_ID + number as u32)?;
+        while let Some(entry) = list.next_entry()? {
+            writer.copy(&mut cursor, entry.range, wanted)?;
+            done.pages += entry.range.pages();
+        }
+        writer.close()?;
+    }
+    for name in names(&top)? {
+        let memory = ImageId::from_pagemap_name(&name).is_some() || name.starts_with("pages-");
+        let from = top.join(&name);
+        if !memory && name != PARENT && from.is_file() {
+            fs::copy(&from, tmp.join(&name)).map_err(failed("copy", &from))?;
+        }
+    }
+    fs::rename(&tmp, out).map_err(failed("create", out))?;
+    std::mem::forget(removed_on_failure);
+    Ok(done)
+}
+
+fn must_be_new(out: &Path) -> Result<(), FileError> {
+    match fs::read_dir(out) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed("use", out)(error)),
+        Ok(mut entries) => match entries.next() {
+            None => Ok(()),
+            Some(_) => Err(failed("use", out)(io::ErrorKind::DirectoryNotEmpty.into())),
+        },
+    }
+}
+
+struct Unfinished<'a>(&'a Path);
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        // Best effort: the name says that it is temporary.
+        let _ = fs::remove_dir_all(self.0);
+    }
+}

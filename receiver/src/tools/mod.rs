@@ -1,0 +1,5 @@
+//! The offline commands.
+
+pub mod certs;
+pub mod flatten;
+pub mod verify;

@@ -1,0 +1,347 @@
+//! One process of the tree, as remembered from round to round.
+
+use crate::baseline::Held;
+use crate::dirty::ContentHashes;
+use crate::sys::pidfd;
+use crate::target::segment::SegmentKey;
+use crate::target::vma::{Class, Device, KernelMounts, Vma};
+use pageferry_common::proc::process::text;
+use pageferry_common::{ImageId, PageRange};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+
+/// One process of the tree.
+#[derive(Debug)]
+pub struct Task {
+    /// Its PID, as this program's PID namespace counts.
+    pub pid: i32,
+    /// A thread of it that lives: its leader may have ended before the rest, and then the PID names
+    /// no memory and no descriptors any more.
+    pub tid: i32,
+    /// Its PID, as the tree's own PID namespace counts: the one in image names.
+    pub vpid: u32,
+    /// Its mappings at the last freeze, ascending.
+    pub vmas: Vec<Vma>,
+    /// Where it maps segments whose writes are to be tracked, ascending.
+    pub shared: Vec<PageRange>,
+    /// Page faults of its children that it has waited for, at the last freeze; `None` if it need not wait
+    /// for them.
+    pub children_faults: Option<u64>,
+    /// What the receiver holds of it.
+    pub held: Held,
+    /// Content hashes of what the receiver holds, where contents are compared.
+    pub hashes: ContentHashes,
+    /// Its page table, opened at the last freeze: stays with that memory even if it execs.
+    pub pagemap: File,
+    /// Its memory, opened at the last freeze: reads what it may not read itself.
+    pub memory: File,
+    /// Devices may write its memory behind every write-protection's back.
+    pub direct_io: bool,
+    pidfd: OwnedFd,
+}
+
+impl Task {
+    /// A process met for the first time.
+    ///
+    /// # Errors
+    /// Those of `/proc`; `NotFound` or `ESRCH` if it is gone.
+    pub fn meet(pid: i32, tid: i32, namespace_depth: usize) -> io::Result<Self> {
+        Ok(Self {
+            pid,
+            tid,
+            vpid: pid_in_namespace(tid, namespace_depth)?,
+            vmas: Vec::new(),
+            shared: Vec::new(),
+            children_faults: None,
+            held: Held::default(),
+            hashes: ContentHashes::of_nothing(),
+            pagemap: open_pagemap(tid)?,
+            memory: open_memory(tid)?,
+            direct_io: false,
+            pidfd: pidfd::open(pid)?,
+        })
+    }
+
+    /// Opens what belongs to the memory the process has now.
+    ///
+    /// # Errors
+    /// As [`Task::meet`].
+    pub fn reopen(&mut self, tid: i32) -> io::Result<()> {
+        self.tid = tid;
+        self.pagemap = open_pagemap(tid)?;
+        self.memory = open_memory(tid)?;
+        Ok(())
+    }
+
+    /// Looks at what tells of children that it had: any child has page faults, which are added up here when
+    /// the parent has waited for it. Returns whether there was none to tell of since the last time.
+    ///
+    /// # Errors
+    /// As [`Task::meet`].
+    pub fn look_at_children(&mut self) -> io::Result<bool> {
+        let now = children_faults(self.pid)?;
+        let before = std::mem::replace(&mut self.children_faults, now);
+        Ok(now.is_some() && now == before)
+    }
+
+    /// Whether it still is the process it was (not a later one of the same number).
+    #[must_use]
+    pub fn alive(&self) -> bool {
+        pidfd::alive(self.pidfd.as_fd())
+    }
+
+    /// Whether one of its own mappings may change while CRIU dumps it ([`crate::target::tree::Look::UnderCriu`]).
+    #[must_use]
+    pub fn disturbs(&self, vma: &Vma) -> bool {
+        self.direct_io || vma.executable || vma.class == Class::Whole
+    }
+
+    /// Its image.
+    #[must_use]
+    pub fn image(&self) -> ImageId {
+        ImageId::Task(self.vpid)
+    }
+}
+
+fn open_pagemap(tid: i32) -> io::Result<File> {
+    File::open(format!("/proc/{tid}/pagemap"))
+}
+
+fn open_memory(tid: i32) -> io::Result<File> {
+    File::open(format!("/proc/{tid}/mem"))
+}
+
+/// See [`Task::look_at_children`].
+fn children_faults(pid: i32) -> io::Result<Option<u64>> {
+    let status = text(format!("/proc/{pid}/status"))?;
+    children_faults_in(&status, &text(format!("/proc/{pid}/stat"))?)
+}
+
+/// The page faults of children that a process has waited for, by its `status` and `stat` in `/proc`; `None` if
+/// it need not wait for them.
+///
+/// # Errors
+/// `InvalidData` if that is not in them.
+pub fn children_faults_in(status: &str, stat: &str) -> io::Result<Option<u64>> {
+    let bad =
+        |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("no {what} in /proc"));
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    let ignored = ignored.ok_or_else(|| bad("SigIgn"))?;
+    // Who ignores the signal is not told of its children, and need not wait for them.
+    if ignored >> (libc::SIGCHLD - 1) & 1 != 0 {
+        return Ok(None);
+    }
+    // Behind the name, which may hold anything: state first, cminflt and cmajflt as 9th and 11th.
+    let fields: Vec<_> = stat
+        .rsplit_once(") ")
+        .map(|(_, rest)| rest.split(' ').collect())
+        .unwrap_or_default();
+    let number = |index: usize| {
+        fields
+            .get(index)
+            .and_then(|field: &&str| field.parse::<u64>().ok())
+    };
+    match (number(8), number(10)) {
+        // Only whether it changes matters.
+        (Some(minor), Some(major)) => Ok(Some(minor.wrapping_add(major))),
+        _ => Err(bad("cminflt")),
+    }
+}
+
+/// The PIDs of a process in the nested PID namespaces from ours inwards.
+fn nested_pids(tid: i32) -> io::Result<Vec<u32>> {
+    nested_pids_in(&text(format!("/proc/{tid}/status"))?)
+}
+
+/// The PIDs of a process in the nested PID namespaces from ours inwards, at least one, by its `status` in
+/// `/proc`.
+///
+/// # Errors
+/// `NotFound` if there are none in it.
+pub fn nested_pids_in(status: &str) -> io::Result<Vec<u32>> {
+    // NStgid, not NSpid: the thread may not be the leader.
+    let line = status.lines().find_map(|line| line.strip_prefix("NStgid:"));
+    let pids: Vec<u32> = line
+        .unwrap_or("")
+        .split_ascii_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect();
+    match pids.is_empty() {
+        true => Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "no PID in /proc/PID/status",
+        )),
+        false => Ok(pids),
+    }
+}
+
+/// How many PID namespaces deep a process is, from ours at 1.
+///
+/// # Errors
+/// Those of `/proc`.
+pub fn namespace_depth(tid: i32) -> io::Result<usize> {
+    Ok(nested_pids(tid)?.len())
+}
+
+/// The PID of a process in the PID namespace so deep.
+///
+/// # Errors
+/// Those of `/proc`.
+pub fn pid_in_namespace(tid: i32, depth: usize) -> io::Result<u32> {
+    let pids = nested_pids(tid)?;
+    // A process of the tree cannot be outside the root's namespace, only deeper.
+    Ok(pids[(depth - 1).min(pids.len() - 1)])
+}
+
+/// What a process's descriptors tell of its memory.
+#[derive(Debug, Default)]
+pub struct Descriptors {
+    /// Segments it holds open, mapped or not.
+    pub segments: Vec<(SegmentKey, File)>,
+    /// It lets devices write into its memory: `O_DIRECT` files, io_uring's registered buffers.
+    pub direct_io: bool,
+}
+
+/// Looks through the descriptors of a process. One that is closed meanwhile is no error.
+///
+/// # Errors
+/// Those of `/proc`; `NotFound` or `ESRCH` if it is gone. What is not looked through might hold memory.
+pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
+    let mut found = Descriptors::default();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+        let entry = entry?;
+        let path = entry.path();
+        let Ok(target) = fs::read_link(&path) else {
+            continue;
+        };
+        let target = target.as_os_str().as_encoded_bytes();
+        if target.starts_with(b"/memfd:") {
+            // Looked at before it is opened: a FIFO may have any name, and would block.
+            let Ok(metadata) = fs::metadata(&path) else {
+                continue;
+            };
+            let device = Device::from_raw(metadata.dev());
+            if !mounts.holds(device) {
+                continue;
+            }
+            match File::open(&path) {
+                Ok(file) => {
+                    let inode = metadata.ino();
+                    found.segments.push((SegmentKey { device, inode }, file));
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        } else if target.starts_with(b"/") || target == b"anon_inode:[io_uring]" {
+            let info = entry.file_name();
+            let info = info.to_string_lossy();
+            let info = text(format!("/proc/{pid}/fdinfo/{info}")).unwrap_or_default();
+            found.direct_io |= writes_past_page_tables(&info);
+        }
+    }
+    Ok(found)
+}
+
+/// Whether `/proc/PID/fdinfo/N` tells of a descriptor through which a device writes memory.
+#[must_use]
+pub fn writes_past_page_tables(info: &str) -> bool {
+    info.lines().any(|line| {
+        let Some((field, value)) = line.split_once(':') else {
+            return false;
+        };
+        match field {
+            "flags" => {
+                i32::from_str_radix(value.trim(), 8).is_ok_and(|flags| flags & libc::O_DIRECT != 0)
+            }
+            "UserBufs" => value.trim().parse().is_ok_and(|buffers: u64| buffers > 0),
+            _ => false,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead, Write};
+
+    #[test]
+    fn direct_io_shows_in_fdinfo() {
+        assert!(writes_past_page_tables("pos:\t0\nflags:\t0140002\n"));
+        assert!(!writes_past_page_tables("pos:\t0\nflags:\t0100002\n"));
+        assert!(writes_past_page_tables("UserFiles:\t0\nUserBufs:\t3\n"));
+        assert!(!writes_past_page_tables("UserBufs:\t0\n"));
+    }
+
+    #[test]
+    fn a_memfd_is_found_by_its_descriptor() {
+        let mounts = KernelMounts::probe().unwrap();
+        let flags = nix::sys::memfd::MFdFlags::empty();
+        let mut memfd = File::from(nix::sys::memfd::memfd_create("x", flags).unwrap());
+        memfd.write_all(b"hello").unwrap();
+        let inode = memfd.metadata().unwrap().ino();
+        let found = descriptors(std::process::id() as i32, &mounts).unwrap();
+        assert!(found.segments.iter().any(|(key, _)| key.inode == inode));
+    }
+
+    #[test]
+    fn a_child_that_came_and_went_shows() {
+        let script = "read a; true & wait; echo; read a";
+        let mut shell = std::process::Command::new("sh")
+            .args(["-c", &format!("echo; {script}")])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = shell.id() as i32;
+        let depth = namespace_depth(pid).unwrap();
+        let mut task = Task::meet(pid, pid, depth).unwrap();
+        let mut lines = std::io::BufReader::new(shell.stdout.take().unwrap()).lines();
+        lines.next().unwrap().unwrap();
+        assert!(!task.look_at_children().unwrap());
+        assert!(task.look_at_children().unwrap());
+        let mut stdin = shell.stdin.take().unwrap();
+        writeln!(stdin).unwrap();
+        lines.next().unwrap().unwrap();
+        assert!(!task.look_at_children().unwrap());
+        assert!(task.look_at_children().unwrap());
+        drop(stdin);
+        shell.wait().unwrap();
+    }
+
+    #[test]
+    fn who_ignores_its_children_need_not_tell_of_them() {
+        assert!(
+            children_faults(std::process::id() as i32)
+                .unwrap()
+                .is_some()
+        );
+        let mut cat = std::process::Command::new("env")
+            .args(["--ignore-signal=CHLD", "cat"])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut stdin, stdout) = (cat.stdin.take().unwrap(), cat.stdout.take().unwrap());
+        writeln!(stdin).unwrap();
+        std::io::BufReader::new(stdout)
+            .lines()
+            .next()
+            .unwrap()
+            .unwrap();
+        assert_eq!(children_faults(cat.id() as i32).unwrap(), None);
+        drop(stdin);
+        cat.wait().unwrap();
+    }
+
+    #[test]
+    fn this_process_can_be_met() {
+        let pid = std::process::id() as i32;
+        let depth = namespace_depth(pid).unwrap();
+        let task = Task::meet(pid, pid, depth).unwrap();
+        assert!(task.alive());
+        assert!(task.vpid > 0);
+    }
+}
