@@ -28,7 +28,7 @@ impl RoundDigest {
     /// An image begins.
     pub fn open(&mut self, image: ImageId) {
         let (kind, id) = match image {
-            ImageId::Task(pid) => (1u64, u64::from(pid)),
+            ImageId::Process(pid) => (1u64, u64::from(pid)),
             ImageId::Shmem(id) => (2, id),
         };
         self.fold(&[kind.to_le_bytes(), id.to_le_bytes()].concat());
@@ -58,7 +58,7 @@ mod tests {
     fn order_and_every_byte_count() {
         let run = |steps: &[&[u8]]| {
             let mut d = RoundDigest::default();
-            d.open(ImageId::Task(1));
+            d.open(ImageId::Process(1));
             steps.iter().for_each(|s| d.chunk(s));
             d.value()
         };

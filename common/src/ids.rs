@@ -6,7 +6,7 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ImageId {
     /// Private memory of the process with this PID, as the tree's own PID namespace counts.
-    Task(u32),
+    Process(u32),
     /// A shared segment, by the inode number of its object: CRIU's `shmid`.
     Shmem(u64),
 }
@@ -16,7 +16,7 @@ impl ImageId {
     #[must_use]
     pub fn pagemap_name(self) -> String {
         match self {
-            Self::Task(pid) => format!("pagemap-{pid}.img"),
+            Self::Process(pid) => format!("pagemap-{pid}.img"),
             Self::Shmem(id) => format!("pagemap-shmem-{id}.img"),
         }
     }
@@ -27,7 +27,7 @@ impl ImageId {
         let id = name.strip_prefix("pagemap-")?.strip_suffix(".img")?;
         let image = match id.strip_prefix("shmem-") {
             Some(id) => Self::Shmem(id.parse().ok()?),
-            None => Self::Task(id.parse().ok()?),
+            None => Self::Process(id.parse().ok()?),
         };
         (image.pagemap_name() == name).then_some(image)
     }
@@ -36,7 +36,7 @@ impl ImageId {
 impl fmt::Display for ImageId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Task(pid) => write!(f, "process {pid}"),
+            Self::Process(pid) => write!(f, "process {pid}"),
             Self::Shmem(id) => write!(f, "shared segment {id}"),
         }
     }
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn only_exact_names_are_pagemap_names() {
-        for id in [ImageId::Task(1), ImageId::Shmem(u64::MAX)] {
+        for id in [ImageId::Process(1), ImageId::Shmem(u64::MAX)] {
             assert_eq!(ImageId::from_pagemap_name(&id.pagemap_name()), Some(id));
         }
         for bad in [

@@ -1,12 +1,12 @@
 //! Scripted clients of CRIU's page-server protocol: both headers, the old commands, chains of
 //! dumps, and clients that lie or break off.
 
-use pageferry_common::criu::page_server::{self, Command, Header, Place, Width};
+use pageferry_common::criu::page_server::{self, Command, Header, PageLocation, Width};
 use pageferry_common::{ImageId, PAGE_SIZE};
 use pageferry_receiver::image::chain::{Cursor, levels};
 use pageferry_receiver::image::format::PagemapEntry;
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::server::admission::Admission;
 use pageferry_receiver::session::criu::receive;
 use pageferry_receiver::session::{Failure, Limits, Migration};
 use pageferry_receiver::storage::store::Store;
@@ -19,9 +19,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex, split};
 
 const PAGE: usize = PAGE_SIZE as usize;
 const OPEN: Command = Command::Open { answered: true };
-const PRESENT: Place = Place::Present { lazy: false };
-const LAZY: Place = Place::Present { lazy: true };
-const TASK: ImageId = ImageId::Task(7);
+const PRESENT: PageLocation = PageLocation::Present { lazy: false };
+const LAZY: PageLocation = PageLocation::Present { lazy: true };
+const TASK: ImageId = ImageId::Process(7);
 
 /// What a client says.
 struct Script {
@@ -51,9 +51,9 @@ impl Script {
     }
 
     /// An entry, its pages all of the byte `fill`.
-    fn add(self, place: Place, page: u64, pages: u64, fill: u8) -> Self {
+    fn add(self, place: PageLocation, page: u64, pages: u64, fill: u8) -> Self {
         let mut script = self.header(Command::Add(place), pages, page, Some(TASK));
-        if let Place::Present { .. } = place {
+        if let PageLocation::Present { .. } = place {
             let end = script.bytes.len() + pages as usize * PAGE;
             script.bytes.resize(end, fill);
         }
@@ -91,10 +91,10 @@ fn play_bounded(
             buffers: 2,
             bounds,
         };
-        let guest = Door::new(1).let_in(limits.handshake).unwrap();
+        let pending = Admission::new(1).admit(limits.handshake).unwrap();
         let mut migration = Migration::default();
         let receiving = async {
-            let result = receive(read, write, guest, &store, limits, chain, &mut migration).await;
+            let result = receive(read, write, pending, &store, limits, chain, &mut migration).await;
             // As the connection of a real one ends with it.
             (migration, result)
         };
@@ -201,11 +201,11 @@ fn dumps_are_chained_if_they_are_to_be() {
         .open(ImageId::Shmem(3))
         .header(Command::HasParent, 0, 0, Some(TASK))
         .open(TASK)
-        .add(Place::Parent, 16, 2, 0)
+        .add(PageLocation::Parent, 16, 2, 0)
         .add(PRESENT, 18, 1, 2)
-        .add(Place::Parent, 19, 1, 0)
+        .add(PageLocation::Parent, 19, 1, 0)
         .close();
-    let other = ImageId::Task(8);
+    let other = ImageId::Process(8);
     let stranger = Script::new(Width::Narrow).open(other).close();
     let dir = tempfile::tempdir().unwrap();
     for script in [&first, &stranger] {
@@ -230,7 +230,7 @@ fn dumps_are_chained_if_they_are_to_be() {
     assert_ne!(answers[6..], [0; 4], "that is no success");
     // Nor can what the parent has not.
     let beyond = Script::new(Width::Narrow).open(TASK);
-    let beyond = beyond.add(Place::Parent, 19, 2, 0).close();
+    let beyond = beyond.add(PageLocation::Parent, 19, 2, 0).close();
     let (answers, _, result) = play(dir.path(), true, &beyond.bytes);
     assert!(
         result
@@ -284,7 +284,7 @@ fn what_makes_no_sense_is_refused() {
         (
             "more pages than there are addresses",
             Script::new(Width::Wide).open(TASK).header(
-                Command::Add(Place::Elsewhere),
+                Command::Add(PageLocation::Elsewhere),
                 u64::MAX / 2,
                 16,
                 Some(TASK),
@@ -309,7 +309,7 @@ fn damaged_and_torn_dumps_leave_nothing_or_something_whole() {
     let script = Script::new(Width::Narrow)
         .open(TASK)
         .add(PRESENT, 16, 1, 1)
-        .add(Place::Elsewhere, 18, 2, 0)
+        .add(PageLocation::Elsewhere, 18, 2, 0)
         .close()
         .bytes;
     let headers = (0..48).chain(48 + PAGE..script.len());

@@ -15,7 +15,7 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
 
 const PAGE: usize = PAGE_SIZE as usize;
-const IMAGE: ImageId = ImageId::Task(7);
+const IMAGE: ImageId = ImageId::Process(7);
 
 /// Page number to the byte it is filled with.
 type Model = BTreeMap<u64, u8>;

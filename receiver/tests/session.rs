@@ -9,7 +9,7 @@ use pageferry_common::wire::{
 };
 use pageferry_common::{Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, StateName, Token};
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::server::admission::Admission;
 use pageferry_receiver::session::native::receive;
 use pageferry_receiver::session::{Failure, Limits, Migration};
 use pageferry_receiver::storage::store::Store;
@@ -71,8 +71,8 @@ impl Sender {
     async fn begin(&mut self, round: u32) {
         self.say_begin(round, RoundKind::PreDump).await;
         self.totals.images += 1;
-        self.digest.open(ImageId::Task(7));
-        self.say(Message::ImageOpen(ImageId::Task(7))).await;
+        self.digest.open(ImageId::Process(7));
+        self.say(Message::ImageOpen(ImageId::Process(7))).await;
     }
 
     /// Two pages of data, as they should be or with a false digest, and perhaps compressed.
@@ -154,12 +154,12 @@ async fn bounded_session<F: AsyncFnOnce(&mut Sender)>(
     dir: &Path,
     script: F,
 ) -> (Migration, Result<(), Failure>) {
-    session_at(&Door::new(1), bounds, dir, script).await
+    session_at(&Admission::new(1), bounds, dir, script).await
 }
 
-/// The same by this door.
+/// The same by this admission.
 async fn session_at<F: AsyncFnOnce(&mut Sender)>(
-    door: &Door,
+    admission: &Admission,
     bounds: Bounds,
     dir: &Path,
     script: F,
@@ -182,9 +182,9 @@ async fn session_at<F: AsyncFnOnce(&mut Sender)>(
         buffers: 1,
         bounds,
     };
-    let guest = door.let_in(STALL).unwrap();
+    let pending = admission.admit(STALL).unwrap();
     let (result, ()) = tokio::join!(
-        receive(read, write, guest, &store, limits, None, &mut migration),
+        receive(read, write, pending, &store, limits, None, &mut migration),
         async {
             script(&mut sender).await;
             drop(sender);
@@ -498,9 +498,9 @@ async fn images_of_state_have_the_same_limits() {
 #[tokio::test]
 async fn who_finds_no_place_is_told_so_and_who_only_asks_needs_none() {
     let dir = tempfile::tempdir().unwrap();
-    let door = Door::new(1);
-    let _place = door.let_in(STALL).unwrap().take_place().unwrap();
-    let (_, result) = session_at(&door, Bounds::NONE, dir.path(), async |sender| {
+    let admission = Admission::new(1);
+    let _slot = admission.admit(STALL).unwrap().promote().unwrap();
+    let (_, result) = session_at(&admission, Bounds::NONE, dir.path(), async |sender| {
         let answer = sender.greet(wire::VERSION).await;
         let Err(WireError::Refused { code, reason }) = answer else {
             panic!("{answer:?}");
@@ -510,7 +510,7 @@ async fn who_finds_no_place_is_told_so_and_who_only_asks_needs_none() {
     })
     .await;
     assert!(matches!(result, Err(Failure::Refusal(_))));
-    let (_, result) = session_at(&door, Bounds::NONE, dir.path(), async |sender| {
+    let (_, result) = session_at(&admission, Bounds::NONE, dir.path(), async |sender| {
         sender.say(Message::Resolve(claim(2))).await;
         let answer = sender.hear().await.unwrap();
         assert_eq!(answer, Message::Outcome { running: false });
@@ -580,7 +580,7 @@ async fn an_image_that_is_opened_twice_is_refused() {
     let code = second_round_refused(async |sender| {
         sender.begin(2).await;
         sender.chunk(0x1000, 0, None).await;
-        sender.say(Message::ImageOpen(ImageId::Task(7))).await;
+        sender.say(Message::ImageOpen(ImageId::Process(7))).await;
     })
     .await;
     assert_eq!(code, RefuseCode::Protocol);

@@ -4,52 +4,52 @@ use pageferry_common::PageSet;
 
 /// The pages of one image that the receiver holds. Only they can be in-parent entries.
 #[derive(Debug, Default)]
-pub struct Held {
+pub struct Baseline {
     /// Those of the last round that it has acked, as they are there, but for those that were written and
     /// sent since, and did not arrive.
     acked: PageSet,
     /// The round on its way.
-    sent: Option<OnItsWay>,
+    sent: Option<InFlight>,
 }
 
 /// What a round says of an image.
 #[derive(Debug, Default)]
-struct OnItsWay {
+struct InFlight {
     announced: PageSet,
-    owed: PageSet,
+    changed: PageSet,
 }
 
-impl Held {
+impl Baseline {
     /// Pages of the last acked round that are still as they are there, or are known by the tracker not to be.
     #[must_use]
     pub fn pages(&self) -> &PageSet {
         &self.acked
     }
 
-    /// A round was sent to its end: it says of `announced` what they are. That `owed` have changed since the
+    /// A round was sent to its end: it says of `announced` what they are. That `changed` have changed since the
     /// one before, nothing will tell again: a tracker tells of a write once.
-    pub fn sent(&mut self, announced: PageSet, owed: PageSet) {
-        self.sent = Some(OnItsWay { announced, owed });
+    pub fn sent(&mut self, announced: PageSet, changed: PageSet) {
+        self.sent = Some(InFlight { announced, changed });
     }
 
     /// A round was not sent to its end.
-    pub fn torn(&mut self, owed: &PageSet) {
-        self.acked = self.acked.difference(owed);
+    pub fn send_failed(&mut self, changed: &PageSet) {
+        self.acked = self.acked.difference(changed);
     }
 
     /// The receiver has the round.
     pub fn acked(&mut self) {
-        if let Some(OnItsWay { announced, .. }) = self.sent.take() {
+        if let Some(InFlight { announced, .. }) = self.sent.take() {
             self.acked = announced;
         }
     }
 
     /// The receiver has not got the round, and never will.
     pub fn lost(&mut self) {
-        if let Some(OnItsWay { announced, owed }) = self.sent.take() {
+        if let Some(InFlight { announced, changed }) = self.sent.take() {
             // What was gone when it was sent may be something else when it is there again.
             self.acked = self.acked.intersection(&announced);
-            self.torn(&owed);
+            self.send_failed(&changed);
         }
     }
 }
@@ -66,27 +66,27 @@ mod tests {
 
     #[test]
     fn what_was_sent_is_held_once_it_is_acked() {
-        let mut held = Held::default();
-        held.sent(pages(&[1, 2, 3]), pages(&[1, 2, 3]));
-        assert!(held.pages().is_empty());
-        held.acked();
-        assert_eq!(*held.pages(), pages(&[1, 2, 3]));
+        let mut baseline = Baseline::default();
+        baseline.sent(pages(&[1, 2, 3]), pages(&[1, 2, 3]));
+        assert!(baseline.pages().is_empty());
+        baseline.acked();
+        assert_eq!(*baseline.pages(), pages(&[1, 2, 3]));
         // Another word of the same round changes nothing.
-        held.acked();
-        held.lost();
-        assert_eq!(*held.pages(), pages(&[1, 2, 3]));
+        baseline.acked();
+        baseline.lost();
+        assert_eq!(*baseline.pages(), pages(&[1, 2, 3]));
     }
 
     #[test]
     fn what_was_sent_and_lost_is_sent_again() {
-        let mut held = Held::default();
-        held.sent(pages(&[1, 2, 3]), pages(&[1, 2, 3]));
-        held.acked();
+        let mut baseline = Baseline::default();
+        baseline.sent(pages(&[1, 2, 3]), pages(&[1, 2, 3]));
+        baseline.acked();
         // 2 was written, 3 went, 4 came.
-        held.sent(pages(&[1, 2, 4]), pages(&[2, 4]));
-        held.lost();
-        assert_eq!(*held.pages(), pages(&[1]));
-        held.torn(&pages(&[1, 5]));
-        assert!(held.pages().is_empty());
+        baseline.sent(pages(&[1, 2, 4]), pages(&[2, 4]));
+        baseline.lost();
+        assert_eq!(*baseline.pages(), pages(&[1]));
+        baseline.send_failed(&pages(&[1, 5]));
+        assert!(baseline.pages().is_empty());
     }
 }

@@ -9,7 +9,7 @@ use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
 use crate::sink::{PageSink, Receipt, SinkError};
 use crate::sys::sched::Urgent;
-use crate::target::tree::{Look, Scanned, SendError, Tree, TreeFault};
+use crate::target::tree::{Pass, Scanned, SendError, Tree, TreeFault};
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, PAGE_SIZE, with_causes};
 use std::io;
@@ -252,7 +252,7 @@ fn pre_dump(
     parts.progress.update(|status| status.frozen_ms = frozen_ms);
     sink.begin(round, RoundKind::PreDump, uptime)?;
     tree.survey_descriptors()?;
-    attempt.scanned = tree.send(Look::Running, *tracker, *sink, parts.pool)?;
+    attempt.scanned = tree.send(Pass::PreCopy, *tracker, *sink, parts.pool)?;
     Ok(sink.commit()?)
 }
 
@@ -284,7 +284,7 @@ fn last_round(
     drop(urgent);
     sink.begin(round, RoundKind::Final, uptime)?;
     tree.survey_descriptors()?;
-    attempt.scanned = tree.send(Look::Stopped, *tracker, *sink, parts.pool)?;
+    attempt.scanned = tree.send(Pass::Final, *tracker, *sink, parts.pool)?;
     // Killed while frozen (by the OOM killer, say): no image of it is whole.
     if let Some(pid) = tree.one_that_ended() {
         return Err(MigrateError::TargetGone(pid));

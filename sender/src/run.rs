@@ -13,7 +13,7 @@ use crate::sink::{Connect, SinkError};
 use crate::target::process::namespace_depth;
 use crate::target::tree::{SendError, Tree, TreeFault};
 use nix::sys::signal::Signal;
-use pageferry_common::criu::session::{BadOption, Criu, NoCriu};
+use pageferry_common::criu::session::{BadOption, Criu, CriuError};
 use pageferry_common::proc::capabilities::{self, lacking};
 use pageferry_common::sys::rlimit::raise_descriptors;
 use pageferry_common::tls::TlsError;
@@ -94,7 +94,7 @@ enum Failure {
     #[error(transparent)]
     Migrate(#[from] MigrateError),
     #[error(transparent)]
-    Criu(#[from] NoCriu),
+    Criu(#[from] CriuError),
     #[error("an option for CRIU")]
     Option(#[from] BadOption),
     #[error(transparent)]

@@ -10,7 +10,7 @@ use pageferry_sender::migrate::{Parts, Plan, migrate};
 use pageferry_sender::progress::{Counters, Progress};
 use pageferry_sender::report::Report;
 use pageferry_sender::sink::{PageSink, Receipt, SinkError};
-use pageferry_sender::target::tree::{Look, Scanned, Tree};
+use pageferry_sender::target::tree::{Pass, Scanned, Tree};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Lines, Write};
@@ -209,7 +209,7 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]
     assert!(report.rounds[0].sent_pages > 64 * 256);
     assert!(report.rounds[1..].iter().all(|r| r.sent_pages < 48 * 256));
     let memory = File::open(format!("/proc/{pid}/mem")).unwrap();
-    let image = &sink.images[&ImageId::Task(pid as u32)];
+    let image = &sink.images[&ImageId::Process(pid as u32)];
     let mut page = vec![0; PAGE_SIZE as usize];
     for (&at, expected) in image {
         memory.read_exact_at(&mut page, at).unwrap();
@@ -383,7 +383,7 @@ fn shared_memory_is_right(lost: bool) {
             sink.begin(number, RoundKind::PreDump, 0).unwrap();
             tree.survey_descriptors().unwrap();
             sink.lost_at = vec![sink.told + 1 + (number + loss) % 8];
-            let sent = tree.send(Look::Running, tracker.as_mut(), &mut sink, &pool);
+            let sent = tree.send(Pass::PreCopy, tracker.as_mut(), &mut sink, &pool);
             // One that arrived whole is lost with its ack, at the latest.
             drop(sent);
             tree.lost(tracker.as_mut());
@@ -396,7 +396,7 @@ fn shared_memory_is_right(lost: bool) {
         frozen.thaw(Then::Run).unwrap();
         sink.begin(number, RoundKind::PreDump, 0).unwrap();
         tree.survey_descriptors().unwrap();
-        let look = Look::Running;
+        let look = Pass::PreCopy;
         let scanned = tree.send(look, tracker.as_mut(), &mut sink, &pool).unwrap();
         tree.acked();
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();

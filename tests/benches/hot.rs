@@ -11,10 +11,10 @@ use pageferry_common::{
 };
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::writer::DirWriter;
-use pageferry_sender::copy::source::{PageSource, TaskSource};
+use pageferry_sender::copy::source::{PageSource, ProcessSource};
 use pageferry_sender::sink::FAST;
 use pageferry_sender::sys::pagemap::{self, PRESENT, Query, Region, SWAPPED, WRITTEN};
-use pageferry_sender::target::process::{Task, namespace_depth};
+use pageferry_sender::target::process::{Process, namespace_depth};
 use pageferry_tests::Victim;
 use std::fs::File;
 use std::hint::black_box;
@@ -72,10 +72,10 @@ fn memory(criterion: &mut Criterion) {
         });
     }
     let depth = namespace_depth(pid).expect("it lives");
-    let task = Task::meet(pid, pid, depth).expect("it lives");
+    let task = Process::open(pid, pid, depth).expect("it lives");
     let mut buffer = vec![0; CHUNK_SIZE];
     group.bench_function("read", |bencher| {
-        let mut source = TaskSource::new(&task);
+        let mut source = ProcessSource::new(&task);
         let mut arrived = Vec::new();
         bencher.iter(|| {
             let mut rest = Some(whole);
@@ -154,7 +154,12 @@ fn frames(criterion: &mut Criterion) {
         uptime_us,
     };
     runtime.block_on(async {
-        for message in [hello, welcome, begin, Message::ImageOpen(ImageId::Task(1))] {
+        for message in [
+            hello,
+            welcome,
+            begin,
+            Message::ImageOpen(ImageId::Process(1)),
+        ] {
             writer.send(&message).await.expect("it is heard");
             reader.next().await.expect("it was said");
         }
@@ -203,7 +208,7 @@ fn images(criterion: &mut Criterion) {
     group.bench_function("write", |bencher| {
         let begin = || {
             let mut writer = DirWriter::begin(dir.path(), DirName::Round(1)).expect("it is new");
-            writer.open(ImageId::Task(1)).expect("it is new");
+            writer.open(ImageId::Process(1)).expect("it is new");
             writer
         };
         bencher.iter_batched(

@@ -14,7 +14,7 @@ use pageferry_common::{
 };
 use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::restore::Restorer;
-use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::server::admission::Admission;
 use pageferry_receiver::session::native::receive;
 use pageferry_receiver::session::{Failure, Limits, Migration};
 use pageferry_receiver::storage::store::Store;
@@ -63,7 +63,7 @@ const MEMFD: Option<&str> = Some("/dev/zero");
 const ROUNDS: [&[Image]; 2] = [
     &[
         (
-            ImageId::Task(7),
+            ImageId::Process(7),
             None,
             &[&[(16, 2, Data), (18, 1, Zero)], &[(30, 4, Data)]],
         ),
@@ -71,7 +71,7 @@ const ROUNDS: [&[Image]; 2] = [
     ],
     &[
         (
-            ImageId::Task(7),
+            ImageId::Process(7),
             None,
             &[&[
                 (16, 1, Parent),
@@ -309,11 +309,11 @@ fn heard(
         .collect();
     let mut migration = Migration::default();
     let write = tokio::io::sink();
-    let guest = Door::new(1).let_in(STALL).unwrap();
+    let pending = Admission::new(1).admit(STALL).unwrap();
     let receiving = receive(
         &bytes[..],
         write,
-        guest,
+        pending,
         &store,
         limits,
         restorer,

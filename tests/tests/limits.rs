@@ -1,7 +1,7 @@
 //! What a receiver takes of its peers is limited, whatever they do; who reaches a limit is told which, and
 //! nobody else comes to harm.
 
-use pageferry_common::criu::page_server::{self, Command, Place, Width};
+use pageferry_common::criu::page_server::{self, Command, PageLocation, Width};
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::frame::{HEADER_LEN, Header, META_MAX};
 use pageferry_common::wire::message::CHUNK_ENTRIES_MAX;
@@ -241,7 +241,7 @@ const SENDERS: [(&str, Part); 8] = [
     ("sends bombs", |to, at_it| {
         let mut peer = Peer::greet(to)?;
         peer.begin(1)?;
-        peer.open(ImageId::Task(7))?;
+        peer.open(ImageId::Process(7))?;
         let entries = vec![entry(1, (CHUNK_SIZE as u64) / PAGE_SIZE, EntryKind::Data)];
         let meta = Message::Chunk(Chunk { entries, digest: 0 }).encode();
         peer.frame(FrameKind::Chunk, &meta, true, &BOMB)?;
@@ -251,7 +251,7 @@ const SENDERS: [(&str, Part); 8] = [
     ("sends nothing but entries", |to, at_it| {
         let mut peer = Peer::greet(to)?;
         peer.begin(1)?;
-        peer.open(ImageId::Task(7))?;
+        peer.open(ImageId::Process(7))?;
         for number in 0.. {
             peer.entries(scattered(number, EntryKind::Zero))?;
             at_it();
@@ -262,7 +262,7 @@ const SENDERS: [(&str, Part); 8] = [
         let mut peer = Peer::greet(to)?;
         for round in 1.. {
             peer.begin(round)?;
-            peer.open(ImageId::Task(7))?;
+            peer.open(ImageId::Process(7))?;
             for number in 0..16 {
                 let kind = [EntryKind::Zero, EntryKind::Parent][usize::from(round > 1)];
                 peer.entries(scattered(number, kind))?;
@@ -276,7 +276,7 @@ const SENDERS: [(&str, Part); 8] = [
         let mut peer = Peer::greet(to)?;
         for (round, kind) in [(1, EntryKind::Zero), (2, EntryKind::Copy)] {
             peer.begin(round)?;
-            peer.open(ImageId::Task(7))?;
+            peer.open(ImageId::Process(7))?;
             peer.entries(vec![entry(1, 1 << 30, kind)])?;
             at_it();
             peer.end()?;
@@ -299,7 +299,7 @@ const SENDERS: [(&str, Part); 8] = [
                 command,
                 pages,
                 address: page * PAGE_SIZE,
-                object: page_server::object(ImageId::Task(7)).unwrap(),
+                object: page_server::object(ImageId::Process(7)).unwrap(),
             };
             let mut bytes = Vec::new();
             header.encode(Width::Wide, &mut bytes);
@@ -307,7 +307,12 @@ const SENDERS: [(&str, Part); 8] = [
         };
         say(&mut peer, Command::Open { answered: false }, 0, 0)?;
         for page in 1.. {
-            say(&mut peer, Command::Add(Place::Elsewhere), 2 * page, 1)?;
+            say(
+                &mut peer,
+                Command::Add(PageLocation::Elsewhere),
+                2 * page,
+                1,
+            )?;
             at_it();
         }
         Ok(())

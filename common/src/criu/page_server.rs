@@ -25,7 +25,7 @@ const PRESENT: u32 = 4;
 
 /// Where the pages of a pagemap entry are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum PageLocation {
     /// In this directory; on the wire, they follow.
     Present {
         /// Whether a restored process may run before it has them.
@@ -37,7 +37,7 @@ pub enum Place {
     Elsewhere,
 }
 
-impl Place {
+impl PageLocation {
     /// From an entry's flags; `None` if they contradict each other.
     #[must_use]
     pub fn from_flags(flags: u64) -> Option<Self> {
@@ -104,7 +104,7 @@ pub enum Command {
     /// Does the server have this object in its parent? Answered by a u32, 0 or 1.
     HasParent,
     /// An entry of the open object.
-    Add(Place),
+    Add(PageLocation),
     /// Pages wanted, by the process's number alone; answered by an entry of that process.
     Get,
     /// The end; answered by an i32, 0 if everything is safe.
@@ -167,12 +167,12 @@ impl Header {
         };
         let unknown = UnknownCommand(word);
         let command = match (word & 0xffff, word >> 16) {
-            (ADD, _) => Command::Add(Place::Present { lazy: false }),
-            (HOLE, _) => Command::Add(Place::Parent),
+            (ADD, _) => Command::Add(PageLocation::Present { lazy: false }),
+            (HOLE, _) => Command::Add(PageLocation::Parent),
             (OPEN, _) => Command::Open { answered: false },
             (OPEN2, _) => Command::Open { answered: true },
             (HAS_PARENT, _) => Command::HasParent,
-            (ADD_F, flags) => Command::Add(Place::from_flags(flags.into()).ok_or(unknown)?),
+            (ADD_F, flags) => Command::Add(PageLocation::from_flags(flags.into()).ok_or(unknown)?),
             (GET, _) => Command::Get,
             (CLOSE | FORCE_CLOSE, _) => Command::Close,
             _ => return Err(unknown),
@@ -218,7 +218,7 @@ impl Header {
 #[must_use]
 pub fn object(image: ImageId) -> Option<u64> {
     let (id, kind) = match image {
-        ImageId::Task(pid) => (u64::from(pid), 1),
+        ImageId::Process(pid) => (u64::from(pid), 1),
         ImageId::Shmem(id) => (id, 2),
     };
     (id >> 56 == 0).then_some(id << 8 | kind)
@@ -233,7 +233,7 @@ pub fn image(object: u64) -> Option<ImageId> {
         1 | 10 | 11 | 16 | 17 => u32::try_from(id)
             .ok()
             .filter(|&id| id > 0)
-            .map(ImageId::Task),
+            .map(ImageId::Process),
         2 | 27..=29 | 32..=34 => Some(ImageId::Shmem(id)),
         _ => None,
     }
@@ -268,8 +268,8 @@ mod tests {
         };
         let open = Command::Open { answered: true };
         let shmem = object(ImageId::Shmem(0x77)).unwrap();
-        let task = object(ImageId::Task(14314)).unwrap();
-        let present = |lazy| Command::Add(Place::Present { lazy });
+        let task = object(ImageId::Process(14314)).unwrap();
+        let present = |lazy| Command::Add(PageLocation::Present { lazy });
         for (text, width, expected) in [
             (
                 "04000000 00000000 0000000000000000 0277000000000000",
@@ -334,13 +334,13 @@ mod tests {
                 Command::Open { answered: true },
                 Command::Open { answered: false },
                 Command::HasParent,
-                Command::Add(Place::Present { lazy: true }),
-                Command::Add(Place::Parent),
-                Command::Add(Place::Elsewhere),
+                Command::Add(PageLocation::Present { lazy: true }),
+                Command::Add(PageLocation::Parent),
+                Command::Add(PageLocation::Elsewhere),
                 Command::Get,
                 Command::Close,
             ][kind];
-            let named = if shared { ImageId::Shmem(id.into()) } else { ImageId::Task(id) };
+            let named = if shared { ImageId::Shmem(id.into()) } else { ImageId::Process(id) };
             let object = object(named).unwrap();
             prop_assert_eq!(image(object), Some(named));
             let header = Header { command, pages: pages.into(), address, object };

@@ -40,7 +40,7 @@ pub struct Criu {
 }
 
 /// Options that would take the work out of our hands.
-const OURS: [&str; 28] = [
+const RESERVED_OPTIONS: [&str; 28] = [
     "action-script",
     "address",
     "auto-dedup",
@@ -104,7 +104,7 @@ fn config_of(options: &[String]) -> Result<String, BadOption> {
                 return Err(unclear());
             }
             // CRIU takes the beginning of a name for the whole.
-            if OURS.iter().any(|ours| ours.starts_with(name)) {
+            if RESERVED_OPTIONS.iter().any(|ours| ours.starts_with(name)) {
                 return Err(BadOption::Ours(name.to_owned()));
             }
             text += "\n";
@@ -123,7 +123,7 @@ fn config_of(options: &[String]) -> Result<String, BadOption> {
 
 /// Why there is none.
 #[derive(Debug, thiserror::Error)]
-pub enum NoCriu {
+pub enum CriuError {
     /// It does not start, or does not answer.
     #[error("cannot use {} as CRIU", path.display())]
     Unusable {
@@ -149,11 +149,11 @@ impl Criu {
     /// Asks the program at `path`, or the `criu` in `PATH`, for its version.
     ///
     /// # Errors
-    /// [`NoCriu`].
-    pub fn find(path: Option<&Path>) -> Result<Self, NoCriu> {
+    /// [`CriuError`].
+    pub fn find(path: Option<&Path>) -> Result<Self, CriuError> {
         let path = path.unwrap_or(Path::new("criu")).to_owned();
         let ask = || {
-            let mut work = Work::start(&path, &[], None)?;
+            let mut work = CriuSession::start(&path, &[], None)?;
             work.ask(&Request::of(Kind::Version))?;
             let version = work.hear()?.version;
             version.ok_or_else(|| io::Error::other("it does not tell its version"))
@@ -167,9 +167,9 @@ impl Criu {
             }),
             Ok(Version { major, minor }) => {
                 let version = (major, minor);
-                Err(NoCriu::TooOld { path, version })
+                Err(CriuError::TooOld { path, version })
             }
-            Err(source) => Err(NoCriu::Unusable { path, source }),
+            Err(source) => Err(CriuError::Unusable { path, source }),
         }
     }
 
@@ -177,7 +177,7 @@ impl Criu {
     #[must_use]
     pub fn has_lazy_pages(&self) -> bool {
         let ask = || {
-            let mut work = Work::start(&self.path, &[], None)?;
+            let mut work = CriuSession::start(&self.path, &[], None)?;
             let mut request = Request::of(Kind::FeatureCheck);
             request.features = Some(Features {
                 lazy_pages: Some(true),
@@ -247,8 +247,8 @@ impl Criu {
         pages: BorrowedFd<'_>,
         preload: Option<&Path>,
         options: &Options,
-    ) -> io::Result<Work> {
-        let mut work = Work::start(&self.path, &[pages], preload)?;
+    ) -> io::Result<CriuSession> {
+        let mut work = CriuSession::start(&self.path, &[pages], preload)?;
         let mut request = Request::of(Kind::Dump);
         request.opts = Some(Opts {
             pid: Some(pid),
@@ -269,8 +269,8 @@ impl Criu {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn start(&self, preload: Option<&Path>) -> io::Result<Work> {
-        Work::start(&self.path, &[], preload)
+    pub fn start(&self, preload: Option<&Path>) -> io::Result<CriuSession> {
+        CriuSession::start(&self.path, &[], preload)
     }
 
     /// Has one that [`Criu::start`] started begin a restore from the directory `images`. If `lazy`, somebody
@@ -280,7 +280,7 @@ impl Criu {
     /// The kernel's, or CRIU's death.
     pub fn restore(
         &self,
-        work: &mut Work,
+        work: &mut CriuSession,
         images: BorrowedFd<'_>,
         options: &Options,
         lazy: bool,
@@ -348,7 +348,7 @@ impl Options {
 
 /// A CRIU at work. Dropping it says no to whatever it asks next, and waits for its end.
 #[derive(Debug)]
-pub struct Work {
+pub struct CriuSession {
     /// `None` only while being dropped.
     socket: Option<OwnedFd>,
     child: Child,
@@ -357,7 +357,7 @@ pub struct Work {
 /// What CRIU tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// It has come to this stage, and waits for [`Work::answer`].
+    /// It has come to this stage, and waits for [`CriuSession::answer`].
     Stage {
         /// Its name, as of CRIU's action scripts: `post-dump`, `post-restore`…
         name: String,
@@ -392,7 +392,16 @@ impl Event {
     }
 }
 
-impl Work {
+/// The answer to a notification of CRIU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reply {
+    /// CRIU goes on.
+    Continue,
+    /// CRIU undoes everything and fails.
+    Abort,
+}
+
+impl CriuSession {
     fn start(
         path: &Path,
         inherited: &[BorrowedFd<'_>],
@@ -430,7 +439,7 @@ impl Work {
         self.child.id().cast_signed()
     }
 
-    /// What to wait on for [`Work::event`] not to block.
+    /// What to wait on for [`CriuSession::event`] not to block.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         let socket = self.socket.as_ref();
@@ -447,14 +456,14 @@ impl Work {
         Event::parse(&self.packet()?)
     }
 
-    /// Lets it go on from a stage, or makes it undo everything.
+    /// Answers the notification that CRIU waits at.
     ///
     /// # Errors
-    /// If it has died.
-    pub fn answer(&mut self, go_on: bool) -> io::Result<()> {
-        let mut answer = Request::of(Kind::Notify);
-        answer.notify_success = Some(go_on);
-        self.ask(&answer)
+    /// If CRIU has died.
+    pub fn reply(&mut self, reply: Reply) -> io::Result<()> {
+        let mut request = Request::of(Kind::Notify);
+        request.notify_success = Some(reply == Reply::Continue);
+        self.ask(&request)
     }
 
     /// The same, but whatever it asks, the answer is no.
@@ -464,7 +473,7 @@ impl Work {
     pub fn event_or_refuse(&mut self) -> io::Result<Event> {
         let event = self.event()?;
         if let Event::Stage { .. } = event {
-            self.answer(false)?;
+            self.reply(Reply::Abort)?;
         }
         Ok(event)
     }
@@ -495,7 +504,7 @@ impl Work {
     }
 }
 
-impl Drop for Work {
+impl Drop for CriuSession {
     fn drop(&mut self) {
         drop(self.socket.take());
         // It undoes what it has done, and ends.

@@ -30,14 +30,14 @@ pub fn start_time(stat: &str) -> Option<u64> {
 
 /// A process, and when it started: PIDs are used again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Process {
+pub struct ProcessId {
     /// Its PID.
     pub pid: i32,
     /// Clock ticks since boot.
     started: u64,
 }
 
-impl Process {
+impl ProcessId {
     /// The process that has this PID now, if there is one that has not ended.
     #[must_use]
     pub fn find(pid: i32) -> Option<Self> {
@@ -47,7 +47,7 @@ impl Process {
 
     /// Whether it has not ended.
     #[must_use]
-    pub fn lives(self) -> bool {
+    pub fn is_alive(self) -> bool {
         Self::find(self.pid) == Some(self)
     }
 }
@@ -58,14 +58,14 @@ mod tests {
 
     #[test]
     fn a_process_is_told_from_the_next_with_its_number() {
-        let own = Process::find(std::process::id().cast_signed()).unwrap();
-        assert!(own.lives());
-        let other = Process {
+        let own = ProcessId::find(std::process::id().cast_signed()).unwrap();
+        assert!(own.is_alive());
+        let other = ProcessId {
             started: own.started + 1,
             ..own
         };
-        assert!(!other.lives());
-        assert_eq!(Process::find(i32::MAX), None);
+        assert!(!other.is_alive());
+        assert_eq!(ProcessId::find(i32::MAX), None);
     }
 
     #[test]
@@ -78,11 +78,11 @@ mod tests {
             .unwrap();
         let mut line = [0];
         io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
-        let found = Process::find(shell.id().cast_signed());
-        let lives = found.is_some_and(Process::lives);
+        let found = ProcessId::find(shell.id().cast_signed());
+        let is_alive = found.is_some_and(ProcessId::is_alive);
         drop(shell.stdin.take());
         shell.wait().unwrap();
-        assert!(lives);
-        assert!(!found.unwrap().lives());
+        assert!(is_alive);
+        assert!(!found.unwrap().is_alive());
     }
 }

@@ -377,7 +377,7 @@ mod tests {
                 kind: crate::wire::RoundKind::Final,
                 uptime_us: 5,
             };
-            let open = Message::ImageOpen(ImageId::Task(9));
+            let open = Message::ImageOpen(ImageId::Process(9));
             for message in [&hello(), &welcome, &begin, &open] {
                 writer.send(message).await.unwrap();
                 assert_eq!(

@@ -307,7 +307,7 @@ impl Message {
                 };
                 out.u32(*round).u8(kind).u64(*uptime_us);
             }
-            Self::ImageOpen(ImageId::Task(pid)) => {
+            Self::ImageOpen(ImageId::Process(pid)) => {
                 out.u8(1).u64(u64::from(*pid));
             }
             Self::ImageOpen(ImageId::Shmem(id)) => {
@@ -408,7 +408,7 @@ impl Message {
                 Self::ImageOpen(match kind {
                     1 => {
                         let pid = u32::try_from(id).ok().filter(|&p| p != 0 && p >> 31 == 0);
-                        ImageId::Task(pid.ok_or_else(|| bad("process id", id))?)
+                        ImageId::Process(pid.ok_or_else(|| bad("process id", id))?)
                     }
                     2 => ImageId::Shmem(id),
                     other => return Err(bad("image kind", u64::from(other))),
@@ -744,7 +744,7 @@ mod tests {
                     uptime_us,
                 }
             }),
-            (1u32..1 << 31).prop_map(|pid| Message::ImageOpen(ImageId::Task(pid))),
+            (1u32..1 << 31).prop_map(|pid| Message::ImageOpen(ImageId::Process(pid))),
             any::<u64>().prop_map(|id| Message::ImageOpen(ImageId::Shmem(id))),
             arb_chunk().prop_map(Message::Chunk),
             arb_totals().prop_map(Message::RoundEnd),

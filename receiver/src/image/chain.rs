@@ -2,7 +2,7 @@
 
 use super::format::{PagemapEntry, PagemapReader};
 use super::{FileError, INVENTORY, PARENT, failed, pages_name};
-use pageferry_common::criu::page_server::Place;
+use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::{ImageId, PageRange};
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -169,7 +169,7 @@ impl Cursor {
     /// [`FileError`].
     pub fn next_entry(&mut self) -> Result<Option<PagemapEntry>, FileError> {
         if let Some(before) = self.current
-            && matches!(before.place, Place::Present { .. })
+            && matches!(before.place, PageLocation::Present { .. })
         {
             self.offset += before.range.bytes();
         }
@@ -240,18 +240,18 @@ impl Cursor {
                 return Err(self.missing(wanted));
             };
             match entry.place {
-                Place::Present { lazy } => each(Located {
+                PageLocation::Present { lazy } => each(Located {
                     range: piece,
                     file: &self.pages,
                     offset: self.offset + (piece.start() - entry.range.start()),
                     lazy,
                     level: self.level,
                 })?,
-                Place::Parent => match self.parent()? {
+                PageLocation::Parent => match self.parent()? {
                     Some(parent) => parent.read(piece, each)?,
                     None => return Err(self.missing(piece)),
                 },
-                Place::Elsewhere => return Err(self.missing(piece)),
+                PageLocation::Elsewhere => return Err(self.missing(piece)),
             }
             rest = PageRange::from_bounds(piece.end(), range.end());
         }

@@ -4,7 +4,7 @@
 //! protobuf. The few messages there are here are small enough to code by hand, bounded.
 
 use pageferry_common::PageRange;
-use pageferry_common::criu::page_server::Place;
+use pageferry_common::criu::page_server::PageLocation;
 use std::io::{self, BufRead, Write};
 
 /// First word of an image.
@@ -22,7 +22,7 @@ pub struct PagemapEntry {
     /// The pages.
     pub range: PageRange,
     /// Where they are.
-    pub place: Place,
+    pub place: PageLocation,
 }
 
 fn invalid(what: impl Into<String>) -> io::Error {
@@ -51,7 +51,7 @@ impl PagemapEntry {
         let mut record = Record::default();
         record.field(1, self.range.start());
         record.field(2, pages);
-        if self.place == Place::Parent {
+        if self.place == PageLocation::Parent {
             // As CRIU before 3.0 wants it.
             record.field(3, 1);
         }
@@ -78,9 +78,9 @@ impl PagemapEntry {
         };
         let range = PageRange::new(start, pages).map_err(|bad| invalid(bad.to_string()))?;
         let place = match flags {
-            _ if in_parent => Place::Parent,
-            None => Place::Present { lazy: false },
-            Some(flags) => Place::from_flags(flags)
+            _ if in_parent => PageLocation::Parent,
+            None => PageLocation::Present { lazy: false },
+            Some(flags) => PageLocation::from_flags(flags)
                 .ok_or_else(|| invalid(format!("a pagemap entry with flags {flags:#x}")))?,
         };
         Ok((Self { range, place }, agree))
@@ -280,9 +280,9 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const PRESENT: Place = Place::Present { lazy: false };
+    const PRESENT: PageLocation = PageLocation::Present { lazy: false };
 
-    fn entry(start: u64, pages: u64, place: Place) -> PagemapEntry {
+    fn entry(start: u64, pages: u64, place: PageLocation) -> PagemapEntry {
         let range = PageRange::new(start, pages).unwrap();
         PagemapEntry { range, place }
     }
@@ -311,7 +311,7 @@ mod tests {
         let mut bytes = Vec::new();
         write_pagemap_head(&mut bytes, 1).unwrap();
         entry(0x1000, 1, PRESENT).write(&mut bytes).unwrap();
-        entry(0x2000, 0x80, Place::Parent)
+        entry(0x2000, 0x80, PageLocation::Parent)
             .write(&mut bytes)
             .unwrap();
         let expected = [
@@ -336,7 +336,10 @@ mod tests {
         let ancient = b"\x08\x80\xe0\x89\x8e\xae\xbd\x15\x10\x02\x18\x01";
         let read = entries(&image(&[old, new, ancient])).unwrap();
         let places: Vec<_> = read.iter().map(|e| (e.range.pages(), e.place)).collect();
-        assert_eq!(places, [(1, PRESENT), (1, PRESENT), (2, Place::Parent)]);
+        assert_eq!(
+            places,
+            [(1, PRESENT), (1, PRESENT), (2, PageLocation::Parent)]
+        );
     }
 
     #[test]
@@ -391,7 +394,7 @@ mod tests {
             let mut bytes = image(&[]);
             let mut all = Vec::new();
             for (gap, pages, place) in raw {
-                let place = Place::from_flags([1, 2, 4, 6][place as usize]).unwrap();
+                let place = PageLocation::from_flags([1, 2, 4, 6][place as usize]).unwrap();
                 let entry = entry(at + gap * 4096, pages, place);
                 at = entry.range.end();
                 entry.write(&mut bytes).unwrap();

@@ -2,7 +2,7 @@
 
 use super::chain::{Cursor, Levels, images};
 use super::{DirName, FileError, failed};
-use pageferry_common::criu::page_server::Place;
+use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange};
 use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
@@ -72,7 +72,7 @@ impl Index {
                 return Err(failed("keep the index of", dir)(error));
             }
             let range = entry.range;
-            if let Place::Present { .. } = entry.place {
+            if let PageLocation::Present { .. } = entry.place {
                 let offset = list.offset();
                 self.add(Run {
                     range,
@@ -83,7 +83,7 @@ impl Index {
             }
             let mut at = range.start();
             while parent.next_if(|run| run.range.end() <= at).is_some() {}
-            while let (Place::Parent, Some(run)) = (entry.place, parent.peek())
+            while let (PageLocation::Parent, Some(run)) = (entry.place, parent.peek())
                 && let Some(found) = run.range.intersect(range)
             {
                 // The rest of the entry may be there all the same.
@@ -280,7 +280,7 @@ impl Catalog {
             .images
             .iter()
             .filter_map(|(&image, index)| match image {
-                ImageId::Task(pid) => Some((pid, index)),
+                ImageId::Process(pid) => Some((pid, index)),
                 ImageId::Shmem(_) => None,
             });
         write_words(out, [tasks.clone().count() as u64])?;
@@ -326,7 +326,7 @@ impl Catalog {
                     offset,
                 });
             }
-            let image = ImageId::Task(u32::try_from(pid).map_err(|_| invalid())?);
+            let image = ImageId::Process(u32::try_from(pid).map_err(|_| invalid())?);
             catalog.images.insert(image, index);
         }
         Ok(catalog)
@@ -356,7 +356,7 @@ mod tests {
     use crate::image::writer::DirWriter;
     use proptest::prelude::*;
 
-    const IMAGE: ImageId = ImageId::Task(7);
+    const IMAGE: ImageId = ImageId::Process(7);
     const PAGES: usize = 12;
 
     /// One round: each page is not there (0), new, or kept if it was there (3 and more).
@@ -372,11 +372,11 @@ mod tests {
             let old = old.get(page).copied().unwrap_or(0);
             let (place, content) = match (step % 8, old) {
                 (0, _) => continue,
-                (3.., 1..) => (Place::Parent, old),
-                _ => (Place::Present { lazy: true }, step.max(1)),
+                (3.., 1..) => (PageLocation::Parent, old),
+                _ => (PageLocation::Present { lazy: true }, step.max(1)),
             };
             new[page] = content;
-            let len = if place == Place::Parent {
+            let len = if place == PageLocation::Parent {
                 0
             } else {
                 PAGE_SIZE as usize
@@ -475,12 +475,18 @@ mod tests {
             (
                 1,
                 vec![
-                    entry(1, Place::Elsewhere),
-                    entry(2, Place::Present { lazy: false }),
+                    entry(1, PageLocation::Elsewhere),
+                    entry(2, PageLocation::Present { lazy: false }),
                 ],
             ),
-            (2, vec![entry(1, Place::Parent), entry(2, Place::Parent)]),
-            (3, vec![entry(2, Place::Parent)]),
+            (
+                2,
+                vec![
+                    entry(1, PageLocation::Parent),
+                    entry(2, PageLocation::Parent),
+                ],
+            ),
+            (3, vec![entry(2, PageLocation::Parent)]),
         ] {
             let mut writer = DirWriter::begin(home.path(), DirName::Round(round)).unwrap();
             if round > 1 {

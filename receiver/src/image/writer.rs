@@ -9,7 +9,7 @@ use super::{DirName, FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages
 use crate::quota::{Bounds, Quota, QuotaError};
 use crate::sys::writeback;
 use nix::unistd::{Whence, lseek};
-use pageferry_common::criu::page_server::Place;
+use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
 use std::collections::BTreeSet;
@@ -39,7 +39,7 @@ pub enum WriteError {
 const WRITEBACK: u64 = 32 << 20;
 
 /// What pages are that are simply there.
-const PRESENT: Place = Place::Present { lazy: false };
+const PRESENT: PageLocation = PageLocation::Present { lazy: false };
 
 /// One directory in the making.
 #[derive(Debug)]
@@ -168,13 +168,13 @@ impl DirWriter {
         for &PagemapEntry { range, place } in entries {
             let image = self.image_at(range)?;
             match place {
-                Place::Present { .. } => {
+                PageLocation::Present { .. } => {
                     let (now, later) = rest.split_at(range.bytes() as usize);
                     rest = later;
                     image.present(range, place, now)?;
                 }
-                Place::Parent => image.in_parent(range)?,
-                Place::Elsewhere => image.entry(range, place)?,
+                PageLocation::Parent => image.in_parent(range)?,
+                PageLocation::Elsewhere => image.entry(range, place)?,
             }
         }
         Ok(())
@@ -395,12 +395,17 @@ impl ImageWriter {
             None => false,
         };
         match covered {
-            true => Ok(self.entry(range, Place::Parent)?),
+            true => Ok(self.entry(range, PageLocation::Parent)?),
             false => Err(self.unresolved(range)),
         }
     }
 
-    fn present(&mut self, range: PageRange, place: Place, pages: &[u8]) -> Result<(), FileError> {
+    fn present(
+        &mut self,
+        range: PageRange,
+        place: PageLocation,
+        pages: &[u8],
+    ) -> Result<(), FileError> {
         self.append(pages)?;
         self.entry(range, place)
     }
@@ -418,7 +423,7 @@ impl ImageWriter {
         Ok(())
     }
 
-    fn entry(&mut self, range: PageRange, place: Place) -> Result<(), FileError> {
+    fn entry(&mut self, range: PageRange, place: PageLocation) -> Result<(), FileError> {
         if let Some(before) = self.pending {
             if before.place == place
                 && let Some(range) = before.range.joined(range)
@@ -475,7 +480,7 @@ impl ImageWriter {
                 }
                 done += len;
             }
-            self.entry(found.range, Place::Present { lazy: found.lazy })
+            self.entry(found.range, PageLocation::Present { lazy: found.lazy })
         })?;
         self.scratch = buffer;
         Ok(())

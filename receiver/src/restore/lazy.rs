@@ -11,7 +11,7 @@ use crate::image::writer::{DirWriter, WriteError};
 use crate::image::{DirName, FileError, failed};
 use crate::restore::segments::{Prefilled, Segments};
 use pageferry_common::criu::images::records;
-use pageferry_common::criu::page_server::Place;
+use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::{CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
 use prost::Message;
 use std::collections::BTreeMap;
@@ -134,7 +134,7 @@ pub fn prepare(
             match copied || huge {
                 true => copy(&mut writer, &pages, range)?,
                 false => {
-                    let place = Place::Parent;
+                    let place = PageLocation::Parent;
                     writer.put_as_is(&[PagemapEntry { range, place }], &[])?;
                 }
             }
@@ -159,7 +159,7 @@ fn copy(writer: &mut DirWriter, pages: &Pages, range: PageRange) -> Result<(), W
         let found = pages.read(now.start(), room)?;
         let (now, later) = now.split_at(found);
         let range = now.expect("it is in the index");
-        let place = Place::Present { lazy: false };
+        let place = PageLocation::Present { lazy: false };
         let data = &buffer[..range.bytes() as usize];
         writer.put_as_is(&[PagemapEntry { range, place }], data)?;
         rest = later;
@@ -193,7 +193,7 @@ pub fn awaited(
     let mut later: BTreeMap<_, _> = later.collect();
     let mut awaited = BTreeMap::new();
     for (id, index) in catalog.into_images() {
-        if let (ImageId::Task(pid), Some(missing)) = (id, later.remove(&id)) {
+        if let (ImageId::Process(pid), Some(missing)) = (id, later.remove(&id)) {
             let pages = Rc::new(Pages::open(&chain, id, index)?);
             awaited.insert(pid.cast_signed(), Awaited { pages, missing });
         }
@@ -219,7 +219,7 @@ fn split<'a>(top: &Path, catalog: &'a Catalog) -> Result<Option<Vec<Image<'a>>>,
     let mut split = Vec::new();
     for (id, index) in catalog.images() {
         let vmas = match id {
-            ImageId::Task(pid) => match record::<Mm>(&top.join(format!("mm-{pid}.img")))? {
+            ImageId::Process(pid) => match record::<Mm>(&top.join(format!("mm-{pid}.img")))? {
                 Some(mm) => mm.vmas,
                 // A process that has ended since: CRIU restores no memory of it.
                 None => continue,

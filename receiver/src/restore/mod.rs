@@ -17,8 +17,8 @@ use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_common::criu::preload;
-use pageferry_common::criu::session::{Criu, Event, Options, Work, last_errors};
-use pageferry_common::proc::process::Process;
+use pageferry_common::criu::session::{Criu, CriuSession, Event, Options, Reply, last_errors};
+use pageferry_common::proc::process::ProcessId;
 use pageferry_common::wire::RefuseCode;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
@@ -53,9 +53,9 @@ pub enum Outcome {
     /// It will run here, and never again where it came from.
     Committed {
         /// The CRIU that holds it back or has just let it go.
-        criu: Option<Process>,
+        criu: Option<ProcessId>,
         /// The restored root.
-        root: Option<Process>,
+        root: Option<ProcessId>,
         /// How it is to be restored, [`Options::bits`].
         options: u32,
     },
@@ -146,7 +146,7 @@ impl Restorer {
     ///
     /// # Errors
     /// Why it cannot be started.
-    pub fn ready(&self, home: &Path) -> Result<Work, Refusal> {
+    pub fn ready(&self, home: &Path) -> Result<CriuSession, Refusal> {
         let start = || {
             let library = self.lazy.then(|| preload::write(preload::RESTORE, home));
             self.criu.start(library.transpose()?.as_deref())
@@ -240,9 +240,9 @@ pub enum Progress {
     /// Everything is there, held back; the CRIU that does so, and the restored root.
     Restored {
         /// CRIU.
-        criu: Option<Process>,
+        criu: Option<ProcessId>,
         /// The root.
-        root: Option<Process>,
+        root: Option<ProcessId>,
     },
     /// It runs.
     Running,
@@ -265,7 +265,12 @@ impl Restoring {
     ///
     /// # Errors
     /// The kernel's, if there are too many threads.
-    pub fn start(criu: Criu, ready: Work, images: Images, options: Options) -> io::Result<Self> {
+    pub fn start(
+        criu: Criu,
+        ready: CriuSession,
+        images: Images,
+        options: Options,
+    ) -> io::Result<Self> {
         let (tell, progress) = mpsc::unbounded_channel();
         let (go, may_go) = blocking::channel();
         let pid = ready.pid();
@@ -340,7 +345,7 @@ impl Restoring {
 /// Restores; returns what the process still depends on.
 fn restore(
     criu: &Criu,
-    mut work: Work,
+    mut work: CriuSession,
     images: &Images,
     options: Options,
     tell: &mpsc::UnboundedSender<Progress>,
@@ -370,7 +375,7 @@ fn restore(
             match event {
                 // Everything is in its place; a no now takes all of it away again.
                 Event::Stage { name, pid } if name == "post-restore" => {
-                    restored = pid.and_then(Process::find);
+                    restored = pid.and_then(ProcessId::find);
                     if server.as_ref().is_some_and(|server| !server.all_fetched()) {
                         let what = "the library loaded into CRIU had no effect, which shared memory \
                                     needs; receive --restore eager does without";
@@ -379,12 +384,15 @@ fn restore(
                     // The time that it is held back is well used.
                     filler.iter_mut().for_each(Filler::go);
                     let _ = tell.send(Progress::Restored {
-                        criu: Process::find(work.pid()),
+                        criu: ProcessId::find(work.pid()),
                         root: restored,
                     });
-                    work.answer(may_go.recv().is_ok())?;
+                    work.reply(match may_go.recv() {
+                        Ok(()) => Reply::Continue,
+                        Err(_) => Reply::Abort,
+                    })?;
                 }
-                Event::Stage { .. } => work.answer(true)?,
+                Event::Stage { .. } => work.reply(Reply::Continue)?,
                 Event::Done => return Ok(()),
                 Event::Failed(why) => return Err(io::Error::other(why)),
             }
@@ -393,7 +401,7 @@ fn restore(
     drop(work);
     // CRIU takes away what it has not let go, unless it was killed itself: then nobody knows how far
     // it came, and what is there must not be.
-    if let (Err(_), Some(root)) = (&result, restored.filter(|root| root.lives())) {
+    if let (Err(_), Some(root)) = (&result, restored.filter(|root| root.is_alive())) {
         kill_tree(root.pid);
     }
     match result {
@@ -445,10 +453,10 @@ pub async fn complete(
     {
         again = Options::from_bits(options).unwrap_or_default();
         // Whoever restored it is dead; its CRIU then undoes what it has not let go.
-        while criu.is_some_and(Process::lives) {
+        while criu.is_some_and(ProcessId::is_alive) {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
-        if root.is_some_and(Process::lives) {
+        if root.is_some_and(ProcessId::is_alive) {
             return Outcome::Running.record(home).map_err(|e| with_causes(&e));
         }
     }

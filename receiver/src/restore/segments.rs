@@ -94,7 +94,7 @@ impl Segments {
     pub fn open(&mut self, image: ImageId, has_parent: bool) {
         self.open = match image {
             ImageId::Shmem(id) => Some(id),
-            ImageId::Task(_) => None,
+            ImageId::Process(_) => None,
         };
         // What came before of one that has no parent is of another, or of no use.
         if let (Some(id), false) = (self.open, has_parent) {

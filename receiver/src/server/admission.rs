@@ -1,8 +1,8 @@
-//! The door: who has not said yet what he wants waits in the hall, with little time and next to no memory;
+//! The admission: who has not said yet what he wants waits in the hall, with little time and next to no memory;
 //! who sends takes one of the places.
 
 use crate::session::{Failure, Refusal};
-use crate::storage::store::Cut;
+use crate::storage::store::Disconnect;
 use pageferry_common::wire::{RefuseCode, WireError};
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,29 +14,29 @@ pub const HALL_MORE: usize = 64;
 
 /// Lets in so many and no more.
 #[derive(Debug)]
-pub struct Door {
+pub struct Admission {
     hall: Arc<Semaphore>,
     places: Arc<Semaphore>,
 }
 
 /// A connection in the hall.
 #[derive(Debug)]
-pub struct Guest {
+pub struct Pending {
     places: Arc<Semaphore>,
     /// When it has to have said what it wants.
     until: Instant,
     handshake: Duration,
-    cut: Cut,
+    cut: Disconnect,
     _hall: OwnedSemaphorePermit,
 }
 
 /// A place for a sender, until dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct SenderSlot {
     _taken: OwnedSemaphorePermit,
 }
 
-impl Door {
+impl Admission {
     /// With so many places.
     #[must_use]
     pub fn new(max_senders: usize) -> Self {
@@ -49,28 +49,28 @@ impl Door {
     /// Lets a connection into the hall, where it has so much time to say what it wants; `None` if that is
     /// full.
     #[must_use]
-    pub fn let_in(&self, handshake: Duration) -> Option<Guest> {
+    pub fn admit(&self, handshake: Duration) -> Option<Pending> {
         let hall = Arc::clone(&self.hall).try_acquire_owned().ok()?;
-        Some(Guest {
+        Some(Pending {
             places: Arc::clone(&self.places),
             until: Instant::now() + handshake,
             handshake,
-            cut: Cut::default(),
+            cut: Disconnect::default(),
             _hall: hall,
         })
     }
 }
 
-impl Guest {
+impl Pending {
     /// Its connection can be cut.
     #[must_use]
-    pub fn with(self, cut: Cut) -> Self {
+    pub fn with(self, cut: Disconnect) -> Self {
         Self { cut, ..self }
     }
 
     /// Cuts its connection.
     #[must_use]
-    pub fn cut(&self) -> Cut {
+    pub fn cut(&self) -> Disconnect {
         self.cut.clone()
     }
 
@@ -92,9 +92,9 @@ impl Guest {
     ///
     /// # Errors
     /// [`Refusal`] if there is none.
-    pub fn take_place(self) -> Result<Place, Refusal> {
+    pub fn promote(self) -> Result<SenderSlot, Refusal> {
         match self.places.try_acquire_owned() {
-            Ok(taken) => Ok(Place { _taken: taken }),
+            Ok(taken) => Ok(SenderSlot { _taken: taken }),
             Err(_) => {
                 let what = "as many senders are here as this receiver takes (--max-senders)";
                 Err(Refusal::new(RefuseCode::Limit, what))
@@ -109,26 +109,26 @@ mod tests {
 
     #[tokio::test]
     async fn the_hall_is_left_for_a_place_or_for_good() {
-        let door = Door::new(1);
+        let admission = Admission::new(1);
         let mut hall = Vec::new();
-        while let Some(guest) = door.let_in(Duration::from_secs(60)) {
+        while let Some(guest) = admission.admit(Duration::from_secs(60)) {
             hall.push(guest);
         }
         assert_eq!(hall.len(), 1 + HALL_MORE);
-        let place = hall.pop().unwrap().take_place().unwrap();
-        let refused = hall.pop().unwrap().take_place().unwrap_err();
+        let place = hall.pop().unwrap().promote().unwrap();
+        let refused = hall.pop().unwrap().promote().unwrap_err();
         assert!(refused.reason.contains("--max-senders"));
         // Both have left the hall.
-        hall.extend(door.let_in(Duration::from_secs(60)));
-        hall.extend(door.let_in(Duration::from_secs(60)));
+        hall.extend(admission.admit(Duration::from_secs(60)));
+        hall.extend(admission.admit(Duration::from_secs(60)));
         assert_eq!(hall.len(), 1 + HALL_MORE);
         drop(place);
-        hall.pop().unwrap().take_place().unwrap();
+        hall.pop().unwrap().promote().unwrap();
     }
 
     #[tokio::test]
     async fn who_says_nothing_in_time_is_given_up() {
-        let guest = Door::new(1).let_in(Duration::from_millis(10)).unwrap();
+        let guest = Admission::new(1).admit(Duration::from_millis(10)).unwrap();
         let said = guest.in_time(async { Ok::<_, WireError>("hello") }).await;
         assert_eq!(said.unwrap(), "hello");
         let nothing = std::future::pending::<Result<(), WireError>>();

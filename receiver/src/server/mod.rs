@@ -5,11 +5,11 @@ pub mod detect;
 pub mod tls;
 
 use crate::restore::Restorer;
-use crate::server::admission::{Door, Guest};
+use crate::server::admission::{Admission, Pending};
 use crate::server::detect::{Dialect, FIRST_BYTES, detect};
 use crate::server::tls::{Accepted, Secure};
 use crate::session::{Failure, Limits, Migration, criu, native};
-use crate::storage::store::{Cut, Store};
+use crate::storage::store::{Disconnect, Store};
 use crate::with_causes;
 use nix::sys::socket::{MsgFlags, recv};
 use pageferry_common::wire::WireError;
@@ -59,7 +59,7 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
     if let Some(restorer) = &options.restorer {
         native::finish_all(&restorer.criu, &store).await;
     }
-    let door = Door::new(options.max_senders);
+    let admission = Admission::new(options.max_senders);
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
     let (over, mut ended) = mpsc::unbounded_channel::<(Dialect, Over)>();
@@ -104,13 +104,13 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
             _ = interrupt.recv() => return Ok(Ended::Signal(2)),
             _ = terminate.recv() => return Ok(Ended::Signal(15)),
         };
-        let Some(guest) = door.let_in(options.limits.handshake) else {
+        let Some(pending) = admission.admit(options.limits.handshake) else {
             tracing::warn!(%peer, "closed: too many have not said yet what they want");
             continue;
         };
         let (store, over, options) = (Arc::clone(&store), over.clone(), options.clone());
         tokio::spawn(async move {
-            if let Some(outcome) = connection(stream, peer, guest, &store, &options).await {
+            if let Some(outcome) = connection(stream, peer, pending, &store, &options).await {
                 // The server is gone only if everything is over.
                 let _ = over.send(outcome);
             }
@@ -125,20 +125,20 @@ type Over = (Migration, Result<(), Failure>);
 async fn connection(
     stream: TcpStream,
     peer: SocketAddr,
-    guest: Guest,
+    pending: Pending,
     store: &Arc<Store>,
     options: &Options,
 ) -> Option<(Dialect, Over)> {
     let limits = options.limits;
-    let guest = match Cut::of(&stream) {
-        Ok(cut) => guest.with(cut),
+    let pending = match Disconnect::of(&stream) {
+        Ok(cut) => pending.with(cut),
         Err(error) => {
             tracing::error!(%peer, %error, "refused");
             return None;
         }
     };
     let first = first_bytes(&stream);
-    let first = guest.in_time(async { first.await.map_err(WireError::Io) });
+    let first = pending.in_time(async { first.await.map_err(WireError::Io) });
     let Ok(Some(first)) = first.await else {
         // Connected and gone, or not a word: a port scan, a health check.
         tracing::debug!(%peer, "said nothing");
@@ -152,7 +152,7 @@ async fn connection(
                 stream,
                 first,
                 name,
-            } = match guest.in_time(accepted).await {
+            } = match pending.in_time(accepted).await {
                 Ok(Ok(accepted)) => accepted,
                 Ok(Err(why)) => {
                     tracing::warn!(%peer, why, "refused");
@@ -176,7 +176,7 @@ async fn connection(
                     return None;
                 }
             }
-            converse(dialect, read, write, peer, guest, store, options).await
+            converse(dialect, read, write, peer, pending, store, options).await
         }
         (Some(_), dialect) => {
             tracing::warn!(%peer, "refused: it does not encrypt, as this receiver wants it");
@@ -193,7 +193,7 @@ async fn connection(
         }
         (None, dialect) => {
             let (read, write) = stream.into_split();
-            converse(dialect, read, write, peer, guest, store, options).await
+            converse(dialect, read, write, peer, pending, store, options).await
         }
     }
 }
@@ -204,7 +204,7 @@ async fn converse(
     read: impl AsyncRead + Unpin,
     write: impl AsyncWrite + Unpin,
     peer: SocketAddr,
-    guest: Guest,
+    pending: Pending,
     store: &Arc<Store>,
     options: &Options,
 ) -> Option<(Dialect, Over)> {
@@ -214,13 +214,13 @@ async fn converse(
         Dialect::Native => {
             let restorer = options.restorer.as_ref();
             let migration = &mut migration;
-            native::receive(read, write, guest, store, limits, restorer, migration).await
+            native::receive(read, write, pending, store, limits, restorer, migration).await
         }
         Dialect::Criu => {
             tracing::info!(%peer, "CRIU begins a dump");
             let chain = options.chain_dumps;
             let migration = &mut migration;
-            criu::receive(read, write, guest, store, limits, chain, migration).await
+            criu::receive(read, write, pending, store, limits, chain, migration).await
         }
         Dialect::Tls | Dialect::Unknown => {
             tracing::warn!(%peer, "refused: neither `send` nor CRIU");

@@ -12,10 +12,10 @@ use crate::image::DirName;
 use crate::image::format::PagemapEntry;
 use crate::image::writer::DirWriter;
 use crate::quota::Quota;
-use crate::server::admission::Guest;
+use crate::server::admission::Pending;
 use crate::storage::store::Store;
 use crate::storage::writer_thread::Disk;
-use pageferry_common::criu::page_server::{self, Command, Header, Place, Width};
+use pageferry_common::criu::page_server::{self, Command, Header, PageLocation, Width};
 use pageferry_common::wire::{RefuseCode, WireError};
 use pageferry_common::{BufferPool, CHUNK_SIZE, ImageId, PAGE_SIZE, PageBuf, PageRange};
 use std::io;
@@ -32,14 +32,14 @@ const ENTRIES_MAX: usize = 4096;
 const ENTRY_PAGES_MAX: u64 = 1 << 40;
 
 /// Takes one dump, whose outcome is in `migration` however it ends. With `chain` it continues the
-/// newest dump of the same process. The client is a guest until it has said that it dumps.
+/// newest dump of the same process. The client is a pending until it has said that it dumps.
 ///
 /// # Errors
 /// [`Failure`]; the client sees the connection close, or a status that is not 0.
 pub async fn receive<R, W>(
     read: R,
     write: W,
-    guest: Guest,
+    pending: Pending,
     store: &Arc<Store>,
     limits: Limits,
     chain: bool,
@@ -56,8 +56,8 @@ where
         stall: limits.stall,
         bytes: 0,
     };
-    let first = guest.in_time(socket.first_header()).await?;
-    let _place = guest.take_place()?;
+    let first = pending.in_time(socket.first_header()).await?;
+    let _place = pending.promote()?;
     let name = store.new_dump();
     migration.directory = store.dir().join(name.to_string());
     let dump = Dump {
@@ -141,7 +141,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 }
                 Command::Add(place) => {
                     self.add(header, place).await?;
-                    if let Place::Present { .. } = place {
+                    if let PageLocation::Present { .. } = place {
                         migration.data_pages += header.pages;
                     }
                 }
@@ -172,7 +172,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     }
 
     /// Takes an entry, and the pages behind it if there are any.
-    async fn add(&mut self, header: Header, place: Place) -> Result<(), Failure> {
+    async fn add(&mut self, header: Header, place: PageLocation) -> Result<(), Failure> {
         let mut rest = match PageRange::new(header.address, header.pages) {
             Ok(range) if header.pages <= ENTRY_PAGES_MAX => Some(range),
             Ok(_) => return Err(protocol(format!("an entry of {} pages", header.pages))),
@@ -180,17 +180,17 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         };
         while let Some(range) = rest {
             let (now, later) = match place {
-                Place::Present { .. } => {
+                PageLocation::Present { .. } => {
                     let room = (CHUNK_SIZE - self.batch.filled) as u64 / PAGE_SIZE;
                     range.split_at(room)
                 }
-                Place::Parent | Place::Elsewhere => (Some(range), None),
+                PageLocation::Parent | PageLocation::Elsewhere => (Some(range), None),
             };
             let Some(range) = now else {
                 self.flush().await?;
                 continue;
             };
-            if let Place::Present { .. } = place {
+            if let PageLocation::Present { .. } = place {
                 if self.batch.buffer.is_none() {
                     self.batch.buffer = Some(self.pool.take().await);
                 }
@@ -369,7 +369,7 @@ impl Dump {
     /// Whether the parent has this image. The parent is chosen when first a process is named:
     /// segments' numbers are not unique enough.
     fn has_parent(&mut self, image: ImageId) -> Result<bool, Refusal> {
-        if self.chain && self.parent.is_none() && matches!(image, ImageId::Task(_)) {
+        if self.chain && self.parent.is_none() && matches!(image, ImageId::Process(_)) {
             self.parent = self.store.newest_dump_of(image)?;
             if let (Some(parent), Some(writer)) = (self.parent, &mut self.writer) {
                 writer.follow(parent)?;

@@ -5,7 +5,7 @@ use crate::image::FileError;
 use crate::image::chain::{images, levels, newest_round};
 use crate::image::index::{Index, Pages};
 use pageferry_common::criu::page_server::{
-    Command, HEADER_MAX, Header, Place, UnknownCommand, Width,
+    Command, HEADER_MAX, Header, PageLocation, UnknownCommand, Width,
 };
 use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE};
 use std::collections::BTreeMap;
@@ -58,7 +58,7 @@ impl Served {
         let mut tasks = BTreeMap::new();
         for image in images(&top)? {
             // Shared segments are restored before any process runs; nobody asks for them later.
-            if let ImageId::Task(pid) = image
+            if let ImageId::Process(pid) = image
                 && let Some(index) = Index::load(&chain, image)?
             {
                 tasks.insert(pid, Pages::open(&chain, image, index)?);
@@ -157,7 +157,7 @@ impl Served {
         }
         let mut head = Vec::with_capacity(HEADER_MAX);
         let header = Header {
-            command: Command::Add(Place::Present { lazy: false }),
+            command: Command::Add(PageLocation::Present { lazy: false }),
             pages,
             ..wanted
         };

@@ -33,15 +33,15 @@ pub struct Store {
     /// The number of the last dump that CRIU began.
     last_dump: AtomicU32,
     /// Migrations that somebody works on, and how to end that.
-    busy: Arc<Mutex<BTreeMap<PathBuf, Cut>>>,
+    busy: Arc<Mutex<BTreeMap<PathBuf, Disconnect>>>,
     _lock: Flock<File>,
 }
 
 /// Cuts a connection, as if the link were gone: whoever converses on it comes to an end.
 #[derive(Debug, Clone, Default)]
-pub struct Cut(Option<Arc<OwnedFd>>);
+pub struct Disconnect(Option<Arc<OwnedFd>>);
 
-impl Cut {
+impl Disconnect {
     /// Of a connection.
     ///
     /// # Errors
@@ -61,12 +61,12 @@ impl Cut {
 
 /// A migration that nobody else works on while this lives.
 #[derive(Debug)]
-pub struct Taken {
+pub struct Lease {
     home: PathBuf,
-    busy: Arc<Mutex<BTreeMap<PathBuf, Cut>>>,
+    busy: Arc<Mutex<BTreeMap<PathBuf, Disconnect>>>,
 }
 
-impl Drop for Taken {
+impl Drop for Lease {
     fn drop(&mut self) {
         let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         busy.remove(&self.home);
@@ -183,14 +183,14 @@ impl Store {
     /// Takes a migration for oneself. If somebody has it, returns `None`, and cuts that connection: its sender
     /// says that it is lost.
     #[must_use]
-    pub fn take(&self, home: &Path, cut: &Cut) -> Option<Taken> {
+    pub fn try_lease(&self, home: &Path, cut: &Disconnect) -> Option<Lease> {
         let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(theirs) = busy.get(home) {
             theirs.cut();
             return None;
         }
         busy.insert(home.to_owned(), cut.clone());
-        Some(Taken {
+        Some(Lease {
             home: home.to_owned(),
             busy: Arc::clone(&self.busy),
         })
@@ -361,9 +361,9 @@ mod tests {
         drop(store);
         let store = Store::open(dir.path()).unwrap();
         assert_eq!(store.new_dump(), DirName::Dump(4));
-        assert_eq!(store.newest_dump_of(ImageId::Task(7)).unwrap(), None);
+        assert_eq!(store.newest_dump_of(ImageId::Process(7)).unwrap(), None);
         fs::write(dir.path().join("criu-3/pagemap-7.img"), "").unwrap();
-        let newest = store.newest_dump_of(ImageId::Task(7)).unwrap();
+        let newest = store.newest_dump_of(ImageId::Process(7)).unwrap();
         assert_eq!(newest, Some(DirName::Dump(3)));
         assert!(!home.join(".2.tmp").exists());
         for kept in ["1", ".x.tmp", ".2.tmp.bak"] {

@@ -3,7 +3,7 @@
 use crate::image::chain::{Cursor, Levels, images, levels, names, newest_round};
 use crate::image::{FileError, pages_name};
 use crate::with_causes;
-use pageferry_common::criu::page_server::Place;
+use pageferry_common::criu::page_server::PageLocation;
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -72,8 +72,8 @@ fn check_image(
         let range = entry.range;
         pages += range.pages();
         match entry.place {
-            Place::Present { .. } => {}
-            Place::Parent => {
+            PageLocation::Present { .. } => {}
+            PageLocation::Parent => {
                 let covered = match &mut parent {
                     Some(parent) => parent.covers(range)?,
                     None => false,
@@ -82,7 +82,7 @@ fn check_image(
                     problem(format!("{range} is not in the parent"));
                 }
             }
-            Place::Elsewhere => problem(format!("{range} is nowhere")),
+            PageLocation::Elsewhere => problem(format!("{range} is nowhere")),
         }
     }
     let (needed, there) = cursor.extent()?;

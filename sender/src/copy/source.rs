@@ -2,7 +2,7 @@
 //!
 //! Both say what *arrived*, packed one after the other; what did not is simply not among it.
 
-use crate::target::process::Task;
+use crate::target::process::Process;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use pageferry_common::{PAGE_SIZE, PageRange};
@@ -29,15 +29,15 @@ pub trait PageSource {
 /// A process's private memory: one `process_vm_readv` for a whole chunk's pages, and
 /// `/proc/PID/mem` for what the process itself may not read.
 #[derive(Debug)]
-pub struct TaskSource<'a> {
-    task: &'a Task,
+pub struct ProcessSource<'a> {
+    task: &'a Process,
     remote: Vec<RemoteIoVec>,
 }
 
-impl<'a> TaskSource<'a> {
+impl<'a> ProcessSource<'a> {
     /// Reads of this process.
     #[must_use]
-    pub fn new(task: &'a Task) -> Self {
+    pub fn new(task: &'a Process) -> Self {
         Self {
             task,
             remote: Vec::new(),
@@ -69,7 +69,7 @@ impl<'a> TaskSource<'a> {
     }
 }
 
-impl PageSource for TaskSource<'_> {
+impl PageSource for ProcessSource<'_> {
     fn read(
         &mut self,
         wanted: &[PageRange],
@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn a_hole_in_the_middle_trims_what_arrived() {
         let pid = std::process::id() as i32;
-        let task = Task::meet(pid, pid, namespace_depth(pid).unwrap()).unwrap();
+        let task = Process::open(pid, pid, namespace_depth(pid).unwrap()).unwrap();
         let memory: Vec<u8> = (0..4 * 4096usize).map(|i| (i / 7) as u8).collect();
         let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
         let good = PageRange::new(start, 2).unwrap();
@@ -212,7 +212,7 @@ mod tests {
         let hole = PageRange::new(0x1000, 3).unwrap();
         let mut arrived = Vec::new();
         let mut buffer = vec![0; 8 * 4096];
-        let mut source = TaskSource::new(&task);
+        let mut source = ProcessSource::new(&task);
         for wanted in [vec![hole, good], vec![good, hole], vec![good, hole, good]] {
             arrived.clear();
             source.read(&wanted, &mut buffer, &mut arrived).unwrap();

@@ -38,8 +38,8 @@ pub struct ImageStream<'a> {
     parent: &'a PageSet,
     hashes: &'a mut ContentHashes,
     /// Changed since then, as far as nothing will tell again.
-    owed: &'a mut PageSet,
-    /// That a page was written is told once: what does not get as far as being compared is owed, too.
+    changed: &'a mut PageSet,
+    /// That a page was written is told once: what does not get as far as being compared is changed, too.
     told_once: bool,
     /// How to say "unchanged" of what is batched now; `None` if it is to be sent all the same.
     kept_kind: Option<EntryKind>,
@@ -73,14 +73,14 @@ pub struct Sent {
 }
 
 impl<'a> ImageStream<'a> {
-    /// The image must have been opened in `sink`. Pages that change are added to `owed`, however it ends; and
+    /// The image must have been opened in `sink`. Pages that change are added to `changed`, however it ends; and
     /// with `told_once`, those that are said to be written.
     pub fn new(
         sink: &'a mut dyn PageSink,
         pool: &'a BufferPool,
         parent: &'a PageSet,
         hashes: &'a mut ContentHashes,
-        owed: &'a mut PageSet,
+        changed: &'a mut PageSet,
         told_once: bool,
     ) -> Self {
         Self {
@@ -88,7 +88,7 @@ impl<'a> ImageStream<'a> {
             pool,
             parent,
             hashes,
-            owed,
+            changed,
             told_once,
             kept_kind: Some(EntryKind::Parent),
             wanted: Vec::with_capacity(PIECES_MAX),
@@ -154,7 +154,7 @@ impl<'a> ImageStream<'a> {
 
     fn want(&mut self, source: &mut dyn PageSource, range: PageRange) -> Result<(), StreamError> {
         if self.told_once {
-            self.owed.insert(range);
+            self.changed.insert(range);
         }
         let mut rest = Some(range);
         while let Some(range) = rest {
@@ -193,7 +193,7 @@ impl<'a> ImageStream<'a> {
         let changed = |entry: &&Entry| matches!(entry.kind, EntryKind::Data | EntryKind::Zero);
         for entry in entries.iter().filter(changed) {
             self.changed_pages += entry.range.pages();
-            self.owed.insert(entry.range);
+            self.changed.insert(entry.range);
         }
         self.sink.put(entries, pages)?;
         Ok(())

@@ -4,7 +4,7 @@
 use super::pages::Scanner;
 use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
-use crate::target::process::Task;
+use crate::target::process::Process;
 use crate::target::vma::Vma;
 use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
 use std::collections::BTreeMap;
@@ -117,15 +117,15 @@ impl DirtyTracker for ContentHash {
         true
     }
 
-    fn rearm(&mut self, _: &mut Frozen<'_>, _: &Task) -> Result<(), TrackError> {
+    fn rearm(&mut self, _: &mut Frozen<'_>, _: &Process) -> Result<(), TrackError> {
         Ok(())
     }
 
-    fn conclude(&mut self, _: &Task) -> Result<(), TrackError> {
+    fn conclude(&mut self, _: &Process) -> Result<(), TrackError> {
         Ok(())
     }
 
-    fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
+    fn scan(&mut self, task: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         self.0.own_pages(&task.pagemap, part, 0, false, |range, _| {
             runs.push(Run {
                 range,
@@ -134,7 +134,7 @@ impl DirtyTracker for ContentHash {
         })
     }
 
-    fn pending(&mut self, _: &Task, _: &Vma) -> io::Result<Option<u64>> {
+    fn pending(&mut self, _: &Process, _: &Vma) -> io::Result<Option<u64>> {
         Ok(None)
     }
 

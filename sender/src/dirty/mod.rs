@@ -14,7 +14,7 @@ pub use content_hash::ContentHashes;
 pub use pages::Part;
 
 use crate::freeze::{FreezeError, Frozen};
-use crate::target::process::Task;
+use crate::target::process::Process;
 use crate::target::vma::Vma;
 use pageferry_common::PageRange;
 use std::io;
@@ -70,27 +70,30 @@ pub trait DirtyTracker {
     ///
     /// # Errors
     /// [`TrackError`]. A process that is gone is not an error.
-    fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Task) -> Result<(), TrackError>;
+    fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Process) -> Result<(), TrackError>;
 
     /// Ends the last epoch of one process of a tree that somebody else keeps stopped; none begins.
     /// What a scan lists as written was, or may have been, written since the last rearm.
     ///
     /// # Errors
     /// [`TrackError`]. A process that is gone is not an error.
-    fn conclude(&mut self, task: &Task) -> Result<(), TrackError>;
+    fn conclude(&mut self, task: &Process) -> Result<(), TrackError>;
 
     /// Lists the populated pages of a part of a private mapping, ascending; the tree may run.
     ///
     /// # Errors
     /// `ESRCH` if that memory is gone.
-    fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()>;
+    fn scan(&mut self, task: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()>;
 
-    /// For each of these mappings of shared segments ([`Task::shared`]), lists the parts through which its
+    /// For each of these mappings of shared segments ([`Process::shared`]), lists the parts through which its
     /// process may have written, ascending; the tree may run.
     ///
     /// # Errors
     /// `ESRCH` if the memory of one is gone.
-    fn scan_shared(&mut self, mappings: &[(&Task, PageRange)]) -> io::Result<Vec<Vec<PageRange>>> {
+    fn scan_shared(
+        &mut self,
+        mappings: &[(&Process, PageRange)],
+    ) -> io::Result<Vec<Vec<PageRange>>> {
         Ok(mappings.iter().map(|&(_, range)| vec![range]).collect())
     }
 
@@ -99,7 +102,7 @@ pub trait DirtyTracker {
     ///
     /// # Errors
     /// `ESRCH` if that memory is gone.
-    fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>>;
+    fn pending(&mut self, task: &Process, vma: &Vma) -> io::Result<Option<u64>>;
 
     /// The round of the last epoch did not arrive, perhaps before every process was scanned. What a scan tells
     /// once and only once, whoever scanned remembers.

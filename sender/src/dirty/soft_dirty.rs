@@ -5,7 +5,7 @@ use super::pages::Scanner;
 use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::sys::pagemap::SOFT_DIRTY;
-use crate::target::process::Task;
+use crate::target::process::Process;
 use crate::target::vma::Vma;
 use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
 use std::collections::HashMap;
@@ -48,7 +48,7 @@ impl SoftDirty {
         }
     }
 
-    fn collect_and_clear(&mut self, task: &Task) -> io::Result<PageSet> {
+    fn collect_and_clear(&mut self, task: &Process) -> io::Result<PageSet> {
         let mut written = PageSet::new();
         for vma in task.vmas.iter().filter(|vma| vma.is_private()) {
             dirty_pages(&mut self.scanner, &task.pagemap, vma.part(), |range| {
@@ -83,11 +83,11 @@ impl DirtyTracker for SoftDirty {
         false
     }
 
-    fn rearm(&mut self, _: &mut Frozen<'_>, task: &Task) -> Result<(), TrackError> {
+    fn rearm(&mut self, _: &mut Frozen<'_>, task: &Process) -> Result<(), TrackError> {
         self.conclude(task)
     }
 
-    fn conclude(&mut self, task: &Task) -> Result<(), TrackError> {
+    fn conclude(&mut self, task: &Process) -> Result<(), TrackError> {
         let pid = task.pid;
         match self.collect_and_clear(task) {
             Ok(written) => {
@@ -103,7 +103,7 @@ impl DirtyTracker for SoftDirty {
         }
     }
 
-    fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
+    fn scan(&mut self, task: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         let nothing = PageSet::new();
         let dirty = self.written.get(&task.pid).unwrap_or(&nothing);
         self.scanner
@@ -112,7 +112,7 @@ impl DirtyTracker for SoftDirty {
             })
     }
 
-    fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>> {
+    fn pending(&mut self, task: &Process, vma: &Vma) -> io::Result<Option<u64>> {
         let mut pages = 0;
         dirty_pages(&mut self.scanner, &task.pagemap, vma.part(), |range| {
             pages += range.pages();

@@ -7,7 +7,7 @@ use super::{DirtyTracker, Part, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::sys::pagemap::{PRESENT, SWAPPED, WPALLOWED, WRITTEN};
 use crate::sys::uffd::Uffd;
-use crate::target::process::Task;
+use crate::target::process::Process;
 use crate::target::vma::Vma;
 use pageferry_common::PageRange;
 use std::collections::HashMap;
@@ -40,7 +40,7 @@ struct Armed {
 impl Armed {
     /// Registers every mapping that can be tracked; what was registered before costs next to
     /// nothing. `None` if the userfaultfd belongs to a memory that is gone.
-    fn new(uffd: Uffd, task: &Task) -> Option<Self> {
+    fn new(uffd: Uffd, task: &Process) -> Option<Self> {
         let mut untracked = Vec::new();
         let (mut tried, mut gone) = (0, 0);
         let shared = |vma: &Vma| task.shared.binary_search(&vma.range).is_ok();
@@ -97,7 +97,7 @@ impl UffdWp {
 
     fn scan_one_shared(
         &self,
-        task: &Task,
+        task: &Process,
         range: PageRange,
         scanner: &mut Scanner,
     ) -> io::Result<Vec<PageRange>> {
@@ -147,7 +147,7 @@ impl DirtyTracker for UffdWp {
         "uffd"
     }
 
-    fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Task) -> Result<(), TrackError> {
+    fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Process) -> Result<(), TrackError> {
         // If an end came to nothing.
         self.concluded = false;
         if let Some(before) = self.armed.remove(&task.pid)
@@ -178,12 +178,12 @@ impl DirtyTracker for UffdWp {
         Ok(())
     }
 
-    fn conclude(&mut self, _: &Task) -> Result<(), TrackError> {
+    fn conclude(&mut self, _: &Process) -> Result<(), TrackError> {
         self.concluded = true;
         Ok(())
     }
 
-    fn scan(&mut self, task: &Task, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
+    fn scan(&mut self, task: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
         // Asked to protect, the kernel leaves out mappings that it cannot protect.
         let tracked = self.tracks(task.pid, part.range);
         let protect = tracked && !self.concluded;
@@ -199,7 +199,10 @@ impl DirtyTracker for UffdWp {
             })
     }
 
-    fn scan_shared(&mut self, mappings: &[(&Task, PageRange)]) -> io::Result<Vec<Vec<PageRange>>> {
+    fn scan_shared(
+        &mut self,
+        mappings: &[(&Process, PageRange)],
+    ) -> io::Result<Vec<Vec<PageRange>>> {
         // Processes that share much are many.
         let threads = thread::available_parallelism().map_or(1, NonZero::get);
         let share = mappings.len().div_ceil(threads).max(1);
@@ -209,7 +212,7 @@ impl DirtyTracker for UffdWp {
             for mappings in mappings.chunks(share) {
                 let mut scanner = this.scanner.clone();
                 let work = move || {
-                    let scan = |&(task, range): &(&Task, PageRange)| {
+                    let scan = |&(task, range): &(&Process, PageRange)| {
                         this.scan_one_shared(task, range, &mut scanner)
                     };
                     mappings.iter().map(scan).collect::<io::Result<Vec<_>>>()
@@ -225,7 +228,7 @@ impl DirtyTracker for UffdWp {
         })
     }
 
-    fn pending(&mut self, task: &Task, vma: &Vma) -> io::Result<Option<u64>> {
+    fn pending(&mut self, task: &Process, vma: &Vma) -> io::Result<Option<u64>> {
         let tracked = self.tracks(task.pid, vma.range);
         let report = WRITTEN | WPALLOWED;
         let mut pages = 0;

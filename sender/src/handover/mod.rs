@@ -17,15 +17,15 @@ use crate::report::Downtime;
 use crate::sink::{Destination, Lost, PageSink, Receipt, SinkError};
 use crate::target::files::needed_files;
 use crate::target::smaps::VmFlags;
-use crate::target::tree::{Look, Scanned, SendError, Tree, TreeFault};
+use crate::target::tree::{Pass, Scanned, SendError, Tree, TreeFault};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use pageferry_common::criu::images::{children_are_waited_for, stopped};
 use pageferry_common::criu::page_server::{
-    Command, HEADER_MAX, Header, Place, UnknownCommand, Width,
+    Command, HEADER_MAX, Header, PageLocation, UnknownCommand, Width,
 };
 use pageferry_common::criu::preload;
-use pageferry_common::criu::session::{Criu, Event, Options, Work, last_errors};
+use pageferry_common::criu::session::{Criu, CriuSession, Event, Options, Reply, last_errors};
 use pageferry_common::sys::{fdpass, perf};
 use pageferry_common::{BufferPool, Claim, MigrationId, PAGE_SIZE, StateName};
 use std::fs::{self, DirBuilder, File};
@@ -256,7 +256,7 @@ impl Handover {
                     if name == "pre-dump" {
                         downtime = Downtime::begin();
                     }
-                    dump.work.answer(true)?;
+                    dump.work.reply(Reply::Continue)?;
                 }
                 Next::Criu(Event::Done) => {
                     return Err(HandoverError::Dump("it ended before we let it".to_owned()));
@@ -298,7 +298,7 @@ impl Handover {
         self.decide(root, &stopped, &mut work, parts.sink)?;
         downtime.running();
         // CRIU kills the tree on this answer. If it is dead, we do.
-        let killed = work.answer(true).and_then(|()| work.event());
+        let killed = work.reply(Reply::Continue).and_then(|()| work.event());
         drop(work);
         let record = Record::read(root)?;
         if !matches!(killed, Ok(Event::Done)) {
@@ -373,7 +373,7 @@ impl Handover {
                 let nobody = HandoverError::Dump("nobody follows it".to_owned());
                 return (Err(error.into()), Err(nobody));
             }
-            let mut sent = self.round(round, Look::UnderCriu, parts);
+            let mut sent = self.round(round, Pass::DuringDump, parts);
             loop {
                 unwanted.store(sent.is_err(), Ordering::Relaxed);
                 match told.recv_timeout(CHECK) {
@@ -406,8 +406,8 @@ impl Handover {
             parts.tree.doubt_children();
         }
         let sent = match more {
-            true => self.round(round, Look::AfterCriu, parts),
-            false => self.round(round, Look::Stopped, parts),
+            true => self.round(round, Pass::AfterDump, parts),
+            false => self.round(round, Pass::Final, parts),
         };
         match parts.tree.one_that_ended() {
             Some(pid) => Err(HandoverError::Dump(format!("process {pid} ended"))),
@@ -418,7 +418,7 @@ impl Handover {
     fn round(
         &self,
         round: &mut u32,
-        look: Look,
+        look: Pass,
         parts: &mut Parts<'_>,
     ) -> Result<LastRound, HandoverError> {
         let Parts {
@@ -466,7 +466,7 @@ impl Handover {
         &self,
         root: i32,
         stopped: &[u32],
-        work: &mut Work,
+        work: &mut CriuSession,
         sink: &mut dyn PageSink,
     ) -> Result<(), HandoverError> {
         let record = Record::new(&self.to, self.claim, root, stopped);
@@ -504,7 +504,7 @@ fn destination(sink: &mut dyn PageSink) -> Result<&mut dyn Destination, SinkErro
 }
 
 /// Makes CRIU, which waits for our word or is about to, take everything back.
-fn undo(work: &mut Work) -> io::Result<()> {
+fn undo(work: &mut CriuSession) -> io::Result<()> {
     loop {
         match work.event_or_refuse()? {
             Event::Stage { .. } => {}
@@ -514,8 +514,8 @@ fn undo(work: &mut Work) -> io::Result<()> {
 }
 
 /// Answers no to what CRIU asks now, and waits until it has taken everything back.
-fn refuse(work: &mut Work) -> io::Result<()> {
-    work.answer(false)?;
+fn refuse(work: &mut CriuSession) -> io::Result<()> {
+    work.reply(Reply::Abort)?;
     undo(work)
 }
 
@@ -549,7 +549,7 @@ struct Dump {
     stopped: Option<OwnedFd>,
     /// Tells of mappings what CRIU would read of `smaps`.
     flags: Option<VmFlags>,
-    work: Work,
+    work: CriuSession,
     /// CRIU opens it by our number.
     _dir: File,
 }
@@ -625,7 +625,7 @@ impl Dump {
         };
         loop {
             match self.next(&mut wanted)? {
-                Next::Criu(Event::Stage { .. }) => self.work.answer(true)?,
+                Next::Criu(Event::Stage { .. }) => self.work.reply(Reply::Continue)?,
                 end => return Ok(end),
             }
         }
@@ -688,7 +688,7 @@ impl Endpoint {
                 }
             }
             Command::HasParent => self.stream.write_all(&[0; 4])?,
-            Command::Add(Place::Present { .. }) => {
+            Command::Add(PageLocation::Present { .. }) => {
                 self.pages += header.pages;
                 let mut left = header.pages.saturating_mul(PAGE_SIZE);
                 while left > 0 {
@@ -697,7 +697,7 @@ impl Endpoint {
                     left -= now as u64;
                 }
             }
-            Command::Add(Place::Parent | Place::Elsewhere) | Command::Get => {}
+            Command::Add(PageLocation::Parent | PageLocation::Elsewhere) | Command::Get => {}
             Command::Close => {
                 // Of a dump of nothing, the rest of a wide header may follow.
                 self.ended = true;

@@ -4,7 +4,7 @@
 use crate::target::process::{namespace_depth, pid_in_namespace};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pageferry_common::proc::process::Process;
+use pageferry_common::proc::process::ProcessId;
 use pageferry_common::{Claim, MigrationId, Token};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File};
@@ -28,7 +28,7 @@ pub struct Record {
     /// The root, as its own PID namespace counts.
     root_pid: u32,
     root: i32,
-    tree: Vec<Process>,
+    tree: Vec<ProcessId>,
     /// Those of the tree that were stopped by somebody else's signal.
     #[serde(default)]
     stopped: Vec<i32>,
@@ -55,7 +55,7 @@ impl Record {
             inner.is_ok_and(|inner| stopped.contains(&inner))
         };
         let stopped = tree.iter().map(|it| it.pid).filter(was_stopped).collect();
-        let tree = tree.iter().filter_map(|it| Process::find(it.pid));
+        let tree = tree.iter().filter_map(|it| ProcessId::find(it.pid));
         Self {
             to: to.to_owned(),
             id: claim.id.to_string(),
@@ -145,7 +145,7 @@ impl Record {
 
     fn signal_but(&self, others: &[i32], signal: Signal) -> Option<i32> {
         let mut forbidden = None;
-        let meant = |process: &&Process| !others.contains(&process.pid) && process.lives();
+        let meant = |process: &&ProcessId| !others.contains(&process.pid) && process.is_alive();
         for process in self.tree.iter().filter(meant) {
             // One that ended meanwhile needs none.
             if kill(Pid::from_raw(process.pid), signal) == Err(nix::Error::EPERM) {
@@ -157,7 +157,7 @@ impl Record {
 
     /// Waits until the whole tree, killed before, is gone.
     pub fn await_end(&self) {
-        while self.tree.iter().any(|process| process.lives()) {
+        while self.tree.iter().any(|process| process.is_alive()) {
             std::thread::sleep(LOOK);
         }
     }

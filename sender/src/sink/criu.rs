@@ -10,7 +10,7 @@ use super::native::Connect;
 use super::{PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
-use pageferry_common::criu::page_server::{self, Command, Header, Place, Width};
+use pageferry_common::criu::page_server::{self, Command, Header, PageLocation, Width};
 use pageferry_common::wire::{Entry, EntryKind, RoundKind, Totals, WireError};
 use pageferry_common::{ImageId, PageRange};
 use std::io;
@@ -265,7 +265,7 @@ impl Server<'_> {
     async fn put(&mut self, entries: &[Entry], pages: &[u8]) -> Result<(), SinkError> {
         let mut rest = pages;
         for entry in entries {
-            let present = Place::Present { lazy: false };
+            let present = PageLocation::Present { lazy: false };
             match entry.kind {
                 EntryKind::Data => {
                     let (now, later) = rest.split_at(entry.range.bytes() as usize);
@@ -287,7 +287,7 @@ impl Server<'_> {
                     while let Some(range) = rest {
                         let (now, later) = range.split_at(ENTRY_PAGES_MAX);
                         let now = now.expect("a range is not empty");
-                        self.entry(now, Place::Parent).await?;
+                        self.entry(now, PageLocation::Parent).await?;
                         rest = later;
                     }
                 }
@@ -297,7 +297,7 @@ impl Server<'_> {
         Ok(())
     }
 
-    async fn entry(&mut self, range: PageRange, place: Place) -> Result<(), SinkError> {
+    async fn entry(&mut self, range: PageRange, place: PageLocation) -> Result<(), SinkError> {
         self.header(Header {
             command: Command::Add(place),
             pages: range.pages(),

@@ -6,11 +6,11 @@ pub mod bpf;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
+pub mod removed_pages;
 pub mod sched;
 pub mod signals;
 pub mod socket;
 pub mod uffd;
-pub mod witness;
 
 use std::fs::File;
 use std::io;

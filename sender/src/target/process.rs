@@ -1,6 +1,6 @@
 //! One process of the tree, as remembered from round to round.
 
-use crate::baseline::Held;
+use crate::baseline::Baseline;
 use crate::dirty::ContentHashes;
 use crate::sys::pidfd;
 use crate::target::segment::SegmentKey;
@@ -14,7 +14,7 @@ use std::os::unix::fs::MetadataExt;
 
 /// One process of the tree.
 #[derive(Debug)]
-pub struct Task {
+pub struct Process {
     /// Its PID, as this program's PID namespace counts.
     pub pid: i32,
     /// A thread of it that lives: its leader may have ended before the rest, and then the PID names
@@ -30,7 +30,7 @@ pub struct Task {
     /// for them.
     pub children_faults: Option<u64>,
     /// What the receiver holds of it.
-    pub held: Held,
+    pub baseline: Baseline,
     /// Content hashes of what the receiver holds, where contents are compared.
     pub hashes: ContentHashes,
     /// Its page table, opened at the last freeze: stays with that memory even if it execs.
@@ -42,12 +42,12 @@ pub struct Task {
     pidfd: OwnedFd,
 }
 
-impl Task {
+impl Process {
     /// A process met for the first time.
     ///
     /// # Errors
     /// Those of `/proc`; `NotFound` or `ESRCH` if it is gone.
-    pub fn meet(pid: i32, tid: i32, namespace_depth: usize) -> io::Result<Self> {
+    pub fn open(pid: i32, tid: i32, namespace_depth: usize) -> io::Result<Self> {
         Ok(Self {
             pid,
             tid,
@@ -55,7 +55,7 @@ impl Task {
             vmas: Vec::new(),
             shared: Vec::new(),
             children_faults: None,
-            held: Held::default(),
+            baseline: Baseline::default(),
             hashes: ContentHashes::of_nothing(),
             pagemap: open_pagemap(tid)?,
             memory: open_memory(tid)?,
@@ -67,7 +67,7 @@ impl Task {
     /// Opens what belongs to the memory the process has now.
     ///
     /// # Errors
-    /// As [`Task::meet`].
+    /// As [`Process::open`].
     pub fn reopen(&mut self, tid: i32) -> io::Result<()> {
         self.tid = tid;
         self.pagemap = open_pagemap(tid)?;
@@ -79,7 +79,7 @@ impl Task {
     /// the parent has waited for it. Returns whether there was none to tell of since the last time.
     ///
     /// # Errors
-    /// As [`Task::meet`].
+    /// As [`Process::open`].
     pub fn look_at_children(&mut self) -> io::Result<bool> {
         let now = children_faults(self.pid)?;
         let before = std::mem::replace(&mut self.children_faults, now);
@@ -92,7 +92,7 @@ impl Task {
         pidfd::alive(self.pidfd.as_fd())
     }
 
-    /// Whether one of its own mappings may change while CRIU dumps it ([`crate::target::tree::Look::UnderCriu`]).
+    /// Whether one of its own mappings may change while CRIU dumps it ([`crate::target::tree::Pass::DuringDump`]).
     #[must_use]
     pub fn disturbs(&self, vma: &Vma) -> bool {
         self.direct_io || vma.executable || vma.class == Class::Whole
@@ -101,7 +101,7 @@ impl Task {
     /// Its image.
     #[must_use]
     pub fn image(&self) -> ImageId {
-        ImageId::Task(self.vpid)
+        ImageId::Process(self.vpid)
     }
 }
 
@@ -113,7 +113,7 @@ fn open_memory(tid: i32) -> io::Result<File> {
     File::open(format!("/proc/{tid}/mem"))
 }
 
-/// See [`Task::look_at_children`].
+/// See [`Process::look_at_children`].
 fn children_faults(pid: i32) -> io::Result<Option<u64>> {
     let status = text(format!("/proc/{pid}/status"))?;
     children_faults_in(&status, &text(format!("/proc/{pid}/stat"))?)
@@ -297,7 +297,7 @@ mod tests {
             .unwrap();
         let pid = shell.id() as i32;
         let depth = namespace_depth(pid).unwrap();
-        let mut task = Task::meet(pid, pid, depth).unwrap();
+        let mut task = Process::open(pid, pid, depth).unwrap();
         let mut lines = std::io::BufReader::new(shell.stdout.take().unwrap()).lines();
         lines.next().unwrap().unwrap();
         assert!(!task.look_at_children().unwrap());
@@ -340,7 +340,7 @@ mod tests {
     fn this_process_can_be_met() {
         let pid = std::process::id() as i32;
         let depth = namespace_depth(pid).unwrap();
-        let task = Task::meet(pid, pid, depth).unwrap();
+        let task = Process::open(pid, pid, depth).unwrap();
         assert!(task.alive());
         assert!(task.vpid > 0);
     }

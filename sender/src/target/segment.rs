@@ -2,11 +2,11 @@
 //!
 //! Each is sent once for the whole tree, by offset. What was written is told by the page tables of all who
 //! map it, if nobody can have written it otherwise ([`Segment::look`]), and what was taken away by a mapping
-//! of our own ([`Witness`]); else contents are compared.
+//! of our own ([`RemovedPages`]); else contents are compared.
 
-use crate::baseline::Held;
+use crate::baseline::Baseline;
 use crate::dirty::ContentHashes;
-use crate::sys::witness::Witness;
+use crate::sys::removed_pages::RemovedPages;
 use crate::target::vma::{Device, Vma};
 use pageferry_common::{MemfdName, PAGE_SIZE, PageRange};
 use std::fs::{self, File};
@@ -64,7 +64,7 @@ pub struct Segment {
     /// The name of the memfd that it is, or that CRIU makes of it: `None` if of neither.
     pub memfd: Option<MemfdName>,
     /// What the receiver holds of it.
-    pub held: Held,
+    pub baseline: Baseline,
     /// Content hashes of what the receiver holds.
     pub hashes: ContentHashes,
     /// Who maps it, at the last freeze.
@@ -79,24 +79,24 @@ pub struct Segment {
     /// Whether somebody else maps it, if that is known.
     pub shared_outside: Option<bool>,
     /// Tells of pages that were taken away, if writes are tracked.
-    pub witness: Option<Witness>,
+    pub removed_pages: Option<RemovedPages>,
 }
 
 impl Segment {
     /// A segment met for the first time.
     #[must_use]
-    pub fn meet(file: File) -> Self {
+    pub fn new(file: File) -> Self {
         Self {
             memfd: memfd_name(&file),
             file,
-            held: Held::default(),
+            baseline: Baseline::default(),
             hashes: ContentHashes::of_everything(),
             mappings: Vec::new(),
             tracked: false,
             executable: false,
             opened: false,
             shared_outside: None,
-            witness: None,
+            removed_pages: None,
         }
     }
 
@@ -135,18 +135,18 @@ impl Segment {
     /// The round on its way did not arrive. It may not have compared all of it, and what it was told of
     /// writes, nothing tells again: the next compares.
     pub fn lost(&mut self) {
-        self.held.lost();
+        self.baseline.lost();
         self.shared_outside = None;
     }
 
     /// What was taken away, of what the receiver holds, since it was sent; everything, if that is not known.
     pub fn taken_away(&self) -> Vec<PageRange> {
         let mut gone = Vec::new();
-        for range in self.held.pages().iter() {
+        for range in self.baseline.pages().iter() {
             let found = self
-                .witness
+                .removed_pages
                 .as_ref()
-                .map(|witness| witness.gone(range, &mut gone));
+                .map(|removed_pages| removed_pages.missing(range, &mut gone));
             if !matches!(found, Some(Ok(()))) {
                 gone.push(range);
             }
@@ -159,14 +159,14 @@ impl Segment {
         if !self.trackable() {
             return;
         }
-        let watch = |witness: Option<Witness>| {
-            let witness = witness.map_or_else(|| Witness::of(&self.file), Ok)?;
-            witness.watch(range)?;
-            Ok(witness)
+        let watch = |removed_pages: Option<RemovedPages>| {
+            let removed_pages = removed_pages.map_or_else(|| RemovedPages::map(&self.file), Ok)?;
+            removed_pages.populate(range)?;
+            Ok(removed_pages)
         };
-        let watched: io::Result<Witness> = watch(self.witness.take());
+        let watched: io::Result<RemovedPages> = watch(self.removed_pages.take());
         match watched {
-            Ok(witness) => self.witness = Some(witness),
+            Ok(removed_pages) => self.removed_pages = Some(removed_pages),
             Err(error) => tracing::debug!(%error, "a shared segment will be compared by content"),
         }
     }
@@ -208,9 +208,9 @@ mod tests {
 
     #[test]
     fn a_memfd_has_a_name() {
-        assert_eq!(Segment::meet(memfd()).memfd.unwrap().as_str(), "x");
+        assert_eq!(Segment::new(memfd()).memfd.unwrap().as_str(), "x");
         assert_eq!(
-            Segment::meet(File::open("/proc/self/exe").unwrap()).memfd,
+            Segment::new(File::open("/proc/self/exe").unwrap()).memfd,
             None
         );
     }
@@ -224,7 +224,7 @@ mod tests {
 
     #[test]
     fn page_tables_are_believed_only_if_they_tell_everything() {
-        let mut segment = Segment::meet(memfd());
+        let mut segment = Segment::new(memfd());
         segment.memfd = MemfdName::new(ANONYMOUS);
         let all = [mapping(1, 0x10000), mapping(2, 0x10000)];
         let look = |segment: &mut Segment, mappings: &[Mapping], same| {

@@ -1,13 +1,13 @@
 //! The tree's memory as remembered from round to round: processes and shared segments.
 
-use crate::baseline::Held;
-use crate::copy::source::{PageSource, SegmentSource, TaskSource};
+use crate::baseline::Baseline;
+use crate::copy::source::{PageSource, ProcessSource, SegmentSource};
 use crate::copy::stream::{ImageStream, Sent, StreamError};
 use crate::dirty::{ContentHashes, DirtyTracker, Part, Run, TrackError};
 use crate::freeze::{Frozen, FrozenProcess, children, threads};
 use crate::sink::PageSink;
-use crate::sys::witness::Witness;
-use crate::target::process::{Task, descriptors, namespace_depth};
+use crate::sys::removed_pages::RemovedPages;
+use crate::target::process::{Process, descriptors, namespace_depth};
 use crate::target::segment::{Mapping, Segment, SegmentKey};
 use crate::target::vma::{Class, KernelMounts, list};
 use nix::unistd::{Whence, lseek64};
@@ -54,34 +54,34 @@ pub enum TreeFault {
 
 /// What of the tree a round looks at. Of the rest it says that it is as the receiver has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Look {
+pub enum Pass {
     /// All of it, while it runs: what is missed shows in the next round.
-    Running,
+    PreCopy,
     /// All of it, while it is stopped for good: nothing may be missed. So for those below.
-    Stopped,
+    Final,
     /// What CRIU leaves alone while it dumps the stopped processes. For a while, it has instructions of
     /// its own in their executable mappings; and devices may still be about to write.
-    UnderCriu,
-    /// What [`Look::UnderCriu`] left out.
-    AfterCriu,
+    DuringDump,
+    /// What [`Pass::DuringDump`] left out.
+    AfterDump,
 }
 
-impl Look {
+impl Pass {
     /// The kind of such a round.
     #[must_use]
     pub fn kind(self) -> RoundKind {
         match self {
-            Self::Running | Self::UnderCriu => RoundKind::PreDump,
-            Self::Stopped | Self::AfterCriu => RoundKind::Final,
+            Self::PreCopy | Self::DuringDump => RoundKind::PreDump,
+            Self::Final | Self::AfterDump => RoundKind::Final,
         }
     }
 
     /// Whether it looks at memory that CRIU `disturbs`, or does not.
     fn includes(self, disturbs: bool) -> bool {
         match self {
-            Self::Running | Self::Stopped => true,
-            Self::UnderCriu => !disturbs,
-            Self::AfterCriu => disturbs,
+            Self::PreCopy | Self::Final => true,
+            Self::DuringDump => !disturbs,
+            Self::AfterDump => disturbs,
         }
     }
 }
@@ -106,7 +106,7 @@ pub struct Tree {
     root: i32,
     /// How many PID namespaces deep the root is.
     depth: Option<usize>,
-    tasks: BTreeMap<i32, Task>,
+    tasks: BTreeMap<i32, Process>,
     segments: BTreeMap<SegmentKey, Segment>,
     /// Segments that some process mapped at the last freeze.
     mapped: BTreeSet<SegmentKey>,
@@ -186,7 +186,7 @@ impl Tree {
         &mut self,
         processes: Vec<FrozenProcess>,
         tracker: &mut dyn DirtyTracker,
-        mut end_epoch: impl FnMut(&mut dyn DirtyTracker, &Task) -> Result<(), TrackError>,
+        mut end_epoch: impl FnMut(&mut dyn DirtyTracker, &Process) -> Result<(), TrackError>,
     ) -> Result<(), TreeFault> {
         let before = self.tasks.len();
         self.forget_the_gone(&processes, tracker);
@@ -221,7 +221,7 @@ impl Tree {
                 });
                 if let Entry::Vacant(unknown) = self.segments.entry(key) {
                     match Segment::open_mapped(process.tid, vma) {
-                        Ok(file) => drop(unknown.insert(Segment::meet(file))),
+                        Ok(file) => drop(unknown.insert(Segment::new(file))),
                         Err(error) if is_gone(&error) => {}
                         Err(source) => {
                             let inode = vma.inode;
@@ -300,7 +300,7 @@ impl Tree {
                 task.shared.clear();
             }
             None => {
-                let mut task = Task::meet(pid, tid, depth)?;
+                let mut task = Process::open(pid, tid, depth)?;
                 task.vmas = vmas;
                 self.tasks.insert(pid, task);
             }
@@ -328,7 +328,7 @@ impl Tree {
             for (key, file) in found.segments {
                 held.insert(key);
                 let segment = self.segments.entry(key);
-                segment.or_insert_with(|| Segment::meet(file)).opened = true;
+                segment.or_insert_with(|| Segment::new(file)).opened = true;
             }
             if found.direct_io && !task.direct_io {
                 tracing::info!(
@@ -349,7 +349,7 @@ impl Tree {
     /// [`StreamError`]; a process that is gone, wholly or halfway, is none.
     pub fn send(
         &mut self,
-        look: Look,
+        pass: Pass,
         tracker: &mut dyn DirtyTracker,
         sink: &mut dyn PageSink,
         pool: &BufferPool,
@@ -359,7 +359,7 @@ impl Tree {
         for task in self.tasks.values_mut() {
             let sent = send_task(
                 task,
-                look,
+                pass,
                 tracker,
                 sink,
                 pool,
@@ -370,7 +370,7 @@ impl Tree {
                 self.untracked_sent += sent;
             }
         }
-        if look == Look::Running {
+        if pass == Pass::PreCopy {
             self.look_outside();
         }
         let mut ids = BTreeSet::new();
@@ -379,7 +379,7 @@ impl Tree {
                 return Err(TreeFault::Ambiguous(key.inode).into());
             }
             let asked = Instant::now();
-            let running = look == Look::Running;
+            let running = pass == Pass::PreCopy;
             let believed = segment.tracked && (self.children_told || running);
             let doubted = segment.tracked && !believed;
             let direct_io = |mapping: &Mapping| {
@@ -388,7 +388,7 @@ impl Tree {
                     .is_some_and(|task| task.direct_io)
             };
             let disturbed = segment.executable || segment.mappings.iter().any(direct_io);
-            let written = if !look.includes(disturbed || doubted) {
+            let written = if !pass.includes(disturbed || doubted) {
                 Some(PageSet::new())
             } else if believed {
                 written(segment, &self.tasks, tracker)
@@ -412,16 +412,16 @@ impl Tree {
 
     /// The receiver has the round that was sent last.
     pub fn acked(&mut self) {
-        let tasks = self.tasks.values_mut().map(|task| &mut task.held);
-        let segments = self.segments.values_mut().map(|it| &mut it.held);
-        tasks.chain(segments).for_each(Held::acked);
+        let tasks = self.tasks.values_mut().map(|task| &mut task.baseline);
+        let segments = self.segments.values_mut().map(|it| &mut it.baseline);
+        tasks.chain(segments).for_each(Baseline::acked);
     }
 
     /// The receiver has not got the round that was sent last, or only in part, and will not have it. What
     /// that knew to have changed is sent by the next.
     pub fn lost(&mut self, tracker: &mut dyn DirtyTracker) {
         for task in self.tasks.values_mut() {
-            task.held.lost();
+            task.baseline.lost();
         }
         self.segments.values_mut().for_each(Segment::lost);
         tracker.lost();
@@ -448,7 +448,7 @@ impl Tree {
     #[must_use]
     pub fn pending_pages(&self, tracker: &mut dyn DirtyTracker) -> u64 {
         let mut pages = self.untracked_sent;
-        let tracked = |task: &&Task| !task.hashes.has_everything();
+        let tracked = |task: &&Process| !task.hashes.has_everything();
         for task in self.tasks.values().filter(tracked) {
             for vma in task.vmas.iter().filter(|vma| vma.is_private()) {
                 // Memory that is gone has nothing dirty.
@@ -474,7 +474,7 @@ impl Tree {
     /// Whether the root still is there.
     #[must_use]
     pub fn root_alive(&self) -> bool {
-        self.tasks.get(&self.root).is_some_and(Task::alive)
+        self.tasks.get(&self.root).is_some_and(Process::alive)
     }
 
     /// Processes and segments in the last round.
@@ -497,8 +497,8 @@ pub enum SendError {
 
 /// Sends one process's image. Returns how many pages were dirty.
 fn send_task(
-    task: &mut Task,
-    look: Look,
+    task: &mut Process,
+    pass: Pass,
     tracker: &mut dyn DirtyTracker,
     sink: &mut dyn PageSink,
     pool: &BufferPool,
@@ -509,22 +509,22 @@ fn send_task(
     runs.clear();
     // Else everything counts as written in each round, and is compared.
     let told_once = !task.direct_io && !tracker.untracked(task.pid);
-    let mut owed = PageSet::new();
+    let mut changed = PageSet::new();
     let mut hashes = std::mem::replace(&mut task.hashes, ContentHashes::of_nothing());
     let result = (|| {
         let task = &*task;
-        let parent = task.held.pages();
-        let mut source = TaskSource::new(task);
+        let parent = task.baseline.pages();
+        let mut source = ProcessSource::new(task);
         let copy = sink.copies().then_some(EntryKind::Copy);
-        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut owed, told_once);
+        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut changed, told_once);
         for vma in &task.vmas {
-            let kept = match (vma.class, look.kind()) {
+            let kept = match (vma.class, pass.kind()) {
                 (Class::Foreign | Class::Segment, _) => continue,
                 // Restore reads hugetlb pages from the newest directory only.
                 (Class::Private { hugetlb: true }, RoundKind::Final) => copy,
                 (Class::Private { .. } | Class::Whole, _) => Some(EntryKind::Parent),
             };
-            if !look.includes(task.disturbs(vma)) {
+            if !pass.includes(task.disturbs(vma)) {
                 let mut known = Vec::new();
                 parent.split(vma.range, |range, is| known.extend(is.then_some(range)));
                 for range in known {
@@ -539,7 +539,7 @@ fn send_task(
                 continue;
             }
             // In a running round a doubt resolves itself: the write that is under way shows later.
-            let last = look != Look::Running;
+            let last = pass != Pass::PreCopy;
             let suspect = task.direct_io || last && vma.is_doubtful();
             let mut rest = Some(vma.range);
             while let Some(range) = rest {
@@ -577,24 +577,25 @@ fn send_task(
         }) => {
             scanned.scan_time += compare_time;
             scanned.compared += compared_pages;
-            task.held.sent(announced, owed);
+            task.baseline.sent(announced, changed);
             scanned.pages += scanned_pages;
             Ok(changed_pages)
         }
         // It exited, or called exec: its image stays as far as it got, and nothing of it will be
         // an in-parent entry.
-        Err(StreamError::Source(error)) if is_gone(&error) && look.kind() == RoundKind::PreDump => {
+        Err(StreamError::Source(error)) if is_gone(&error) && pass.kind() == RoundKind::PreDump => {
             tracing::debug!(task.pid, %error, "gone in the middle of its image");
-            task.held.sent(PageSet::new(), task.held.pages().clone());
+            task.baseline
+                .sent(PageSet::new(), task.baseline.pages().clone());
             Ok(0)
         }
         Err(error) => {
             // What was asked for last was not handed to the stream to its end, perhaps.
             if told_once {
                 let written = runs.iter().filter(|run| run.written);
-                owed = owed.union(&written.map(|run| run.range).collect());
+                changed = changed.union(&written.map(|run| run.range).collect());
             }
-            task.held.torn(&owed);
+            task.baseline.send_failed(&changed);
             Err(error)
         }
     }
@@ -602,7 +603,7 @@ fn send_task(
 
 /// Of [`Vma::is_doubtful`]'s doubt for huge pages that are set aside: the page that looks clean and is
 /// new is all zero, so its first 4 KiB are, and it is not necessary to read the others to tell.
-fn suspect_new_huge_pages(source: &mut TaskSource<'_>, runs: &mut Vec<Run>) -> io::Result<()> {
+fn suspect_new_huge_pages(source: &mut ProcessSource<'_>, runs: &mut Vec<Run>) -> io::Result<()> {
     /// The smallest huge page where write-protection can be tracked.
     const HUGE_PAGE: u64 = (2 << 20) / PAGE_SIZE;
     let mut head = [0; PAGE_SIZE as usize];
@@ -626,14 +627,14 @@ fn suspect_new_huge_pages(source: &mut TaskSource<'_>, runs: &mut Vec<Run>) -> i
 /// be told. Asking begins the next epoch.
 fn written(
     segment: &Segment,
-    tasks: &BTreeMap<i32, Task>,
+    tasks: &BTreeMap<i32, Process>,
     tracker: &mut dyn DirtyTracker,
 ) -> Option<PageSet> {
     let (mut asked, mut known) = (Vec::new(), true);
     for mapping in &segment.mappings {
         let task = tasks.get(&mapping.pid);
         let tracked =
-            |task: &&Task| !task.direct_io && task.shared.binary_search(&mapping.range).is_ok();
+            |task: &&Process| !task.direct_io && task.shared.binary_search(&mapping.range).is_ok();
         known &= task.as_ref().is_some_and(tracked);
         asked.extend(task.map(|task| (task, mapping.range)));
     }
@@ -653,7 +654,7 @@ fn written(
 
 /// The segments that processes outside of the tree map.
 fn mapped_outside(
-    tasks: &BTreeMap<i32, Task>,
+    tasks: &BTreeMap<i32, Process>,
     mounts: &KernelMounts,
     text: &mut Vec<u8>,
 ) -> io::Result<BTreeSet<SegmentKey>> {
@@ -673,7 +674,7 @@ fn mapped_outside(
             }
             Err(error) if is_gone(&error) => {}
             Err(error) => {
-                // Who we may not look at is not of the tree's kind: what they share ends with the move.
+                // Who we may not pass at is not of the tree's kind: what they share ends with the move.
                 tracing::debug!(pid, %error, "it is not known what it maps");
             }
         }
@@ -709,13 +710,13 @@ fn send_segment(
     let size = file.metadata().map_err(StreamError::Source)?.len();
     let all = PageRange::from_bounds(0, size.next_multiple_of(PAGE_SIZE));
     let mut runs = Vec::new();
-    let mut owed = PageSet::new();
+    let mut changed = PageSet::new();
     match written {
         Some(written) => {
-            for range in segment.held.pages().union(&written).iter() {
+            for range in segment.baseline.pages().union(&written).iter() {
                 written.split(range, |range, written| runs.push(Run { range, written }));
             }
-            owed = written;
+            changed = written;
         }
         None => runs.extend(all.map(|range| Run {
             range,
@@ -724,7 +725,7 @@ fn send_segment(
     }
     let kept = Some(EntryKind::Parent);
     let mut hashes = std::mem::replace(&mut segment.hashes, ContentHashes::of_everything());
-    let held = std::mem::take(&mut segment.held);
+    let baseline = std::mem::take(&mut segment.baseline);
     let result = (|| {
         let mut source = SegmentSource { file: &file };
         let mut data = Populated {
@@ -732,8 +733,8 @@ fn send_segment(
             last: None,
             walks: WALKS_SPARED,
         };
-        let parent = held.pages();
-        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut owed, false);
+        let parent = baseline.pages();
+        let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut changed, false);
         for run in runs {
             if !run.written {
                 stream.run(&mut source, run, kept)?;
@@ -742,7 +743,7 @@ fn send_segment(
             // What is not there must not be made by looking at it.
             let mut rest = Some(run.range);
             while let Some(wanted) = rest {
-                let found = data.at(wanted, segment.witness.as_ref());
+                let found = data.at(wanted, segment.removed_pages.as_ref());
                 let Some(found) = found.map_err(StreamError::Source)? else {
                     break;
                 };
@@ -756,9 +757,9 @@ fn send_segment(
         stream.finish(&mut source)
     })();
     segment.hashes = hashes;
-    segment.held = held;
-    let sent = result.inspect_err(|_| segment.held.torn(&owed))?;
-    segment.held.sent(sent.announced, owed);
+    segment.baseline = baseline;
+    let sent = result.inspect_err(|_| segment.baseline.send_failed(&changed))?;
+    segment.baseline.sent(sent.announced, changed);
     scanned.pages += sent.scanned_pages;
     scanned.compared += sent.compared_pages;
     scanned.scan_time += sent.compare_time;
@@ -768,7 +769,7 @@ fn send_segment(
 /// Single pages that are looked for one by one before it is better to ask how far it goes on.
 const WALKS_SPARED: u32 = 64;
 
-/// Pages that a witness is asked of at once.
+/// Pages that a removed_pages is asked of at once.
 const WITNESSED: u64 = 512;
 
 /// Finds the populated ranges of a segment, in ascending order: asking the kernel for one takes it time for
@@ -785,17 +786,17 @@ impl Populated<'_> {
     fn at(
         &mut self,
         wanted: PageRange,
-        witness: Option<&Witness>,
+        removed_pages: Option<&RemovedPages>,
     ) -> io::Result<Option<PageRange>> {
         let offset = wanted.start();
         if let Some(last) = self.last.filter(|last| offset < last.end()) {
             return Ok(Some(last));
         }
-        if let Some(witness) = witness {
+        if let Some(removed_pages) = removed_pages {
             // What it still has is there.
             let (mut gone, asked) = (Vec::new(), wanted.split_at(WITNESSED).0);
             let asked = asked.expect("a range is not empty");
-            let has = witness.gone(asked, &mut gone).is_ok();
+            let has = removed_pages.missing(asked, &mut gone).is_ok();
             let end = gone.first().map_or(asked.end(), |gone| gone.start());
             if let Some(there) = PageRange::from_bounds(offset, end).filter(|_| has) {
                 return Ok(Some(there));

@@ -1,13 +1,13 @@
 //! CRIU's page-server protocol, both ways: dumps that are taken, and pages that are given.
 
 use super::{Input, PAGE, STALL, run, scratch};
-use pageferry_common::criu::page_server::{Command, HEADER_MAX, Header, Place, Width};
+use pageferry_common::criu::page_server::{Command, HEADER_MAX, Header, PageLocation, Width};
 use pageferry_common::{CHUNK_PAGES, ImageId, PAGE_SIZE, PageRange};
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::format::PagemapEntry;
 use pageferry_receiver::image::writer::DirWriter;
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::server::admission::Admission;
 use pageferry_receiver::session::page_client::Served;
 use pageferry_receiver::session::{Limits, Migration, criu};
 use pageferry_receiver::storage::store::Store;
@@ -61,7 +61,8 @@ fn with_pages(width: Width, headers: &[u8]) -> Vec<u8> {
         let mut again = Vec::new();
         header.encode(width, &mut again);
         assert_eq!(Header::decode(&again, width), Ok(header));
-        if let (Command::Add(Place::Present { .. }), 0..=PAGES_MAX) = (header.command, header.pages)
+        if let (Command::Add(PageLocation::Present { .. }), 0..=PAGES_MAX) =
+            (header.command, header.pages)
         {
             bytes.resize(bytes.len() + header.pages as usize * PAGE, fill as u8);
         }
@@ -78,11 +79,11 @@ fn take(store: &Arc<Store>, chain: bool, bytes: &[u8]) {
     };
     let mut migration = Migration::default();
     let mut answers = Vec::new();
-    let guest = Door::new(1).let_in(STALL).expect("it is the only one");
+    let pending = Admission::new(1).admit(STALL).expect("it is the only one");
     let received = criu::receive(
         bytes,
         &mut answers,
-        guest,
+        pending,
         store,
         limits,
         chain,
@@ -118,11 +119,11 @@ fn served() -> Served {
     let mut writer = DirWriter::begin(home.path(), DirName::Round(1)).expect("it is new");
     writer.write_inventory(1).expect("there is room");
     for pid in PIDS {
-        writer.open(ImageId::Task(pid)).expect("it is new");
+        writer.open(ImageId::Process(pid)).expect("it is new");
         for (lazy, (page, pages)) in [true, false, true].into_iter().zip(RUNS) {
             let range = PageRange::new(page * PAGE_SIZE, pages).expect("it is one");
             let data = (page..page + pages).flat_map(|page| [fill_of(page); PAGE]);
-            let place = Place::Present { lazy };
+            let place = PageLocation::Present { lazy };
             let entries = [PagemapEntry { range, place }];
             let put = writer.put_as_is(&entries, &data.collect::<Vec<_>>());
             put.expect("they ascend");
@@ -160,7 +161,10 @@ fn are_right(width: Width, mut answers: &[u8]) -> bool {
         let right = right
             .into_iter()
             .all(|(page, bytes)| known(page) && bytes.iter().all(|&byte| byte == fill_of(page)));
-        let is_answer = matches!(header.command, Command::Add(Place::Present { lazy: false }));
+        let is_answer = matches!(
+            header.command,
+            Command::Add(PageLocation::Present { lazy: false })
+        );
         let of_ours = PIDS.iter().any(|&pid| header.object == u64::from(pid));
         if !(right && is_answer && of_ours && (1..=CHUNK_PAGES as u64).contains(&header.pages)) {
             return false;

@@ -5,7 +5,7 @@ use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{Chunk, Entry, EntryKind, FrameKind, Header, Message, Totals};
 use pageferry_common::{ImageId, PageRange};
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::server::admission::Door;
+use pageferry_receiver::server::admission::Admission;
 use pageferry_receiver::session::{Limits, Migration, native};
 use pageferry_receiver::storage::store::Store;
 use pageferry_receiver::tools::verify::verify;
@@ -42,11 +42,11 @@ pub fn session(input: &[u8]) {
     for bytes in connections(input) {
         let mut migration = Migration::default();
         let write = tokio::io::sink();
-        let guest = Door::new(1).let_in(STALL).expect("it is the only one");
+        let pending = Admission::new(1).admit(STALL).expect("it is the only one");
         let received = native::receive(
             &bytes[..],
             write,
-            guest,
+            pending,
             &store,
             limits,
             None,

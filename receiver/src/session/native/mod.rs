@@ -14,14 +14,14 @@ use crate::quota::Quota;
 use crate::restore::lazy::{self, Prepared};
 use crate::restore::segments::Segments;
 use crate::restore::{Outcome, Restorer};
-use crate::server::admission::{Guest, Place};
+use crate::server::admission::{Pending, SenderSlot};
 use crate::session::{Failure, Limits, Migration, Refusal};
-use crate::storage::store::{Cut, Store, Taken};
+use crate::storage::store::{Disconnect, Lease, Store};
 use crate::storage::writer_thread::Disk;
 use crate::with_causes;
 use bytes::Bytes;
 use pageferry_common::criu::preload;
-use pageferry_common::criu::session::{Options, Work};
+use pageferry_common::criu::session::{CriuSession, Options};
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::needed_files::FILES_MAX;
 use pageferry_common::sys::perf::TaskEvents;
@@ -51,7 +51,7 @@ const LOOK: Duration = Duration::from_millis(20);
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// Takes one migration, or the rest of one whose connection was lost; its progress is in `migration` however
-/// it ends. With `restorer`, the process itself may follow its memory. The sender is a guest until it has said
+/// it ends. With `restorer`, the process itself may follow its memory. The sender is a pending until it has said
 /// that it sends.
 ///
 /// # Errors
@@ -59,7 +59,7 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 pub async fn receive<R, W>(
     read: R,
     write: W,
-    guest: Guest,
+    pending: Pending,
     store: &Store,
     limits: Limits,
     restorer: Option<&Restorer>,
@@ -70,7 +70,7 @@ where
     W: AsyncWrite + Unpin,
 {
     let mut session = Session::new(read, write, limits.stall);
-    let result = session.run(guest, store, limits, restorer, migration);
+    let result = session.run(pending, store, limits, restorer, migration);
     let result = result.await;
     migration.bytes_wire = session.reader.bytes();
     if let Err(error) = &result {
@@ -99,7 +99,7 @@ pub(super) struct Session<R, W> {
     /// Empty as long as there is no place.
     pool: BufferPool,
     /// From the greeting of one that sends on.
-    place: Option<Place>,
+    slot: Option<SenderSlot>,
 }
 
 impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
@@ -109,21 +109,21 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             reader: FrameReader::new(read, phase.clone(), stall),
             writer: FrameWriter::new(write, phase, stall),
             pool: BufferPool::new(0),
-            place: None,
+            slot: None,
         }
     }
 
     async fn run(
         &mut self,
-        guest: Guest,
+        pending: Pending,
         store: &Store,
         limits: Limits,
         restorer: Option<&Restorer>,
         migration: &mut Migration,
     ) -> Result<(), Failure> {
         let quota = Quota::new(limits.bounds, store.dir());
-        let cut = guest.cut();
-        let hello = match guest.in_time(self.message()).await? {
+        let cut = pending.cut();
+        let hello = match pending.in_time(self.message()).await? {
             // Who only asks needs no place.
             Message::Resolve(claim) => {
                 let criu = restorer.map(|restorer| &restorer.criu);
@@ -132,7 +132,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             hello => hello,
         };
         let restores = restorer.is_some();
-        let greeted = self.greet(hello, guest, store, &quota, restores).await?;
+        let greeted = self.greet(hello, pending, store, &quota, restores).await?;
         self.pool = BufferPool::new(limits.buffers);
         let Greeted {
             home,
@@ -141,7 +141,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             taken: _taken,
         } = greeted;
         let kept = match restorer.filter(|restorer| moves && restorer.lazy) {
-            Some(_) => Some(Arc::new(Mutex::new(Kept::of(&home, rounds).await))),
+            Some(_) => Some(Arc::new(Mutex::new(RestoreCache::of(&home, rounds).await))),
             None => None,
         };
         // What the first hardware breakpoint costs, CRIU's would cost the process that waits to be restored.
@@ -285,7 +285,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     async fn greet(
         &mut self,
         hello: Message,
-        guest: Guest,
+        pending: Pending,
         store: &Store,
         quota: &Arc<Quota>,
         restores: bool,
@@ -315,12 +315,12 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let features = features & ours;
         let moves = features & wire::FEATURE_RESTORE != 0;
         let home = store.home(&claim);
-        let cut = &guest.cut();
+        let cut = &pending.cut();
         let (taken, rounds) = match home.is_dir() {
             true => {
                 let before = self.go_on(store, &claim, moves, cut).await?;
                 // The one that its other connection had is free now.
-                self.place = Some(guest.take_place()?);
+                self.slot = Some(pending.promote()?);
                 // There may be many files.
                 let (quota, home) = (Arc::clone(quota), home.clone());
                 let counted = spawn_blocking(move || quota.count(&home)).await;
@@ -328,7 +328,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 before
             }
             false => {
-                self.place = Some(guest.take_place()?);
+                self.slot = Some(pending.promote()?);
                 // Where no round could be, there is to be no directory.
                 quota.round(1)?;
                 let taken = self.take(store, &home, cut).await?;
@@ -358,8 +358,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         store: &Store,
         claim: &Claim,
         moves: bool,
-        cut: &Cut,
-    ) -> Result<(Taken, u32), Failure> {
+        cut: &Disconnect,
+    ) -> Result<(Lease, u32), Failure> {
         owned(store, claim)?;
         let home = store.home(claim);
         let taken = self.take(store, &home, cut).await?;
@@ -381,10 +381,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         &mut self,
         store: &Store,
         home: &Path,
-        cut: &Cut,
-    ) -> Result<Taken, Failure> {
+        cut: &Disconnect,
+    ) -> Result<Lease, Failure> {
         loop {
-            if let Some(taken) = store.take(home, cut) {
+            if let Some(taken) = store.try_lease(home, cut) {
                 return Ok(taken);
             }
             sleep(LOOK).await;
@@ -497,7 +497,7 @@ struct Greeted {
     moves: bool,
     /// Complete rounds that are there.
     rounds: u32,
-    taken: Taken,
+    taken: Lease,
 }
 
 /// Refuses who does not know a migration's secret.
@@ -531,8 +531,8 @@ fn images_of(migration: &Migration) -> Result<PathBuf, Refusal> {
 struct Rounds<'a> {
     restorer: Option<&'a Restorer>,
     /// A CRIU that waits to restore.
-    ready: Option<Work>,
-    kept: Option<&'a Mutex<Kept>>,
+    ready: Option<CriuSession>,
+    kept: Option<&'a Mutex<RestoreCache>>,
     quota: &'a Quota,
 }
 
@@ -559,7 +559,7 @@ enum Job {
 /// What is kept in memory of what arrives, so that restoring need not read it: by the thread that writes,
 /// for who restores.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(super) struct RestoreCache {
     pub(super) segments: Segments,
     /// `None` once it cannot be kept.
     pub(super) catalog: Option<Catalog>,
@@ -567,7 +567,7 @@ pub(super) struct Kept {
     earlier: BTreeSet<u64>,
 }
 
-impl Default for Kept {
+impl Default for RestoreCache {
     fn default() -> Self {
         Self {
             segments: Segments::default(),
@@ -577,7 +577,7 @@ impl Default for Kept {
     }
 }
 
-impl Kept {
+impl RestoreCache {
     /// Of a migration that has so many rounds.
     async fn of(home: &Path, rounds: u32) -> Self {
         let home = home.to_owned();
@@ -587,7 +587,7 @@ impl Kept {
             let images = kept.catalog.iter().flat_map(Catalog::images);
             let segments = images.filter_map(|(image, _)| match image {
                 ImageId::Shmem(id) => Some(id),
-                ImageId::Task(_) => None,
+                ImageId::Process(_) => None,
             });
             kept.earlier = segments.collect();
             kept
@@ -647,7 +647,7 @@ impl Kept {
 fn work(
     home: &Path,
     quota: &Arc<Quota>,
-    kept: Option<&Mutex<Kept>>,
+    kept: Option<&Mutex<RestoreCache>>,
     mut jobs: mpsc::Receiver<Job>,
 ) -> Result<(), Refusal> {
     let keep = || kept.map(|kept| kept.lock().unwrap_or_else(PoisonError::into_inner));

@@ -3,17 +3,17 @@
 //! Whatever goes wrong before the sender's commit is on the disk, nothing runs here, and the sender
 //! lets its copy go on. From then on it runs here, whatever happens to the connection.
 
-use super::{Kept, Session, WORKING_INTERVAL, owned};
+use super::{RestoreCache, Session, WORKING_INTERVAL, owned};
 use crate::image::DirName;
 use crate::image::chain::newest_round;
 use crate::image::writer::{sync, sync_all};
 use crate::restore::lazy::Prepared;
 use crate::restore::{Images, Outcome, Progress, Restorer, Restoring, complete};
 use crate::session::{Failure, Refusal};
-use crate::storage::store::{Cut, Store};
+use crate::storage::store::{Disconnect, Store};
 use crate::with_causes;
 use pageferry_common::Claim;
-use pageferry_common::criu::session::{Criu, Options, Work};
+use pageferry_common::criu::session::{Criu, CriuSession, Options};
 use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -28,10 +28,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
     pub(super) async fn take_over(
         &mut self,
         restorer: &Restorer,
-        ready: Work,
+        ready: CriuSession,
         home: &Path,
         round: u32,
-        kept: Option<&Mutex<Kept>>,
+        kept: Option<&Mutex<RestoreCache>>,
         options: Options,
     ) -> Result<(), Failure> {
         let round_dir = home.join(DirName::Round(round).to_string());
@@ -176,7 +176,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         &mut self,
         store: &Store,
         criu: Option<&Criu>,
-        cut: &Cut,
+        cut: &Disconnect,
         claim: &Claim,
     ) -> Result<(), Failure> {
         owned(store, claim)?;

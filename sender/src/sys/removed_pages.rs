@@ -15,18 +15,18 @@ const ROOM: usize = 1024;
 
 /// See the module. Unmapped when dropped.
 #[derive(Debug)]
-pub struct Witness {
+pub struct RemovedPages {
     start: u64,
     bytes: usize,
     pagemap: File,
 }
 
-impl Witness {
+impl RemovedPages {
     /// Maps all of an object, to be read.
     ///
     /// # Errors
     /// The kernel's; `EINVAL` for an empty object.
-    pub fn of(file: &File) -> io::Result<Self> {
+    pub fn map(file: &File) -> io::Result<Self> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let bytes = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
         let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
@@ -42,7 +42,7 @@ impl Witness {
     ///
     /// # Errors
     /// The kernel's: the object has become shorter, or there is no memory.
-    pub fn watch(&self, offsets: PageRange) -> io::Result<()> {
+    pub fn populate(&self, offsets: PageRange) -> io::Result<()> {
         let range = self.at(offsets)?;
         // SAFETY: the range lies in our mapping; its pages are only mapped.
         check(libc::c_long::from(unsafe {
@@ -60,7 +60,7 @@ impl Witness {
     ///
     /// # Errors
     /// The kernel's.
-    pub fn gone(&self, offsets: PageRange, gone: &mut Vec<PageRange>) -> io::Result<()> {
+    pub fn missing(&self, offsets: PageRange, gone: &mut Vec<PageRange>) -> io::Result<()> {
         let query = Query {
             none: PRESENT,
             report: PRESENT,
@@ -85,7 +85,7 @@ impl Witness {
     }
 }
 
-impl Drop for Witness {
+impl Drop for RemovedPages {
     fn drop(&mut self) {
         // SAFETY: it is ours, and nothing refers to it any more.
         unsafe { libc::munmap(self.start as *mut libc::c_void, self.bytes) };
@@ -104,11 +104,11 @@ mod tests {
     fn a_page_that_is_taken_away_and_comes_again_shows() {
         let memfd = File::from(memfd_create("x", MFdFlags::empty()).unwrap());
         memfd.write_all_at(&vec![1; 1000 << 12], 0).unwrap();
-        let witness = Witness::of(&memfd).unwrap();
+        let removed_pages = RemovedPages::map(&memfd).unwrap();
         let all = PageRange::new(0, 1000).unwrap();
         let gone = || {
             let mut gone = Vec::new();
-            if let Err(error) = witness.gone(all, &mut gone) {
+            if let Err(error) = removed_pages.missing(all, &mut gone) {
                 assert_eq!(error.raw_os_error(), Some(libc::ENOTTY), "{error}");
                 return None;
             }
@@ -119,7 +119,7 @@ mod tests {
             return;
         }
         assert_eq!(gone().unwrap(), [all]);
-        witness.watch(all).unwrap();
+        removed_pages.populate(all).unwrap();
         memfd.write_all_at(&[2], 0).unwrap();
         assert_eq!(gone().unwrap(), []);
         let (mode, page) = (FallocateFlags::FALLOC_FL_PUNCH_HOLE, PAGE_SIZE as i64);
@@ -128,11 +128,11 @@ mod tests {
         memfd.write_all_at(&[2], 8 << 12).unwrap();
         let expected = PageRange::new(7 * PAGE_SIZE, 3).unwrap();
         assert_eq!(gone().unwrap(), [expected]);
-        witness.watch(expected).unwrap();
+        removed_pages.populate(expected).unwrap();
         assert_eq!(gone().unwrap(), []);
         assert!(
-            witness
-                .watch(PageRange::new(999 * PAGE_SIZE, 2).unwrap())
+            removed_pages
+                .populate(PageRange::new(999 * PAGE_SIZE, 2).unwrap())
                 .is_err()
         );
     }
