@@ -296,9 +296,14 @@ impl Restoring {
                 match filler.finish() {
                     Ok(true) => {
                         let seconds = began.elapsed().as_secs_f64();
-                        tracing::info!(seconds, "all of its memory is in its place");
+                        tracing::info!(
+                            event = "memory_filled",
+                            seconds,
+                            "all of its memory is in its place"
+                        );
                     }
                     result => tracing::error!(
+                        event = "lazy_restore_failed",
                         ?result,
                         "its memory did not come to its place: the process is damaged"
                     ),
@@ -460,7 +465,7 @@ pub async fn complete(
             return Outcome::Running.record(home).map_err(|e| with_causes(&e));
         }
     }
-    tracing::warn!(home = %home.display(), "committed, but not running: restoring it again");
+    tracing::warn!(event = "restoring_again", home = %home.display(), "committed, but not running: restoring it again");
     let images = Images {
         dir: images.to_owned(),
         pages: None,
