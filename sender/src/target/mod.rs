@@ -1,0 +1,8 @@
+//! What is known of the target: its processes, mappings, shared segments and files.
+
+pub mod files;
+pub mod process;
+pub mod segment;
+pub mod smaps;
+pub mod tree;
+pub mod vma;
