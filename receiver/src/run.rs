@@ -127,7 +127,7 @@ fn run_serve_pages(options: &ServePages) -> Exit {
         Err(error) => return cannot_listen(options.listen, error),
     };
     match listener.local_addr() {
-        Ok(at) => eprintln!("listening on {at}"),
+        Ok(at) => log_listening(at),
         Err(error) => return complain(error, ""),
     }
     tracing::info!(processes = served.processes(), "serving pages");
@@ -163,11 +163,22 @@ fn serve_client(served: &Served, stream: &TcpStream, stall: Duration) -> bool {
         .and_then(|()| served.serve(stream, stream))
     {
         Ok((pages, complete)) => {
-            tracing::info!(?peer, pages, complete, "the client is gone");
+            tracing::info!(
+                event = "page_client_done",
+                ?peer,
+                pages,
+                complete,
+                "the client is gone"
+            );
             complete
         }
         Err(error) => {
-            tracing::warn!(?peer, why = with_causes(&error), "a client is given up");
+            tracing::warn!(
+                event = "page_client_failed",
+                ?peer,
+                why = with_causes(&error),
+                "a client is given up"
+            );
             false
         }
     }
@@ -253,7 +264,7 @@ fn serve_until_end(
             Exit::Unusable
         })?;
         let at = listener.local_addr().map_err(|error| complain(error, ""))?;
-        eprintln!("listening on {at}");
+        log_listening(at);
         let restorer = match serve.restore {
             Some(how) => Some(restorer(how, serve)?),
             None => None,
@@ -322,6 +333,12 @@ fn complain(error: impl Into<anyhow::Error>, advice: &str) -> Exit {
         eprintln!("receive: {advice}");
     }
     Exit::Failed
+}
+
+/// Logs the address that connections are accepted on, which is the only place where a port chosen by the
+/// kernel (`--listen 0`) appears.
+fn log_listening(address: SocketAddr) {
+    tracing::info!(event = "listening", "listening on {address}");
 }
 
 fn start_log(verbose: u8) {

@@ -88,7 +88,7 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
                 if !(native && broken) || patience.is_zero() {
                     return Ok(Ended::Once(migration, result));
                 }
-                tracing::info!(?patience, "its sender may come again");
+                tracing::info!(event = "awaiting_reconnect", ?patience, "its sender may come again");
                 lost = Some((migration, result));
                 waiting.as_mut().reset(Instant::now() + patience);
                 continue;
@@ -105,7 +105,7 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
             _ = terminate.recv() => return Ok(Ended::Signal(15)),
         };
         let Some(pending) = admission.admit(options.limits.handshake) else {
-            tracing::warn!(%peer, "closed: too many have not said yet what they want");
+            tracing::warn!(event = "connection_refused", %peer, "closed: too many have not said yet what they want");
             continue;
         };
         let (store, over, options) = (Arc::clone(&store), over.clone(), options.clone());
@@ -133,7 +133,7 @@ async fn connection(
     let pending = match Disconnect::of(&stream) {
         Ok(cut) => pending.with(cut),
         Err(error) => {
-            tracing::error!(%peer, %error, "refused");
+            tracing::error!(event = "connection_refused", %peer, %error, "refused");
             return None;
         }
     };
@@ -155,11 +155,11 @@ async fn connection(
             } = match pending.in_time(accepted).await {
                 Ok(Ok(accepted)) => accepted,
                 Ok(Err(why)) => {
-                    tracing::warn!(%peer, why, "refused");
+                    tracing::warn!(event = "connection_refused", %peer, why, "refused");
                     return None;
                 }
                 Err(_) => {
-                    tracing::warn!(%peer, "refused: it does not say who it is");
+                    tracing::warn!(event = "connection_refused", %peer, "refused: it does not say who it is");
                     return None;
                 }
             };
@@ -167,9 +167,9 @@ async fn connection(
             let read = first.chain(read);
             let dialect = detect(first);
             match name {
-                Ok(name) => tracing::info!(%peer, name, "let in"),
+                Ok(name) => tracing::info!(event = "connection_accepted", %peer, name, "let in"),
                 Err(why) => {
-                    tracing::warn!(%peer, why, "refused");
+                    tracing::warn!(event = "connection_refused", %peer, why, "refused");
                     if dialect == Dialect::Native {
                         native::refuse(read, write, limits, why).await;
                     }
@@ -179,7 +179,7 @@ async fn connection(
             converse(dialect, read, write, peer, pending, store, options).await
         }
         (Some(_), dialect) => {
-            tracing::warn!(%peer, "refused: it does not encrypt, as this receiver wants it");
+            tracing::warn!(event = "connection_refused", %peer, "refused: it does not encrypt, as this receiver wants it");
             if dialect == Dialect::Native {
                 let (read, write) = stream.into_split();
                 let what = "this receiver takes encrypted connections only: send --tls-ca ...";
@@ -188,7 +188,7 @@ async fn connection(
             None
         }
         (None, Dialect::Tls) => {
-            tracing::warn!(%peer, "refused: it encrypts, and this receiver has no certificates (--tls-ca)");
+            tracing::warn!(event = "connection_refused", %peer, "refused: it encrypts, and this receiver has no certificates (--tls-ca)");
             None
         }
         (None, dialect) => {
@@ -217,22 +217,39 @@ async fn converse(
             native::receive(read, write, pending, store, limits, restorer, migration).await
         }
         Dialect::Criu => {
-            tracing::info!(%peer, "CRIU begins a dump");
+            tracing::info!(event = "dump_begun", %peer, "CRIU begins a dump");
             let chain = options.chain_dumps;
             let migration = &mut migration;
             criu::receive(read, write, pending, store, limits, chain, migration).await
         }
         Dialect::Tls | Dialect::Unknown => {
-            tracing::warn!(%peer, "refused: neither `send` nor CRIU");
+            tracing::warn!(event = "connection_refused", %peer, "refused: neither `send` nor CRIU");
             return None;
         }
     };
     let directory = migration.directory.display();
     match &result {
-        Ok(()) => tracing::info!(%peer, %directory, migration.rounds, "migration complete"),
+        Ok(()) => tracing::info!(
+            event = "migration_done",
+            %peer,
+            %directory,
+            migration.rounds,
+            "migration complete"
+        ),
+        Err(Failure::Refusal(refusal)) if migration.directory.as_os_str().is_empty() => {
+            let why = with_causes(refusal);
+            tracing::warn!(event = "migration_refused", %peer, why, "migration refused");
+        }
         Err(error) => {
             let why = with_causes(error);
-            tracing::warn!(%peer, %directory, migration.rounds, why, "migration ended early");
+            tracing::warn!(
+                event = "connection_ended_early",
+                %peer,
+                %directory,
+                migration.rounds,
+                why,
+                "migration ended early"
+            );
         }
     }
     // A peer that broke the protocol before it was welcome began no migration.

@@ -158,6 +158,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         migration.rounds = u32::from(committed.map_err(Failed::InCommit)?);
         migration.finished_frozen = !pre_dump;
         tracing::info!(
+            event = "dump_done",
             directory = %migration.directory.display(),
             pre_dump,
             data_mib = (migration.data_pages * PAGE_SIZE) >> 20,

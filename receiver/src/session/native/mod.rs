@@ -223,6 +223,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     migration.finished_frozen = kind == RoundKind::Final;
                     migration.data_pages += totals.data_pages;
                     tracing::info!(
+                        event = "round_done",
                         directory = %migration.directory.display(),
                         round,
                         data_mib = (totals.data_pages * PAGE_SIZE) >> 20,
@@ -372,7 +373,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             }
         }
         let rounds = store.rounds(&home, !moves)?;
-        tracing::info!(home = %home.display(), rounds, "its sender is here again");
+        tracing::info!(event = "sender_resumed", home = %home.display(), rounds, "its sender is here again");
         Ok((taken, rounds))
     }
 

@@ -105,7 +105,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 Progress::Failed(why) => return Err(aborted(home, refusal(why).into())),
             }
         }
-        tracing::info!(home = %home.display(), "restored: it runs here now");
+        tracing::info!(event = "restored", home = %home.display(), "restored: it runs here now");
         // It runs, written down or not: a refusal now would let the other copy run as well. Who reads
         // "committed" later finds the process alive.
         let written = {
