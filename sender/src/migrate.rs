@@ -2,6 +2,7 @@
 
 use crate::converge::{self, Limits, Next, Observed, Why};
 use crate::copy::stream::StreamError;
+use crate::copy::{CollectError, Copier, Pass, Scanned, SendError};
 use crate::dirty::DirtyTracker;
 use crate::freeze::{FreezeError, Freezer, Then, may_signal};
 use crate::handover::{self, Handover, HandoverError};
@@ -9,7 +10,7 @@ use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
 use crate::sink::{PageSink, Receipt, SinkError};
 use crate::sys::sched::Urgent;
-use crate::target::tree::{Pass, Scanned, SendError, Tree, TreeFault};
+
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, PAGE_SIZE, with_causes};
 use std::io;
@@ -23,7 +24,7 @@ pub enum MigrateError {
     Freeze(#[from] FreezeError),
     /// Its mappings could not be listed.
     #[error("cannot list the target's memory")]
-    Tree(#[from] TreeFault),
+    Tree(#[from] CollectError),
     /// Its memory could not be read, or not be sent.
     #[error("cannot copy the target's memory")]
     Send(#[from] SendError),
@@ -110,7 +111,7 @@ struct Attempt {
 /// receiver has the rounds acked before.
 pub fn migrate(
     plan: &Plan,
-    tree: &mut Tree,
+    tree: &mut Copier,
     mut parts: Parts<'_>,
     report: &mut Report,
 ) -> Result<(), MigrateError> {
@@ -236,7 +237,7 @@ pub fn migrate(
 fn pre_dump(
     plan: &Plan,
     round: u32,
-    tree: &mut Tree,
+    tree: &mut Copier,
     parts: &mut Parts<'_>,
     attempt: &mut Attempt,
 ) -> Result<Receipt, MigrateError> {
@@ -260,7 +261,7 @@ fn pre_dump(
 fn last_round(
     plan: &Plan,
     round: u32,
-    tree: &mut Tree,
+    tree: &mut Copier,
     parts: &mut Parts<'_>,
     attempt: &mut Attempt,
 ) -> Result<Receipt, MigrateError> {
@@ -286,7 +287,7 @@ fn last_round(
     tree.survey_descriptors()?;
     attempt.scanned = tree.send(Pass::Final, *tracker, *sink, parts.pool)?;
     // Killed while frozen (by the OOM killer, say): no image of it is whole.
-    if let Some(pid) = tree.one_that_ended() {
+    if let Some(pid) = tree.first_exited() {
         return Err(MigrateError::TargetGone(pid));
     }
     let receipt = sink.commit()?;
@@ -300,7 +301,7 @@ fn hand_over(
     plan: &Plan,
     handover: &Handover,
     round: &mut u32,
-    tree: &mut Tree,
+    tree: &mut Copier,
     parts: &mut Parts<'_>,
     report: &mut Report,
 ) -> Result<(), MigrateError> {

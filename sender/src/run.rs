@@ -3,6 +3,7 @@
 
 use crate::cli::Cli;
 use crate::copy::stream::StreamError;
+use crate::copy::{CollectError, Copier, ListError, SendError};
 use crate::dirty::{self, NoTracker};
 use crate::freeze::{FreezeError, Freezer, Then, TreeError, may_signal};
 use crate::handover::{Handover, HandoverError, Record, RecordError};
@@ -11,7 +12,6 @@ use crate::progress::{LogWriter, Progress};
 use crate::report::Report;
 use crate::sink::{Connect, SinkError};
 use crate::target::process::namespace_depth;
-use crate::target::tree::{SendError, Tree, TreeFault};
 use nix::sys::signal::Signal;
 use pageferry_common::criu::session::{BadOption, Criu, CriuError};
 use pageferry_common::proc::capabilities::{self, lacking};
@@ -177,7 +177,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     };
     let mut tracker = dirty::probe(cli.tracker)?;
     let mut freezer = Freezer::start(Path::new("/proc/self/exe")).map_err(MigrateError::from)?;
-    let mut tree = Tree::new(pid, cli.skip_unchanged).map_err(Failure::Prepare)?;
+    let mut tree = Copier::new(pid, cli.skip_unchanged).map_err(Failure::Prepare)?;
     let pool = BufferPool::new(usize::from(cli.buffers));
     let connect = Connect {
         to: to.to_owned(),
@@ -310,15 +310,15 @@ fn judge_migration(error: &MigrateError) -> (Exit, &'static str) {
         MigrateError::Sink(error)
         | MigrateError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
         MigrateError::Freeze(error) => judge_freeze(error),
-        MigrateError::Tree(fault) | MigrateError::Send(SendError::Tree(fault)) => match fault {
-            TreeFault::Proc { source, .. } => judge_io(source, MAY_NOT_READ),
-            TreeFault::Segment { source, .. } => judge_io(source, MAY_NOT_OPEN),
-            TreeFault::Track(dirty::TrackError::Io { source, .. }) => {
+        MigrateError::Tree(error) => match error {
+            CollectError::List(ListError::Proc { source, .. }) => judge_io(source, MAY_NOT_READ),
+            CollectError::List(ListError::Segment { source, .. }) => judge_io(source, MAY_NOT_OPEN),
+            CollectError::Track(dirty::TrackError::Io { source, .. }) => {
                 judge_io(source, MAY_NOT_READ)
             }
-            TreeFault::Track(dirty::TrackError::Freeze(error)) => judge_freeze(error),
-            TreeFault::Ambiguous(_) => (Exit::Failed, ""),
+            CollectError::Track(dirty::TrackError::Freeze(error)) => judge_freeze(error),
         },
+        MigrateError::Send(SendError::Ambiguous(_)) => (Exit::Failed, ""),
         MigrateError::Send(SendError::Stream(StreamError::Source(error))) => {
             judge_io(error, MAY_NOT_READ)
         }

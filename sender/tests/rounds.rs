@@ -4,13 +4,13 @@ use bytes::Bytes;
 use pageferry_common::wire::{Entry, EntryKind, RoundKind, Totals, WireError};
 use pageferry_common::{BufferPool, ImageId, PAGE_SIZE};
 use pageferry_sender::converge::Limits;
+use pageferry_sender::copy::{Copier, Pass, Scanned};
 use pageferry_sender::dirty::{self, TrackerChoice};
 use pageferry_sender::freeze::{Freezer, Then};
 use pageferry_sender::migrate::{Parts, Plan, migrate};
 use pageferry_sender::progress::{Counters, Progress};
 use pageferry_sender::report::Report;
 use pageferry_sender::sink::{PageSink, Receipt, SinkError};
-use pageferry_sender::target::tree::{Pass, Scanned, Tree};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Lines, Write};
@@ -174,7 +174,7 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]
         }
     };
     let name = tracker.name();
-    let mut tree = Tree::new(pid, skip_unchanged).unwrap();
+    let mut tree = Copier::new(pid, skip_unchanged).unwrap();
     let mut sink = MemorySink {
         lost_at: lost_at.to_vec(),
         ..MemorySink::default()
@@ -371,7 +371,7 @@ fn shared_memory_is_right(lost: bool) {
             return;
         }
     };
-    let (mut tree, mut sink) = (Tree::new(pid, false).unwrap(), MemorySink::default());
+    let (mut tree, mut sink) = (Copier::new(pid, false).unwrap(), MemorySink::default());
     let pool = BufferPool::new(1);
     let mut round = |number: u32, what: &str| -> Scanned {
         // Of four rounds, up to three are lost, each somewhere else.

@@ -11,13 +11,14 @@
 //! does not, and ours goes on. If it does not answer, it is asked again, now or later
 //! (`send --resolve`), and until it does the tree stays stopped.
 
+use crate::copy::{CollectError, Copier, Pass, Scanned, SendError};
 use crate::dirty::DirtyTracker;
 use crate::freeze::{FrozenProcess, are_held, process_list};
 use crate::report::Downtime;
 use crate::sink::{Destination, Lost, PageSink, Receipt, SinkError};
 use crate::target::files::needed_files;
 use crate::target::smaps::VmFlags;
-use crate::target::tree::{Pass, Scanned, SendError, Tree, TreeFault};
+
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use pageferry_common::criu::images::{children_are_waited_for, stopped};
@@ -85,7 +86,7 @@ pub enum HandoverError {
     Send(#[from] SendError),
     /// The mappings.
     #[error("cannot list the target's memory")]
-    Tree(#[from] TreeFault),
+    Tree(#[from] CollectError),
     /// The receiver.
     #[error("cannot hand over")]
     Sink(#[from] SinkError),
@@ -154,7 +155,7 @@ pub struct HandedOver {
 /// The last rounds' parts of a migration.
 pub struct Parts<'a> {
     /// The tree.
-    pub tree: &'a mut Tree,
+    pub tree: &'a mut Copier,
     /// Its tracker.
     pub tracker: &'a mut dyn DirtyTracker,
     /// The receiver.
@@ -403,13 +404,13 @@ impl Handover {
         }
         // Only CRIU knows, by code in each process.
         if !children_are_waited_for(images.path())? {
-            parts.tree.doubt_children();
+            parts.tree.assume_untracked_children();
         }
         let sent = match more {
             true => self.round(round, Pass::AfterDump, parts),
             false => self.round(round, Pass::Final, parts),
         };
-        match parts.tree.one_that_ended() {
+        match parts.tree.first_exited() {
             Some(pid) => Err(HandoverError::Dump(format!("process {pid} ended"))),
             None => sent,
         }

@@ -23,9 +23,9 @@ use std::time::{Duration, Instant};
 /// every huge page size, for a hugetlb page is protected whole or not at all.
 const SCAN_WINDOW_PAGES: u64 = (1 << 30) / PAGE_SIZE;
 
-/// Why the tree's memory could not be listed.
+/// Why the memory of the target could not be listed.
 #[derive(Debug, thiserror::Error)]
-pub enum TreeFault {
+pub enum ListError {
     /// A process's files in `/proc`.
     #[error("cannot read what /proc says of process {pid}")]
     Proc {
@@ -44,9 +44,14 @@ pub enum TreeFault {
         /// What the kernel said.
         source: io::Error,
     },
-    /// Two segments on different mounts share an inode number, and so an image name.
-    #[error("two shared segments have inode number {0}; CRIU's images cannot tell them apart")]
-    Ambiguous(u64),
+}
+
+/// Why a round could not begin: the memory of the target could not be listed, or its writes not be tracked.
+#[derive(Debug, thiserror::Error)]
+pub enum CollectError {
+    /// The listing.
+    #[error(transparent)]
+    List(#[from] ListError),
     /// The tracker.
     #[error(transparent)]
     Track(#[from] TrackError),
@@ -99,7 +104,7 @@ pub struct Scanned {
 
 /// See the module.
 #[derive(Debug)]
-pub struct Tree {
+pub struct Copier {
     mounts: KernelMounts,
     /// Compare written pages by content even where writes are tracked.
     skip_unchanged: bool,
@@ -122,7 +127,7 @@ pub struct Tree {
     runs: Vec<Run>,
 }
 
-impl Tree {
+impl Copier {
     /// Of the tree under `root` nothing is known yet.
     ///
     /// # Errors
@@ -148,12 +153,12 @@ impl Tree {
     /// Nothing here costs more for more memory (but with soft-dirty, whose page tables are walked).
     ///
     /// # Errors
-    /// [`TreeFault`]; a process that is gone is none.
+    /// [`CollectError`]; a process that is gone is none.
     pub fn collect(
         &mut self,
         frozen: &mut Frozen<'_>,
         tracker: &mut dyn DirtyTracker,
-    ) -> Result<(), TreeFault> {
+    ) -> Result<(), CollectError> {
         let processes = frozen.processes().to_vec();
         self.collect_with(processes, tracker, |tracker, task| {
             tracker.rearm(frozen, task)
@@ -161,15 +166,15 @@ impl Tree {
     }
 
     /// The same for the last rounds, of a tree that somebody else keeps stopped. No process of it is taken
-    /// to have asked not to be told of its children's ends ([`Tree::doubt_children`]).
+    /// to have asked not to be told of its children's ends ([`Copier::assume_untracked_children`]).
     ///
     /// # Errors
-    /// [`TreeFault`]; a process that is gone is none.
+    /// [`CollectError`]; a process that is gone is none.
     pub fn collect_stopped(
         &mut self,
         processes: &[FrozenProcess],
         tracker: &mut dyn DirtyTracker,
-    ) -> Result<(), TreeFault> {
+    ) -> Result<(), CollectError> {
         self.children_told = true;
         self.collect_with(processes.to_vec(), tracker, |tracker, task| {
             tracker.conclude(task)
@@ -178,7 +183,7 @@ impl Tree {
 
     /// A process may have asked not to be told of its children's ends (`SA_NOCLDWAIT`): then some may have
     /// come and gone, and have written to shared memory.
-    pub fn doubt_children(&mut self) {
+    pub fn assume_untracked_children(&mut self) {
         self.children_told = false;
     }
 
@@ -187,7 +192,7 @@ impl Tree {
         processes: Vec<FrozenProcess>,
         tracker: &mut dyn DirtyTracker,
         mut end_epoch: impl FnMut(&mut dyn DirtyTracker, &Process) -> Result<(), TrackError>,
-    ) -> Result<(), TreeFault> {
+    ) -> Result<(), CollectError> {
         let before = self.tasks.len();
         self.forget_the_gone(&processes, tracker);
         let mut same_processes = self.tasks.len() == before;
@@ -206,7 +211,7 @@ impl Tree {
                     tracker.forget(pid);
                     continue;
                 }
-                Err(source) => return Err(TreeFault::Proc { pid, source }),
+                Err(source) => return Err(ListError::Proc { pid, source }.into()),
             }
             let task = self.tasks.get_mut(&pid).expect("just looked at");
             for vma in task.vmas.iter().filter(|vma| vma.class == Class::Segment) {
@@ -225,7 +230,7 @@ impl Tree {
                         Err(error) if is_gone(&error) => {}
                         Err(source) => {
                             let inode = vma.inode;
-                            return Err(TreeFault::Segment { pid, inode, source });
+                            return Err(ListError::Segment { pid, inode, source }.into());
                         }
                     }
                 }
@@ -313,8 +318,8 @@ impl Tree {
     /// round the tree runs meanwhile.
     ///
     /// # Errors
-    /// [`TreeFault`]; a process that is gone is none.
-    pub fn survey_descriptors(&mut self) -> Result<(), TreeFault> {
+    /// [`CollectError`]; a process that is gone is none.
+    pub fn survey_descriptors(&mut self) -> Result<(), CollectError> {
         let mut held = std::mem::take(&mut self.mapped);
         for task in self.tasks.values_mut() {
             let found = match descriptors(task.tid, &self.mounts) {
@@ -322,7 +327,7 @@ impl Tree {
                 Err(error) if is_gone(&error) => continue,
                 Err(source) => {
                     let pid = task.pid;
-                    return Err(TreeFault::Proc { pid, source });
+                    return Err(ListError::Proc { pid, source }.into());
                 }
             };
             for (key, file) in found.segments {
@@ -376,7 +381,7 @@ impl Tree {
         let mut ids = BTreeSet::new();
         for (key, segment) in &mut self.segments {
             if !ids.insert(key.inode) {
-                return Err(TreeFault::Ambiguous(key.inode).into());
+                return Err(SendError::Ambiguous(key.inode));
             }
             let asked = Instant::now();
             let running = pass == Pass::PreCopy;
@@ -460,7 +465,7 @@ impl Tree {
 
     /// A process that ended since it was listed, if one did.
     #[must_use]
-    pub fn one_that_ended(&self) -> Option<i32> {
+    pub fn first_exited(&self) -> Option<i32> {
         let ended = self.tasks.values().find(|task| !task.alive());
         ended.map(|task| task.pid)
     }
@@ -484,15 +489,15 @@ impl Tree {
     }
 }
 
-/// Either kind of failure of [`Tree::send`].
+/// Either kind of failure of [`Copier::send`].
 #[derive(Debug, thiserror::Error)]
 pub enum SendError {
     /// Reading or sending.
     #[error(transparent)]
     Stream(#[from] StreamError),
-    /// The tree itself.
-    #[error(transparent)]
-    Tree(#[from] TreeFault),
+    /// Two segments on different mounts share an inode number, and so an image name.
+    #[error("two shared segments have inode number {0}; CRIU's images cannot tell them apart")]
+    Ambiguous(u64),
 }
 
 /// Sends one process's image. Returns how many pages were dirty.
