@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 pub mod cli;
+pub mod file_error;
 pub mod image;
 pub mod quota;
 pub mod restore;

@@ -1,6 +1,6 @@
 //! What one migration may take of the disk, whoever sends it: asked for before it is taken.
 
-use crate::image::{FileError, failed};
+use crate::file_error::{FileError, failed};
 use nix::sys::statvfs::statvfs;
 use std::fs;
 use std::io;

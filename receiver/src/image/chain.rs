@@ -1,7 +1,8 @@
 //! Reading chains: a directory, and behind its `parent` link the one before it.
 
 use super::format::{PagemapEntry, PagemapReader};
-use super::{FileError, INVENTORY, PARENT, failed, pages_name};
+use super::{INVENTORY, PARENT, pages_name};
+use crate::file_error::{FileError, failed};
 use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::{ImageId, PageRange};
 use std::collections::BTreeSet;

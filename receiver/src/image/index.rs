@@ -1,7 +1,8 @@
 //! Where the pages of images are, for reading in any order.
 
+use super::DirName;
 use super::chain::{Cursor, Levels, images};
-use super::{DirName, FileError, failed};
+use crate::file_error::{FileError, failed};
 use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange};
 use std::collections::BTreeMap;

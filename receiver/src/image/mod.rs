@@ -5,27 +5,10 @@ pub mod format;
 pub mod index;
 pub mod writer;
 
+pub use crate::file_error::FileError;
+pub(crate) use crate::file_error::failed;
+
 use std::fmt;
-use std::io;
-use std::path::{Path, PathBuf};
-
-/// A file or directory that could not be used.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot {what} {}", path.display())]
-pub struct FileError {
-    /// What was tried: read, write, create…
-    pub what: &'static str,
-    /// On what.
-    pub path: PathBuf,
-    /// What the kernel said, or what is wrong with the contents.
-    pub source: io::Error,
-}
-
-/// Names what was tried on which file.
-pub(crate) fn failed(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileError {
-    let path = path.to_owned();
-    move |source| FileError { what, path, source }
-}
 
 /// The name of a directory of images that we write: nothing but a number in it is the peer's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

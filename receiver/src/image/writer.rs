@@ -5,7 +5,8 @@
 
 use super::chain::{Cursor, Levels, levels};
 use super::format::{self, PagemapEntry};
-use super::{DirName, FIRST_PAGES_ID, FileError, INVENTORY, PARENT, failed, pages_name};
+use super::{DirName, FIRST_PAGES_ID, INVENTORY, PARENT, pages_name};
+use crate::file_error::{FileError, failed};
 use crate::quota::{Bounds, Quota, QuotaError};
 use crate::sys::writeback;
 use nix::unistd::{Whence, lseek};

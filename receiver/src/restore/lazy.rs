@@ -4,11 +4,12 @@
 //! memory is not in it at all, and is filled in by us ([`crate::restore::filler`]). Making it takes time for
 //! entries, not for pages.
 
+use crate::file_error::{FileError, failed};
+use crate::image::DirName;
 use crate::image::chain::levels;
 use crate::image::format::PagemapEntry;
 use crate::image::index::{Catalog, Index, Pages};
 use crate::image::writer::{DirWriter, WriteError};
-use crate::image::{DirName, FileError, failed};
 use crate::restore::segments::{Prefilled, Segments};
 use pageferry_common::criu::images::records;
 use pageferry_common::criu::page_server::PageLocation;

@@ -4,8 +4,8 @@
 //! They are memory that the restored processes need anyway. Any that cannot be kept (no memory, no name)
 //! is read from the images, and so is all that comes when little memory is left.
 
+use crate::file_error::{FileError, failed};
 use crate::image::index::{Catalog, Index, Pages};
-use crate::image::{FileError, failed};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{Shutdown, shutdown};

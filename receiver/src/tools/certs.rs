@@ -1,6 +1,6 @@
 //! `receive certs`: an authority, and a certificate for each end.
 
-use crate::image::{FileError, failed};
+use crate::file_error::{FileError, failed};
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
     KeyUsagePurpose,

@@ -1,8 +1,9 @@
 //! Merges a chain into one directory that needs no other.
 
+use crate::file_error::{FileError, failed};
 use crate::image::chain::{Cursor, images, levels, names, newest_round};
 use crate::image::writer::ImageWriter;
-use crate::image::{FIRST_PAGES_ID, FileError, PARENT, failed};
+use crate::image::{FIRST_PAGES_ID, PARENT};
 use pageferry_common::ImageId;
 use std::fs::{self, DirBuilder};
 use std::io;

@@ -1,7 +1,8 @@
 //! Checks a chain: every entry in bounds, every in-parent entry resolved, sizes right.
 
+use crate::file_error::FileError;
 use crate::image::chain::{Cursor, Levels, images, levels, names, newest_round};
-use crate::image::{FileError, pages_name};
+use crate::image::pages_name;
 use crate::with_causes;
 use pageferry_common::criu::page_server::PageLocation;
 use std::collections::BTreeSet;

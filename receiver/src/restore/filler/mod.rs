@@ -5,8 +5,8 @@
 //! the descriptors are closed, and nothing depends on us any more. Until then everything does: so this
 //! runs as a process of its own, in a session of its own, which outlives `receive`.
 
+use crate::file_error::{FileError, failed};
 use crate::image::index::{Catalog, Pages};
-use crate::image::{FileError, failed};
 use crate::restore::lazy::{Awaited, awaited};
 use crate::sys::uffd::{Event, Uffd};
 use crate::with_causes;
@@ -24,6 +24,7 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
+pub(crate) mod handle;
 mod missing;
 
 /// The hidden first argument that makes `receive` fill memory: from a round, for what is restored from a
