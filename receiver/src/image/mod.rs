@@ -1,7 +1,10 @@
 //! CRIU image directories: writing rounds, reading chains of them.
 
+pub mod catalog;
 pub mod chain;
+pub mod durable;
 pub mod format;
+pub(crate) mod image_writer;
 pub mod index;
 pub mod writer;
 

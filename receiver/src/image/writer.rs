@@ -3,23 +3,24 @@
 //! Everything goes into `.NAME.tmp`; the commit syncs every file and the directory, renames it to
 //! `NAME`, and syncs the directory above. Dropped before that, it takes its directory with it.
 
-use super::chain::{Cursor, Levels, levels};
+use super::chain::Cursor;
+use super::chain::{Levels, levels};
+pub(crate) use super::durable::create_image;
+pub use super::durable::{sync, sync_all};
 use super::format::{self, PagemapEntry};
-use super::{DirName, FIRST_PAGES_ID, INVENTORY, PARENT, pages_name};
+use super::image_writer::ImageWriter;
+use super::{DirName, FIRST_PAGES_ID, INVENTORY, PARENT};
 use crate::file_error::{FileError, failed};
 use crate::quota::{Bounds, Quota, QuotaError};
-use crate::sys::writeback;
-use nix::unistd::{Whence, lseek};
 use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::wire::{Entry, EntryKind};
-use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange, StateName};
+use pageferry_common::{ImageId, PageRange, StateName};
 use std::collections::BTreeSet;
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, BufWriter, Write};
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, symlink};
+use std::fs::{self, DirBuilder, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
+use std::sync::Arc;
 
 /// Why a directory cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -34,10 +35,6 @@ pub enum WriteError {
     #[error("{0}")]
     Protocol(String),
 }
-
-/// Bytes of a pages file that are left to the kernel before the disk is to have them. What gathers until the
-/// round's end would have to be waited for there.
-const WRITEBACK: u64 = 32 << 20;
 
 /// What pages are that are simply there.
 const PRESENT: PageLocation = PageLocation::Present { lazy: false };
@@ -228,6 +225,15 @@ impl DirWriter {
     }
 }
 
+impl Drop for DirWriter {
+    fn drop(&mut self) {
+        if !self.committed {
+            // What cannot be removed now is removed at the next start.
+            let _ = fs::remove_dir_all(&self.tmp);
+        }
+    }
+}
+
 /// Appends a piece to one of CRIU's images of state in a complete directory; the first piece takes
 /// the place of what was there.
 ///
@@ -253,269 +259,4 @@ pub fn write_state(
         file.write_all(piece)
     };
     append().map_err(failed("write", &path))
-}
-
-/// Makes every file in a directory, and the directory, durable: several at once, for each waits for the file
-/// system's journal, which then writes for all of them what it would write for one.
-///
-/// # Errors
-/// [`FileError`].
-pub fn sync_all(dir: &Path) -> Result<(), FileError> {
-    const AT_ONCE: usize = 16;
-    let mut entries = fs::read_dir(dir).map_err(failed("list", dir))?;
-    let first: Vec<_> = entries.by_ref().take(AT_ONCE).collect();
-    let others = 1..first.len();
-    // Not a list of all: a peer says how many there are.
-    let entries = Mutex::new(first.into_iter().chain(entries));
-    let next = || {
-        let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
-        entries.next()
-    };
-    let work = || {
-        while let Some(entry) = next() {
-            let found = entry.and_then(|entry| Ok((entry.file_type()?, entry.path())));
-            match found.map_err(failed("list", dir))? {
-                (kind, path) if kind.is_file() => sync(&path)?,
-                // The link to the parent.
-                _ => {}
-            }
-        }
-        Ok(())
-    };
-    thread::scope(|scope| {
-        let others: Vec<_> = others
-            .filter_map(|_| thread::Builder::new().spawn_scoped(scope, work).ok())
-            .collect();
-        let mut done = work();
-        for other in others {
-            done = done.and(other.join().expect("syncing does not panic"));
-        }
-        done
-    })?;
-    sync(dir)
-}
-
-/// Makes a file, or what is in a directory, durable.
-///
-/// # Errors
-/// [`FileError`].
-pub fn sync(path: &Path) -> Result<(), FileError> {
-    File::open(path)
-        .and_then(|file| file.sync_all())
-        .map_err(failed("sync", path))
-}
-
-/// Creates an image file that only its owner can read: memory is full of secrets.
-pub(crate) fn create_image(path: &Path) -> Result<File, FileError> {
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)
-        .map_err(failed("create", path))
-}
-
-impl Drop for DirWriter {
-    fn drop(&mut self) {
-        if !self.committed {
-            // What cannot be removed now is removed at the next start.
-            let _ = fs::remove_dir_all(&self.tmp);
-        }
-    }
-}
-
-/// One image in the making: a pagemap and its pages file.
-#[derive(Debug)]
-pub(crate) struct ImageWriter {
-    image: ImageId,
-    pagemap: BufWriter<File>,
-    pagemap_path: PathBuf,
-    pages: File,
-    pages_path: PathBuf,
-    /// The same image in the parent.
-    parent: Option<Cursor>,
-    /// One past the last page announced.
-    end: u64,
-    /// Where the next present page goes in the pages file. Zero pages only move it: the file is
-    /// sparse there.
-    offset: u64,
-    /// How much of the file the kernel was told to write to the disk.
-    on_its_way: u64,
-    /// The last entry, as long as the next might extend it.
-    pending: Option<PagemapEntry>,
-    /// What is copied goes through here.
-    scratch: Vec<u8>,
-}
-
-impl ImageWriter {
-    /// Creates an image in `dir`.
-    pub(crate) fn create(dir: &Path, image: ImageId, pages_id: u32) -> Result<Self, FileError> {
-        let pagemap_path = dir.join(image.pagemap_name());
-        let pages_path = dir.join(pages_name(pages_id));
-        let mut pagemap = BufWriter::new(create_image(&pagemap_path)?);
-        format::write_pagemap_head(&mut pagemap, pages_id)
-            .map_err(failed("write", &pagemap_path))?;
-        Ok(Self {
-            image,
-            pagemap,
-            pages: create_image(&pages_path)?,
-            pagemap_path,
-            pages_path,
-            parent: None,
-            end: 0,
-            offset: 0,
-            on_its_way: 0,
-            pending: None,
-            scratch: Vec::new(),
-        })
-    }
-
-    fn unresolved(&self, range: PageRange) -> WriteError {
-        WriteError::Protocol(format!("{range} of {} is not in its parent", self.image))
-    }
-
-    fn copy_from_parent(&mut self, range: PageRange, quota: &Quota) -> Result<(), WriteError> {
-        let mut parent = self.parent.take().ok_or_else(|| self.unresolved(range))?;
-        let mut rest = Some(range);
-        // Few bytes of the peer's may stand for many here.
-        while let Some(all) = rest {
-            let (now, later) = all.split_at(CHUNK_PAGES as u64);
-            if let Some(now) = now {
-                quota.bytes(now.bytes())?;
-                self.copy(&mut parent, now, |_| true)?;
-            }
-            rest = later;
-        }
-        self.parent = Some(parent);
-        Ok(())
-    }
-
-    fn in_parent(&mut self, range: PageRange) -> Result<(), WriteError> {
-        let covered = match &mut self.parent {
-            Some(parent) => parent.covers(range)?,
-            None => false,
-        };
-        match covered {
-            true => Ok(self.entry(range, PageLocation::Parent)?),
-            false => Err(self.unresolved(range)),
-        }
-    }
-
-    fn present(
-        &mut self,
-        range: PageRange,
-        place: PageLocation,
-        pages: &[u8],
-    ) -> Result<(), FileError> {
-        self.append(pages)?;
-        self.entry(range, place)
-    }
-
-    fn append(&mut self, pages: &[u8]) -> Result<(), FileError> {
-        self.pages
-            .write_all_at(pages, self.offset)
-            .map_err(failed("write", &self.pages_path))?;
-        self.offset += pages.len() as u64;
-        let written = self.offset - self.on_its_way;
-        if written >= WRITEBACK {
-            writeback::begin(&self.pages, self.on_its_way, written);
-            self.on_its_way = self.offset;
-        }
-        Ok(())
-    }
-
-    fn entry(&mut self, range: PageRange, place: PageLocation) -> Result<(), FileError> {
-        if let Some(before) = self.pending {
-            if before.place == place
-                && let Some(range) = before.range.joined(range)
-            {
-                self.pending = Some(PagemapEntry { range, place });
-                return Ok(());
-            }
-            before
-                .write(&mut self.pagemap)
-                .map_err(failed("write", &self.pagemap_path))?;
-        }
-        self.pending = Some(PagemapEntry { range, place });
-        Ok(())
-    }
-
-    /// Stores pages of the chain again. Zero pages become holes, and so do those that are not
-    /// `wanted`, which is asked whether they are lazy.
-    pub(crate) fn copy(
-        &mut self,
-        from: &mut Cursor,
-        range: PageRange,
-        wanted: fn(bool) -> bool,
-    ) -> Result<(), FileError> {
-        let mut buffer = std::mem::take(&mut self.scratch);
-        let len = CHUNK_SIZE.min(range.bytes() as usize);
-        buffer.resize(buffer.len().max(len), 0);
-        from.read(range, &mut |found| {
-            let mut done = 0;
-            if !wanted(found.lazy) {
-                done = found.range.bytes();
-                self.offset += done;
-            }
-            while done < found.range.bytes() {
-                let rest = found.range.bytes() - done;
-                let hole = hole_at(found.file, found.offset + done, rest)
-                    .map_err(failed("read a pages file for", &self.pages_path))?;
-                if hole > 0 {
-                    self.offset += hole;
-                    done += hole;
-                    continue;
-                }
-                let len = rest.min(buffer.len() as u64);
-                let part = &mut buffer[..len as usize];
-                found
-                    .file
-                    .read_exact_at(part, found.offset + done)
-                    .map_err(failed("read a pages file for", &self.pages_path))?;
-                let (pages, _) = part.as_chunks::<{ PAGE_SIZE as usize }>();
-                for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-                    match is_zero(&run[0]) {
-                        true => self.offset += run.as_flattened().len() as u64,
-                        false => self.append(run.as_flattened())?,
-                    }
-                }
-                done += len;
-            }
-            self.entry(found.range, PageLocation::Present { lazy: found.lazy })
-        })?;
-        self.scratch = buffer;
-        Ok(())
-    }
-
-    pub(crate) fn close(mut self) -> Result<(), FileError> {
-        let at_pagemap = failed("write", &self.pagemap_path);
-        let finish = |pagemap: &mut BufWriter<File>, last: Option<PagemapEntry>| {
-            last.map_or(Ok(()), |entry| entry.write(pagemap))?;
-            pagemap.flush()
-        };
-        finish(&mut self.pagemap, self.pending).map_err(at_pagemap)?;
-        self.pages
-            .set_len(self.offset)
-            .map_err(failed("write", &self.pages_path))
-    }
-}
-
-/// How many bytes of whole pages there are from `offset` on, at most `most`, that a file has no data of. Of pages
-/// announced as zero there may be terabytes, which cost their sender nothing.
-fn hole_at(file: &File, offset: u64, most: u64) -> io::Result<u64> {
-    if file.metadata()?.len() < offset + most {
-        // Reading says what is wrong.
-        return Ok(0);
-    }
-    let data = match lseek(file, offset.cast_signed(), Whence::SeekData) {
-        Ok(data) => data.cast_unsigned(),
-        Err(nix::Error::ENXIO) => offset + most,
-        Err(error) => return Err(error.into()),
-    };
-    let hole = (data - offset).min(most);
-    Ok(hole - hole % PAGE_SIZE)
-}
-
-fn is_zero(page: &[u8; PAGE_SIZE as usize]) -> bool {
-    *page == [0; PAGE_SIZE as usize]
 }

@@ -9,6 +9,7 @@ pub mod filler;
 pub mod lazy;
 pub mod outcome;
 pub mod process;
+pub mod segment_server;
 pub mod segments;
 
 pub use outcome::Outcome;

@@ -8,28 +8,15 @@ use crate::file_error::{FileError, failed};
 use crate::image::index::{Catalog, Index, Pages};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{Shutdown, shutdown};
 use pageferry_common::criu::images::records;
-use pageferry_common::sys::fdpass;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{ImageId, MemfdName, PageRange};
 use prost::Message;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::JoinHandle;
-use std::time::Duration;
-
-/// Where the library in CRIU asks for segments (`common/preload/restore.rs`), in the directory that CRIU
-/// restores from.
-const SOCKET: &str = "segments.socket";
-
-/// How long to wait before accepting again what could not be accepted.
-const AGAIN: Duration = Duration::from_millis(20);
 
 /// How many bytes are kept before it is looked again how much memory is left.
 const LOOK_AFTER: u64 = 16 << 20;
@@ -39,7 +26,7 @@ const MEMFDS: &str = "memfd.img";
 
 /// What CRIU's image says of one memfd, as far as it matters.
 #[derive(Clone, PartialEq, Message)]
-struct MemfdInode {
+pub(super) struct MemfdInode {
     #[prost(string, required, tag = "1")]
     name: String,
     #[prost(uint64, required, tag = "4")]
@@ -47,7 +34,7 @@ struct MemfdInode {
     #[prost(uint32, required, tag = "5")]
     shmid: u32,
     #[prost(uint32, required, tag = "6")]
-    seals: u32,
+    pub(super) seals: u32,
     #[prost(uint32, optional, tag = "8")]
     hugetlb_flag: Option<u32>,
 }
@@ -280,7 +267,7 @@ fn punch(file: &File, range: PageRange) -> io::Result<()> {
 
 /// Segments with all their pages, by their ids.
 #[derive(Debug, Default)]
-pub struct Prefilled(BTreeMap<u64, File>);
+pub struct Prefilled(pub(super) BTreeMap<u64, File>);
 
 impl Prefilled {
     /// Whether a segment is among them: its images need not be read.
@@ -294,112 +281,24 @@ impl Prefilled {
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
-
-    /// Gives them to whoever asks at the socket in `dir`, until dropped.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub fn serve(self: &Arc<Self>, dir: &Path) -> io::Result<Server> {
-        let dir = File::open(dir)?;
-        // The path of a socket must be short.
-        let path = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
-        let listener = Arc::new(fdpass::listen(Path::new(&path))?);
-        let fetched = Arc::new(Mutex::new(BTreeSet::new()));
-        let give = {
-            let (all, listener, fetched) = (
-                Arc::clone(self),
-                Arc::clone(&listener),
-                Arc::clone(&fetched),
-            );
-            move || {
-                loop {
-                    match fdpass::accept(listener.as_fd()) {
-                        Ok(peer) => {
-                            if let Err(error) = all.answer(&peer, &fetched) {
-                                tracing::warn!(%error, "who asked for a shared segment did not get it");
-                            }
-                        }
-                        // It is shut down.
-                        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => return,
-                        // Out of descriptors, most likely. CRIU waits for an answer.
-                        Err(error) => {
-                            tracing::warn!(%error, "cannot give a shared segment yet");
-                            std::thread::sleep(AGAIN);
-                        }
-                    }
-                }
-            }
-        };
-        let thread = std::thread::Builder::new().name("segments".into());
-        Ok(Server {
-            all: Arc::clone(self),
-            fetched,
-            listener,
-            thread: Some(thread.spawn(give)?),
-        })
-    }
-
-    fn answer(&self, peer: &OwnedFd, fetched: &Mutex<BTreeSet<u64>>) -> io::Result<()> {
-        let mut id = [0; 8];
-        match fdpass::receive(peer.as_fd(), &mut id)? {
-            Some((8, _)) => {}
-            _ => return Err(io::ErrorKind::InvalidData.into()),
-        }
-        let id = u64::from_le_bytes(id);
-        let memfd = self.0.get(&id);
-        // Before who has it can go on: that it was not sent all the same fails the restore anyway.
-        if memfd.is_some() {
-            let mut fetched = fetched.lock().unwrap_or_else(PoisonError::into_inner);
-            fetched.insert(id);
-        }
-        fdpass::send(peer.as_fd(), &[0], memfd.map(AsFd::as_fd))?;
-        Ok(())
-    }
-}
-
-/// Gives segments away while it lives.
-#[derive(Debug)]
-pub struct Server {
-    all: Arc<Prefilled>,
-    fetched: Arc<Mutex<BTreeSet<u64>>>,
-    listener: Arc<OwnedFd>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Server {
-    /// Whether each was fetched. One that was not is empty in what CRIU restored.
-    #[must_use]
-    pub fn all_fetched(&self) -> bool {
-        let fetched = self.fetched.lock().unwrap_or_else(PoisonError::into_inner);
-        fetched.len() == self.all.0.len()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        // Wakes the thread, whose next accept fails.
-        let _ = shutdown(self.listener.as_raw_fd(), Shutdown::Both);
-        let _ = self.thread.take().map(JoinHandle::join);
-    }
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::image::DirName;
     use crate::image::chain::levels;
     use crate::image::writer::DirWriter;
-    use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
     use pageferry_common::PAGE_SIZE;
     use proptest::prelude::*;
     use std::fs;
 
     const PAGE: usize = PAGE_SIZE as usize;
-    const ID: u64 = 7;
+    pub(in crate::restore) const ID: u64 = 7;
     const NAME: &str = "/dev/zero";
 
     /// One round: each page is not there (0), data, zero (2), or kept if it was there (3).
-    fn put_round(
+    pub(in crate::restore) fn put_round(
         home: &Path,
         segments: &mut Segments,
         round: u32,
@@ -442,7 +341,7 @@ mod tests {
         image
     }
 
-    fn memfd(pages: usize) -> MemfdInode {
+    pub(in crate::restore) fn memfd(pages: usize) -> MemfdInode {
         MemfdInode {
             name: NAME.to_owned(),
             size: (pages * PAGE) as u64,
@@ -452,7 +351,12 @@ mod tests {
         }
     }
 
-    fn finish(home: &Path, segments: &mut Segments, round: u32, memfd: &MemfdInode) -> Prefilled {
+    pub(in crate::restore) fn finish(
+        home: &Path,
+        segments: &mut Segments,
+        round: u32,
+        memfd: &MemfdInode,
+    ) -> Prefilled {
         let top = home.join(round.to_string());
         fs::write(top.join(MEMFDS), memfd_image(memfd)).unwrap();
         let mut catalog = Catalog::default();
@@ -559,32 +463,5 @@ mod tests {
         let text = |available| format!("MemTotal: 4000 kB\nMemAvailable: {available} kB\n");
         assert!(is_short(&text(999)) && !is_short(&text(1000)));
         assert!(!is_short("MemTotal: 4000 kB\n"));
-    }
-
-    #[test]
-    fn who_asks_gets_it_and_that_is_known() {
-        let home = tempfile::tempdir().unwrap();
-        let mut segments = Segments::default();
-        put_round(home.path(), &mut segments, 1, &[], &[5; 8]);
-        let sealed = MemfdInode {
-            seals: 1,
-            ..memfd(8)
-        };
-        let ready = Arc::new(finish(home.path(), &mut segments, 1, &sealed));
-        let server = ready.serve(home.path()).unwrap();
-        let ask = |id: u64| {
-            let flags = SockFlag::SOCK_CLOEXEC;
-            let peer = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
-            let address = UnixAddr::new(&home.path().join(SOCKET)).unwrap();
-            connect(peer.as_raw_fd(), &address).unwrap();
-            fdpass::send(peer.as_fd(), &id.to_le_bytes(), None).unwrap();
-            fdpass::receive(peer.as_fd(), &mut [0]).unwrap().unwrap().1
-        };
-        assert!(ask(8).is_none());
-        assert!(!server.all_fetched());
-        let fetched = File::from(ask(ID).unwrap());
-        assert!(server.all_fetched());
-        assert_eq!(fetched.metadata().unwrap().len(), 8 * PAGE_SIZE);
-        assert_eq!(fcntl(&fetched, FcntlArg::F_GET_SEALS).unwrap(), 1);
     }
 }

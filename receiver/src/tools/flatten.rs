@@ -2,7 +2,7 @@
 
 use crate::file_error::{FileError, failed};
 use crate::image::chain::{Cursor, images, levels, names, newest_round};
-use crate::image::writer::ImageWriter;
+use crate::image::image_writer::ImageWriter;
 use crate::image::{FIRST_PAGES_ID, PARENT};
 use pageferry_common::ImageId;
 use std::fs::{self, DirBuilder};
