@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod advice;
 pub mod baseline;
 pub mod cli;
 pub mod converge;

@@ -18,20 +18,16 @@ use crate::report::Downtime;
 use crate::sink::{Destination, Lost, PageSink, Receipt, SinkError};
 use crate::target::files::needed_files;
 use crate::target::smaps::VmFlags;
-
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use pageferry_common::criu::images::{children_are_waited_for, stopped};
-use pageferry_common::criu::page_server::{
-    Command, HEADER_MAX, Header, PageLocation, UnknownCommand, Width,
-};
+use pageferry_common::criu::page_server::UnknownCommand;
 use pageferry_common::criu::preload;
 use pageferry_common::criu::session::{Criu, CriuSession, Event, Options, Reply, last_errors};
 use pageferry_common::sys::{fdpass, perf};
-use pageferry_common::{BufferPool, Claim, MigrationId, PAGE_SIZE, StateName};
+use pageferry_common::{BufferPool, Claim, MigrationId, StateName};
 use std::fs::{self, DirBuilder, File};
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -40,8 +36,12 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+mod discard;
+mod dump;
 pub mod record;
 
+use discard::Endpoint;
+use dump::{CHECK, Dump, Next};
 pub use record::{Record, RecordError};
 
 /// Pages that CRIU sends all the same, for each process: its vDSO, asynchronous I/O rings.
@@ -49,9 +49,6 @@ const SPECIAL_PAGES: u64 = 64;
 
 /// How often CRIU may try to stop the tree.
 const ATTEMPTS: u32 = 5;
-
-/// How often it is looked whether a dump is still wanted.
-const CHECK: Duration = Duration::from_millis(100);
 
 /// Where the library in CRIU says that the tree has stopped (`common/preload/dump.rs`), in the directory of
 /// images.
@@ -540,177 +537,4 @@ fn tempdir(id: MigrationId) -> io::Result<Dir> {
     let path = std::env::temp_dir().join(format!("pageferry-{id}"));
     DirBuilder::new().mode(0o700).create(&path)?;
     Ok(Dir(path))
-}
-
-/// A dump under way.
-struct Dump {
-    /// Dropped before `work`, which waits for a CRIU that may be waiting for us to read.
-    endpoint: Endpoint,
-    /// Where the library in CRIU tells that the tree has stopped; `None` after it has.
-    stopped: Option<OwnedFd>,
-    /// Tells of mappings what CRIU would read of `smaps`.
-    flags: Option<VmFlags>,
-    work: CriuSession,
-    /// CRIU opens it by our number.
-    _dir: File,
-}
-
-#[derive(Debug)]
-enum Next {
-    Criu(Event),
-    /// The tree has stopped. CRIU waits until this is dropped.
-    Stopped(OwnedFd),
-    PagesEnd {
-        /// When CRIU said so.
-        at: Instant,
-    },
-}
-
-impl Dump {
-    /// Waits for what CRIU does next, on any of its sockets, as long as `wanted`: a dump for a receiver that
-    /// is gone, or that nobody wants any more, need not be awaited.
-    fn next(
-        &mut self,
-        wanted: &mut dyn FnMut() -> Result<(), HandoverError>,
-    ) -> Result<Next, HandoverError> {
-        loop {
-            wanted()?;
-            let (told, sent, stopped) = {
-                let mut fds = vec![PollFd::new(self.work.fd(), PollFlags::POLLIN)];
-                let mut add = |fd| {
-                    fds.push(PollFd::new(fd, PollFlags::POLLIN));
-                    fds.len() - 1
-                };
-                let stream = (!self.endpoint.ended).then(|| add(self.endpoint.stream.as_fd()));
-                let stopped = self.stopped.as_ref().map(|listener| add(listener.as_fd()));
-                let timeout = PollTimeout::try_from(CHECK).expect("it is short");
-                match poll(&mut fds, timeout) {
-                    Err(nix::Error::EINTR) => continue,
-                    other => other.map_err(io::Error::from)?,
-                };
-                let ready = |at: Option<usize>| at.is_some_and(|at| fds[at].any() == Some(true));
-                (ready(Some(0)), ready(stream), ready(stopped))
-            };
-            if sent && let Some(step) = self.endpoint.step()? {
-                return Ok(step);
-            }
-            if stopped && let Some(listener) = self.stopped.take() {
-                return Ok(Next::Stopped(fdpass::accept(listener.as_fd())?));
-            }
-            if told {
-                return Ok(Next::Criu(self.work.event()?));
-            }
-        }
-    }
-
-    /// Leaves what CRIU wants of each process's `smaps` where the library in it looks for that. Without it CRIU
-    /// reads the kernel's.
-    fn leave_smaps(&self, processes: &[FrozenProcess], images: &Path) -> Result<(), HandoverError> {
-        let Some(flags) = &self.flags else {
-            return Ok(());
-        };
-        for process in processes {
-            match flags.smaps(process.tid) {
-                Ok(smaps) => fs::write(images.join(format!("smaps-{}", process.pid)), smaps)?,
-                Err(why) => tracing::debug!(process.pid, %why, "its flags are not to be had"),
-            }
-        }
-        Ok(())
-    }
-
-    /// Lets CRIU go on until its end, or that of its pages.
-    fn until_end(&mut self, unwanted: &AtomicBool) -> Result<Next, HandoverError> {
-        let mut wanted = || match unwanted.load(Ordering::Relaxed) {
-            true => Err(HandoverError::Dump("nobody wants it any more".to_owned())),
-            false => Ok(()),
-        };
-        loop {
-            match self.next(&mut wanted)? {
-                Next::Criu(Event::Stage { .. }) => self.work.reply(Reply::Continue)?,
-                end => return Ok(end),
-            }
-        }
-    }
-}
-
-/// Our end of CRIU's page server: it takes pages and throws them away.
-struct Endpoint {
-    stream: UnixStream,
-    width: Option<Width>,
-    /// Whether CRIU has come to dump any process.
-    opened: bool,
-    /// Pages thrown away.
-    pages: u64,
-    ended: bool,
-    scrap: Vec<u8>,
-}
-
-impl Endpoint {
-    fn new(stream: UnixStream) -> Self {
-        Self {
-            stream,
-            width: None,
-            opened: false,
-            pages: 0,
-            ended: false,
-            scrap: vec![0; 1 << 20],
-        }
-    }
-
-    /// Takes one message.
-    fn step(&mut self) -> Result<Option<Next>, HandoverError> {
-        let mut bytes = [0; HEADER_MAX];
-        let (first, more) = bytes.split_at_mut(Width::Narrow.header_len());
-        match self.stream.read(&mut first[..1])? {
-            0 => {
-                // CRIU is gone, which its other socket says too.
-                self.ended = true;
-                return Ok(None);
-            }
-            _ => self.stream.read_exact(&mut first[1..])?,
-        }
-        let begins = self.width.is_none();
-        let narrow: &[u8; 24] = (&*first).try_into().expect("as long as a narrow header");
-        let width = *self.width.get_or_insert_with(|| Width::of_dump(narrow));
-        let header = match (width, Header::decode(narrow, Width::Narrow)) {
-            (Width::Narrow, header) => header?,
-            // A dump of nothing could be either.
-            (Width::Wide, Ok(close)) if begins && close.command == Command::Close => close,
-            (Width::Wide, _) => {
-                self.stream.read_exact(more)?;
-                Header::decode(&bytes, width)?
-            }
-        };
-        match header.command {
-            Command::Open { answered } => {
-                self.opened = true;
-                if answered {
-                    self.stream.write_all(&[0])?;
-                }
-            }
-            Command::HasParent => self.stream.write_all(&[0; 4])?,
-            Command::Add(PageLocation::Present { .. }) => {
-                self.pages += header.pages;
-                let mut left = header.pages.saturating_mul(PAGE_SIZE);
-                while left > 0 {
-                    let now = left.min(self.scrap.len() as u64) as usize;
-                    self.stream.read_exact(&mut self.scrap[..now])?;
-                    left -= now as u64;
-                }
-            }
-            Command::Add(PageLocation::Parent | PageLocation::Elsewhere) | Command::Get => {}
-            Command::Close => {
-                // Of a dump of nothing, the rest of a wide header may follow.
-                self.ended = true;
-                let at = Instant::now();
-                return Ok(Some(Next::PagesEnd { at }));
-            }
-        }
-        Ok(None)
-    }
-
-    /// Answers CRIU's end: 0 if all is safe, anything else to make it undo the dump.
-    fn status(&mut self, status: i32) -> io::Result<()> {
-        self.stream.write_all(&status.to_le_bytes())
-    }
 }
