@@ -2,5 +2,6 @@
 
 pub use crate::target::tree::{CollectError, Copier, ListError, Pass, Scanned, SendError};
 
+pub mod populated;
 pub mod source;
 pub mod stream;

@@ -1,8 +1,9 @@
 //! From runs of pages to chunks: batches what must be read for one chunk, reads it, and only
 //! then says what it is.
 
+use crate::baseline::ContentHashes;
 use crate::copy::source::PageSource;
-use crate::dirty::{ContentHashes, Run};
+use crate::dirty::Run;
 use crate::sink::{PageSink, SinkError};
 use bytes::Bytes;
 use pageferry_common::wire::{Entry, EntryKind};

@@ -10,12 +10,9 @@ mod pages;
 mod soft_dirty;
 mod uffd_wp;
 
-pub use content_hash::ContentHashes;
-pub use pages::Part;
-
 use crate::freeze::{FreezeError, Frozen};
 use crate::target::process::Process;
-use crate::target::vma::Vma;
+use crate::target::vma::{Part, Vma};
 use pageferry_common::PageRange;
 use std::io;
 

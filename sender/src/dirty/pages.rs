@@ -2,6 +2,7 @@
 //! `/proc/PID/pagemap`.
 
 use crate::sys::pagemap::{self, Query, Region};
+use crate::target::vma::Part;
 use pageferry_common::{PAGE_SIZE, PageRange};
 use std::fs::File;
 use std::io;
@@ -9,16 +10,6 @@ use std::os::unix::fs::FileExt;
 
 /// Room for the runs that one `PAGEMAP_SCAN` returns: 768 KiB.
 const SCAN_ROOM: usize = 32_768;
-
-/// A part of a private mapping.
-#[derive(Debug, Clone, Copy)]
-pub struct Part {
-    /// Where it lies.
-    pub range: PageRange,
-    /// Whether its pages may be a file's. If not, the kernel need not be asked, which makes its
-    /// walk several times faster: it looks up every page's owner otherwise.
-    pub file: bool,
-}
 
 /// What CRIU would dump of private memory: populated, not the zero page, not the file's.
 fn own_pages(file: bool) -> Query {

@@ -2,11 +2,11 @@
 //! kernel at the next write. Collecting and clearing both happen while the process is stopped.
 
 use super::pages::Scanner;
-use super::{DirtyTracker, Part, Run, TrackError};
+use super::{DirtyTracker, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::sys::pagemap::SOFT_DIRTY;
 use crate::target::process::Process;
-use crate::target::vma::Vma;
+use crate::target::vma::{Part, Vma};
 use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
 use std::collections::HashMap;
 use std::fs::{self, File};

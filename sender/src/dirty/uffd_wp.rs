@@ -3,12 +3,12 @@
 //! while the target runs.
 
 use super::pages::Scanner;
-use super::{DirtyTracker, Part, Run, TrackError};
+use super::{DirtyTracker, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::sys::pagemap::{PRESENT, SWAPPED, WPALLOWED, WRITTEN};
 use crate::sys::uffd::Uffd;
 use crate::target::process::Process;
-use crate::target::vma::Vma;
+use crate::target::vma::{Part, Vma};
 use pageferry_common::PageRange;
 use std::collections::HashMap;
 use std::io;

@@ -1,5 +1,6 @@
 //! What is known of the target: its processes, mappings, shared segments and files.
 
+pub mod descriptors;
 pub mod files;
 pub mod process;
 pub mod segment;

@@ -4,8 +4,7 @@
 //! map it, if nobody can have written it otherwise ([`Segment::look`]), and what was taken away by a mapping
 //! of our own ([`RemovedPages`]); else contents are compared.
 
-use crate::baseline::Baseline;
-use crate::dirty::ContentHashes;
+use crate::baseline::{Baseline, ContentHashes};
 use crate::sys::removed_pages::RemovedPages;
 use crate::target::vma::{Device, Vma};
 use pageferry_common::{MemfdName, PAGE_SIZE, PageRange};

@@ -1,21 +1,21 @@
 //! The tree's memory as remembered from round to round: processes and shared segments.
 
-use crate::baseline::Baseline;
+use crate::baseline::{Baseline, ContentHashes};
+use crate::copy::populated::Populated;
 use crate::copy::source::{PageSource, ProcessSource, SegmentSource};
 use crate::copy::stream::{ImageStream, Sent, StreamError};
-use crate::dirty::{ContentHashes, DirtyTracker, Part, Run, TrackError};
+use crate::dirty::{DirtyTracker, Run, TrackError};
 use crate::freeze::{Frozen, FrozenProcess, children, threads};
 use crate::sink::PageSink;
-use crate::sys::removed_pages::RemovedPages;
-use crate::target::process::{Process, descriptors, namespace_depth};
+use crate::target::descriptors::descriptors;
+use crate::target::process::{Process, namespace_depth};
 use crate::target::segment::{Mapping, Segment, SegmentKey};
-use crate::target::vma::{Class, KernelMounts, list};
-use nix::unistd::{Whence, lseek64};
+use crate::target::vma::{Class, KernelMounts, Part, list};
 use pageferry_common::wire::{EntryKind, RoundKind};
 use pageferry_common::{BufferPool, ImageId, PAGE_SIZE, PageRange, PageSet};
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::time::{Duration, Instant};
 
@@ -733,11 +733,7 @@ fn send_segment(
     let baseline = std::mem::take(&mut segment.baseline);
     let result = (|| {
         let mut source = SegmentSource { file: &file };
-        let mut data = Populated {
-            file: &file,
-            last: None,
-            walks: WALKS_SPARED,
-        };
+        let mut data = Populated::new(&file);
         let parent = baseline.pages();
         let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut changed, false);
         for run in runs {
@@ -769,78 +765,6 @@ fn send_segment(
     scanned.compared += sent.compared_pages;
     scanned.scan_time += sent.compare_time;
     Ok(sent.changed_pages)
-}
-
-/// Single pages that are looked for one by one before it is better to ask how far it goes on.
-const WALKS_SPARED: u32 = 64;
-
-/// Pages that a removed_pages is asked of at once.
-const WITNESSED: u64 = 512;
-
-/// Finds the populated ranges of a segment, in ascending order: asking the kernel for one takes it time for
-/// each page in it, tens of milliseconds where there are gigabytes.
-struct Populated<'a> {
-    file: &'a File,
-    last: Option<PageRange>,
-    /// How often the question is not asked.
-    walks: u32,
-}
-
-impl Populated<'_> {
-    /// The first pages from the first of `wanted` on that are populated; there may be more directly behind.
-    fn at(
-        &mut self,
-        wanted: PageRange,
-        removed_pages: Option<&RemovedPages>,
-    ) -> io::Result<Option<PageRange>> {
-        let offset = wanted.start();
-        if let Some(last) = self.last.filter(|last| offset < last.end()) {
-            return Ok(Some(last));
-        }
-        if let Some(removed_pages) = removed_pages {
-            // What it still has is there.
-            let (mut gone, asked) = (Vec::new(), wanted.split_at(WITNESSED).0);
-            let asked = asked.expect("a range is not empty");
-            let has = removed_pages.missing(asked, &mut gone).is_ok();
-            let end = gone.first().map_or(asked.end(), |gone| gone.start());
-            if let Some(there) = PageRange::from_bounds(offset, end).filter(|_| has) {
-                return Ok(Some(there));
-            }
-            if self.walks > 0 {
-                self.walks -= 1;
-                let next = seek(self.file, offset, Whence::SeekData)?;
-                let page = next.map(|at| at - at % PAGE_SIZE);
-                return Ok(page.and_then(|page| PageRange::new(page, 1).ok()));
-            }
-        }
-        self.last = next_data(self.file, offset)?;
-        Ok(self.last)
-    }
-}
-
-/// The next populated range of a segment at or behind offset `at`.
-fn next_data(file: &File, at: u64) -> io::Result<Option<PageRange>> {
-    let Some(start) = seek(file, at, Whence::SeekData)? else {
-        return Ok(None);
-    };
-    // It may have been truncated between the two questions.
-    let Some(end) = seek(file, start, Whence::SeekHole)? else {
-        return Ok(None);
-    };
-    let start = start - start % PAGE_SIZE;
-    Ok(PageRange::from_bounds(
-        start,
-        end.next_multiple_of(PAGE_SIZE),
-    ))
-}
-
-/// The next offset from `offset` on of data, or of none.
-fn seek(file: &File, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
-    match lseek64(file, offset as i64, whence) {
-        Ok(offset) => Ok(Some(offset as u64)),
-        Err(nix::Error::ENXIO) => Ok(None),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// Whether the kernel says that a process is no more.

@@ -2,7 +2,6 @@
 //!
 //! The rules are CRIU's: what it would dump, we send (see ARCHITECTURE.md, "Which pages").
 
-use crate::dirty::Part;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
 use pageferry_common::PageRange;
@@ -52,6 +51,16 @@ pub struct Vma {
     pub device: Device,
     /// Inode number of the mapped object; of a segment, CRIU's `shmid`.
     pub inode: u64,
+}
+
+/// A part of a private mapping.
+#[derive(Debug, Clone, Copy)]
+pub struct Part {
+    /// Where it lies.
+    pub range: PageRange,
+    /// Whether its pages may be a file's. If not, the kernel need not be asked, which makes its
+    /// walk several times faster: it looks up every page's owner otherwise.
+    pub file: bool,
 }
 
 impl Vma {

@@ -4,10 +4,9 @@ use super::Input;
 use pageferry_common::PageRange;
 use pageferry_common::proc::process::start_time;
 use pageferry_sender::freeze::procs::{field_in, is_vfork, state_in};
+use pageferry_sender::target::descriptors::writes_past_page_tables;
 use pageferry_sender::target::files::executable;
-use pageferry_sender::target::process::{
-    children_faults_in, nested_pids_in, writes_past_page_tables,
-};
+use pageferry_sender::target::process::{children_faults_in, nested_pids_in};
 use pageferry_sender::target::smaps::program_for;
 use pageferry_sender::target::vma::{self, Class, KernelMounts};
 use std::cell::LazyCell;
