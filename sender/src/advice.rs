@@ -203,7 +203,7 @@ fn judge_sink(error: &SinkError) -> (Exit, &'static str) {
         SinkError::NoRestore => (Exit::Refused, "start it with `receive --restore`"),
         SinkError::State(_) => (Exit::Failed, "the target runs"),
         SinkError::Interrupted => (Exit::Interrupted, "the target runs"),
-        SinkError::Wire(_) | SinkError::Disagreement => (
+        SinkError::Wire(_) | SinkError::UnexpectedReply => (
             Exit::Failed,
             "the target runs; the receiver keeps the rounds it acknowledged",
         ),

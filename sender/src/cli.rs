@@ -4,7 +4,7 @@ use crate::converge::Limits;
 use crate::dirty::TrackerChoice;
 use crate::freeze::Then;
 use crate::handover::StateDump;
-use crate::sink::{Compression, Dialect, FAST};
+use crate::sink::{Compression, DEFAULT_LEVEL, Dialect};
 use clap::Parser;
 use pageferry_common::criu::session::Options;
 use pageferry_common::tls::TlsFiles;
@@ -198,7 +198,7 @@ fn parse_compression(text: &str) -> Result<Compression, String> {
     match text.split_once(':') {
         None if text == "auto" => Ok(Compression::Auto),
         None if text == "none" => Ok(Compression::None),
-        None if text == "zstd" => Ok(Compression::Zstd(FAST)),
+        None if text == "zstd" => Ok(Compression::Zstd(DEFAULT_LEVEL)),
         Some(("zstd", level)) => level
             .parse()
             .ok()

@@ -4,13 +4,12 @@ use crate::converge::{self, Limits, Next, Observed, Why};
 use crate::copy::stream::StreamError;
 use crate::copy::{CollectError, Copier, Pass, Scanned, SendError};
 use crate::dirty::DirtyTracker;
-use crate::freeze::{FreezeError, Freezer, Then, may_signal};
+use crate::freeze::{FreezeError, Freezer, Then, check_signal_permission};
 use crate::handover::{self, Handover, HandoverError};
 use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
-use crate::sink::{PageSink, Receipt, SinkError};
-use crate::sys::sched::Urgent;
-
+use crate::sink::{PageSink, Receipt, SinkError, TargetState};
+use crate::sys::sched::RealtimePriority;
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, PAGE_SIZE, with_causes};
 use std::io;
@@ -243,7 +242,7 @@ fn pre_dump(
 ) -> Result<Receipt, MigrateError> {
     let Parts { tracker, sink, .. } = parts;
     sink.prepare()?;
-    let urgent = Urgent::begin();
+    let urgent = RealtimePriority::raise();
     let mut frozen = parts.freezer.freeze(plan.root)?;
     let uptime = uptime_us().map_err(MigrateError::Uptime)?;
     tree.collect(&mut frozen, *tracker)?;
@@ -267,15 +266,15 @@ fn last_round(
 ) -> Result<Receipt, MigrateError> {
     let Parts { tracker, sink, .. } = parts;
     sink.prepare()?;
-    sink.frozen(true);
-    let urgent = Urgent::begin();
+    sink.set_target_state(TargetState::Frozen);
+    let urgent = RealtimePriority::raise();
     let mut frozen = parts.freezer.freeze(plan.root)?;
     match plan.then {
         Then::Run => {}
-        Then::Stop => frozen.settle()?,
+        Then::Stop => frozen.sigstop()?,
         Then::Kill => {
             let mut processes = frozen.processes().iter();
-            let may = processes.try_for_each(|process| may_signal(process.pid));
+            let may = processes.try_for_each(|process| check_signal_permission(process.pid));
             may.map_err(FreezeError::from)?;
         }
     }
@@ -292,7 +291,7 @@ fn last_round(
     }
     let receipt = sink.commit()?;
     attempt.stopped = frozen.thaw(plan.then)?;
-    sink.frozen(false);
+    sink.set_target_state(TargetState::Running);
     Ok(receipt)
 }
 
@@ -306,7 +305,7 @@ fn hand_over(
     report: &mut Report,
 ) -> Result<(), MigrateError> {
     parts.sink.prepare()?;
-    parts.sink.frozen(true);
+    parts.sink.set_target_state(TargetState::Frozen);
     let first = *round;
     let done = handover.run(
         plan.root,
@@ -318,7 +317,7 @@ fn hand_over(
             pool: parts.pool,
         },
     )?;
-    parts.sink.frozen(false);
+    parts.sink.set_target_state(TargetState::Running);
     let stopped = Duration::from_secs_f64(done.downtime.total_ms() / 1e3);
     let last = done.rounds.len() - 1;
     for (index, sent) in done.rounds.iter().enumerate() {

@@ -5,12 +5,12 @@ use crate::advice::{Exit, Failure, judge};
 use crate::cli::Cli;
 use crate::copy::Copier;
 use crate::dirty;
-use crate::freeze::{FreezeError, Freezer, Then, may_signal};
+use crate::freeze::{FreezeError, Freezer, Then, check_signal_permission};
 use crate::handover::{Handover, HandoverError, Record};
 use crate::migrate::{MigrateError, Parts, Plan, migrate};
 use crate::progress::{LogWriter, Progress};
 use crate::report::Report;
-use crate::sink::{Connect, SinkError};
+use crate::sink::{Connect, Outcome, SinkError};
 use crate::target::process::namespace_depth;
 use nix::sys::signal::Signal;
 use pageferry_common::criu::session::Criu;
@@ -61,10 +61,10 @@ pub fn run(cli: &Cli) -> ExitCode {
 fn resolve(cli: &Cli, root: i32) -> Result<(), Failure> {
     let record = Record::read(root)?;
     let claim = record.claim().ok_or(Failure::BadRecord(root))?;
-    may_signal(root).map_err(|why| MigrateError::from(FreezeError::from(why)))?;
+    check_signal_permission(root).map_err(|why| MigrateError::from(FreezeError::from(why)))?;
     let tls = cli.tls.client()?;
     match crate::sink::resolve(record.to.clone(), claim, cli.timeout, tls) {
-        Ok(true) => {
+        Ok(Outcome::Running) => {
             record.signal(Signal::SIGKILL);
             record.await_end();
             eprintln!(
@@ -72,7 +72,7 @@ fn resolve(cli: &Cli, root: i32) -> Result<(), Failure> {
                 record.to
             );
         }
-        Ok(false) => {
+        Ok(Outcome::Aborted) => {
             record.let_go();
             eprintln!(
                 "send: process {root} never ran at {}; it goes on here",
@@ -106,7 +106,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     };
     if cli.then != Then::Run || cli.migrate {
         // Found out in the end, all rounds would be in vain.
-        may_signal(pid).map_err(|why| MigrateError::from(FreezeError::from(why)))?;
+        check_signal_permission(pid).map_err(|why| MigrateError::from(FreezeError::from(why)))?;
     }
     let lacking = lacking(&capabilities::TO_DUMP);
     if cli.migrate && !lacking.is_empty() {
@@ -137,7 +137,7 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
         max_frozen: cli.max_frozen,
         tls,
         compression: cli.compress,
-        moves: cli.migrate,
+        needs_restore: cli.migrate,
     };
     let sink = cli.dialect.connect(connect, &pool);
     let mut sink = sink.map_err(MigrateError::from)?;

@@ -166,13 +166,13 @@ fn stopped_stays_stopped_and_killed_dies() {
     let mut frozen = freezer.freeze(tree.pid()).unwrap();
     let pids: Vec<i32> = frozen.processes().iter().map(|p| p.pid).collect();
     // A sender that fails now, or dies, leaves it running.
-    frozen.settle().unwrap();
+    frozen.sigstop().unwrap();
     drop(frozen);
     for &pid in &pids {
         until("running", || !matches!(state(pid), 'T' | 't'));
     }
     let mut frozen = freezer.freeze(tree.pid()).unwrap();
-    frozen.settle().unwrap();
+    frozen.sigstop().unwrap();
     frozen.thaw(Then::Stop).unwrap();
     assert!(pids.iter().all(|&pid| state(pid) == 'T'));
     // A stopped tree can be frozen too, and is stopped again afterwards.

@@ -12,7 +12,7 @@ use pageferry_common::{
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::writer::DirWriter;
 use pageferry_sender::copy::source::{PageSource, ProcessSource};
-use pageferry_sender::sink::FAST;
+use pageferry_sender::sink::DEFAULT_LEVEL;
 use pageferry_sender::sys::pagemap::{self, PRESENT, Query, Region, SWAPPED, WRITTEN};
 use pageferry_sender::target::process::{Process, namespace_depth};
 use pageferry_tests::Victim;
@@ -100,7 +100,7 @@ fn chunks(criterion: &mut Criterion) {
     group.bench_function("checksum", |bencher| {
         bencher.iter(|| digest(black_box(&pages)))
     });
-    let mut zstd = zstd::bulk::Compressor::new(FAST).expect("there is such a level");
+    let mut zstd = zstd::bulk::Compressor::new(DEFAULT_LEVEL).expect("there is such a level");
     let mut smaller = vec![0; CHUNK_SIZE];
     group.bench_function("compress", |bencher| {
         bencher.iter(|| zstd.compress_to_buffer(black_box(&pages), &mut smaller));

@@ -18,7 +18,7 @@ use pageferry_receiver::server::admission::Admission;
 use pageferry_receiver::session::native::receive;
 use pageferry_receiver::session::{Failure, Limits, Migration};
 use pageferry_receiver::storage::store::Store;
-use pageferry_sender::sink::{Compression, Connect, Dialect, Lost, SinkError};
+use pageferry_sender::sink::{CommitError, Compression, Connect, Dialect, SinkError};
 use pageferry_tests::criu::Criu;
 use pageferry_tests::fuzz::{check_store, scratch};
 use std::alloc::System;
@@ -459,7 +459,7 @@ fn moved(pool: &BufferPool, answers: &[Frame]) -> End {
         max_frozen: STALL,
         tls: None,
         compression: Compression::None,
-        moves: true,
+        needs_restore: true,
     };
     let mut sink = match Dialect::Native.connect(connect, pool) {
         Ok(sink) => sink,
@@ -476,7 +476,7 @@ fn moved(pool: &BufferPool, answers: &[Frame]) -> End {
             for image in images {
                 sink.open(image.0)?;
                 if let Some(name) = image.1 {
-                    sink.memfd(&MemfdName::new(name).unwrap())?;
+                    sink.memfd_name(&MemfdName::new(name).unwrap())?;
                 }
                 for (chunk, pages) in chunks(image) {
                     sink.put(chunk.entries, pages.into())?;
@@ -486,14 +486,14 @@ fn moved(pool: &BufferPool, answers: &[Frame]) -> End {
         }
         let destination = sink.destination().unwrap();
         let (name, image) = state();
-        destination.state(&name, &mut &image[..])?;
+        destination.put_state(&name, &mut &image[..])?;
         destination.restore(Options::default())
     };
     let end = match restored() {
         Err(_) => End::Early,
         Ok(()) => match sink.destination().unwrap().commit() {
-            Err(Lost::InDoubt(_)) => End::InDoubt,
-            Err(Lost::Refused(_)) => End::Refused,
+            Err(CommitError::InDoubt(_)) => End::InDoubt,
+            Err(CommitError::Refused(_)) => End::Refused,
             Ok(()) => match sink.finish() {
                 Err(_) => End::Late,
                 Ok(()) => End::Good,

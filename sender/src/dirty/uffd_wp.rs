@@ -79,12 +79,12 @@ impl UffdWp {
         if !cfg!(target_arch = "x86_64") {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        let uffd = Uffd::of_this_process()?;
+        let uffd = Uffd::for_this_process()?;
         let scanner = Scanner::probe()?;
         if !scanner.has_scan() {
             return Err(io::Error::from_raw_os_error(libc::ENOTTY));
         }
-        if uffd.protection_moves()? {
+        if uffd.mremap_keeps_protection()? {
             return Err(io::Error::other("it does not see that pages were moved"));
         }
         Ok(Self {
@@ -161,7 +161,7 @@ impl DirtyTracker for UffdWp {
             return Ok(());
         }
         let made = frozen.userfaultfd(task.pid)?.and_then(|fd| {
-            let uffd = Uffd::agree(fd).map_err(|error| error.to_string())?;
+            let uffd = Uffd::handshake(fd).map_err(|error| error.to_string())?;
             Armed::new(uffd, task).ok_or_else(|| "no mapping can be registered".to_owned())
         });
         match made {

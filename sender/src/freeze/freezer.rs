@@ -4,7 +4,7 @@ use super::procs::{self, TreeError};
 use super::{FrozenProcess, MESSAGE_MAX, Reply, Request, Then, inject};
 use crate::sys::pidfd;
 use crate::sys::ptrace::{self, Stop, Tid};
-use crate::sys::sched::Urgent;
+use crate::sys::sched::RealtimePriority;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -37,7 +37,7 @@ pub fn serve() -> io::Result<()> {
     }
     // Ignored, as some parent may have left it, it would not tell of stops.
     crate::sys::signals::reset(Signal::SIGCHLD)?;
-    let _urgent = Urgent::begin();
+    let _urgent = RealtimePriority::raise();
     let mut children = SigSet::empty();
     children.add(Signal::SIGCHLD);
     children.thread_block()?;
@@ -107,8 +107,8 @@ impl Freezer<'_> {
                     }
                     Err(why) => self.give_up(why)?,
                 },
-                Request::Settle => match self.settle() {
-                    Ok(()) => self.reply(&Reply::Settled, None)?,
+                Request::Sigstop => match self.sigstop() {
+                    Ok(()) => self.reply(&Reply::Sigstopped, None)?,
                     Err(why) => self.give_up(why)?,
                 },
                 Request::Userfaultfd { pid } => match self.userfaultfd(pid) {
@@ -273,11 +273,11 @@ impl Freezer<'_> {
 
     /// Gives every process its SIGSTOP while we still hold its threads, so that none executes an
     /// instruction more: each thread gets one of its own, and goes from our stop into that.
-    fn settle(&mut self) -> Result<(), TreeError> {
+    fn sigstop(&mut self) -> Result<(), TreeError> {
         let mut going = Vec::new();
         for (&tid, thread) in &self.threads {
             if thread.state == State::Stopped && !thread.in_group_stop {
-                procs::may_signal(thread.pid)?;
+                procs::check_signal_permission(thread.pid)?;
                 self.settled.insert(thread.pid);
                 going.push(tid);
             }
@@ -370,7 +370,7 @@ impl Freezer<'_> {
                 let pid = thread.pid;
                 procs::children(pid, tid)
                     .into_iter()
-                    .filter(move |&child| crate::sys::signals::same_memory(pid, child))
+                    .filter(move |&child| crate::sys::signals::share_memory(pid, child))
             })
             .collect()
     }

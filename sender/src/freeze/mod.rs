@@ -1,16 +1,18 @@
-//! Stopping a process tree, and letting it go again whatever happens.
+//! Freezes a process tree, and thaws it even if the sender dies.
 //!
-//! The tracer is a process of its own, the *freezer*: this program started once more with a hidden
-//! argument. Whatever kills the sender, at any instant, closes the socket between the two, and the
-//! freezer gives every thread its registers back and lets the tree run. Were the sender itself the
-//! tracer, a SIGKILL between "registers changed" and "registers restored" would crash the target.
-//! If the freezer dies, the kernel detaches its tracees, and they run.
+//! The tracer is a separate process, the *freezer*: the `send` program started again with a hidden argument.
+//! When the sender dies, at any instant, the socket between the two closes, and the freezer restores the
+//! registers of every thread and thaws the tree. If the sender itself were the tracer, a SIGKILL between
+//! "registers changed" and "registers restored" would crash the target. If the freezer dies, the kernel
+//! detaches its tracees, and they run.
 
 pub mod freezer;
 mod inject;
 pub mod procs;
 
-pub use procs::{TreeError, are_held, children, may_signal, process_list, threads};
+pub use procs::{
+    TreeError, are_trace_stopped, check_signal_permission, children, process_list, threads,
+};
 
 use pageferry_common::sys::fdpass;
 use serde::{Deserialize, Serialize};
@@ -20,58 +22,58 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-/// The hidden first argument that makes `send` a freezer.
+/// Hidden first argument of `send` that starts the freezer instead of the sender.
 pub const FREEZER_ARG: &str = "__freezer";
 
-/// Longest message between sender and freezer, bytes.
+/// Maximum length of a message between sender and freezer, in bytes.
 const MESSAGE_MAX: usize = 4096;
 
-/// What happens to the tree when it is let go.
+/// What to do with the tree when it is thawed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Then {
-    /// It runs on.
+    /// Let it run.
     Run,
-    /// It stays stopped by the SIGSTOP that [`Frozen::settle`] gave it; SIGCONT lets it go on.
+    /// Leave it stopped by the SIGSTOP that [`Frozen::sigstop`] sent; SIGCONT resumes it.
     Stop,
-    /// It is killed (SIGKILL).
+    /// Kill it with SIGKILL.
     Kill,
 }
 
 /// One process of a frozen tree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrozenProcess {
-    /// Its PID, as this program's PID namespace counts.
+    /// PID, in the PID namespace of this program.
     pub pid: i32,
-    /// A live thread of it: its leader may have exited before the rest.
+    /// TID of a live thread; not always the leader, which may have exited before the other threads.
     pub tid: i32,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Request {
-    /// Stop the whole tree under this PID.
+    /// Freeze the tree under this PID.
     Freeze { root: i32 },
-    /// Put the (stopped) tree under SIGSTOP, so that it stays stopped when it is let go.
-    Settle,
-    /// Make a userfaultfd in this (stopped) process and hand it over.
+    /// Send SIGSTOP to the frozen tree, so that it stays stopped when it is thawed.
+    Sigstop,
+    /// Create a userfaultfd in this frozen process, and send it to the sender.
     Userfaultfd { pid: i32 },
-    /// Let everything go.
+    /// Thaw the tree.
     Thaw { then: Then },
 }
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Reply {
-    /// One process of the tree; more follow.
+    /// One process of the frozen tree; more replies follow.
     Process(FrozenProcess),
-    /// That was all; the tree is stopped.
+    /// The tree is frozen, and all its processes have been listed.
     Frozen,
-    /// The tree is under SIGSTOP.
-    Settled,
-    /// The descriptor is attached.
+    /// The tree is stopped by SIGSTOP.
+    Sigstopped,
+    /// A userfaultfd was created; it is attached to this message.
     Userfaultfd,
-    /// There is none to be had, and why.
+    /// The process cannot have a userfaultfd, for this reason.
     NoUserfaultfd(String),
-    /// The tree was let go, after this many nanoseconds.
+    /// The tree was thawed, after it was frozen for this many nanoseconds.
     Thawed { stopped_ns: u64 },
     /// The tree could not be stopped; it runs.
     Failed(TreeError),
@@ -80,24 +82,24 @@ enum Reply {
 /// Why a tree could not be frozen.
 #[derive(Debug, thiserror::Error)]
 pub enum FreezeError {
-    /// About the tree; it runs.
+    /// The tree cannot be stopped; it runs.
     #[error(transparent)]
     Tree(#[from] TreeError),
-    /// About the freezer process. The kernel lets the tree run.
+    /// The freezer process failed; the kernel has detached the tree, which runs.
     #[error("the freezer process failed")]
     Freezer(#[source] io::Error),
 }
 
-/// The sender's handle on the freezer process.
+/// Handle of the freezer process.
 #[derive(Debug)]
 pub struct Freezer {
-    /// `None` only while being dropped.
+    /// `None` only while the handle is being dropped.
     socket: Option<OwnedFd>,
     child: Child,
 }
 
 impl Freezer {
-    /// Starts the freezer process: `program` is `send`, wherever it is.
+    /// Starts the freezer process. `program` is the path of the `send` program.
     ///
     /// # Errors
     /// [`FreezeError::Freezer`].
@@ -117,16 +119,16 @@ impl Freezer {
         start().map_err(FreezeError::Freezer)
     }
 
-    /// Stops every thread of every process of the tree under `root`. It stays stopped until the
-    /// guard is thawed or dropped, or this program dies.
+    /// Stops every thread of every process in the tree under `root`. The tree stays frozen until the guard is
+    /// thawed or dropped, or the sender dies.
     ///
     /// # Errors
     /// [`FreezeError`]; the tree runs then.
     pub fn freeze(&mut self, root: i32) -> Result<Frozen<'_>, FreezeError> {
-        self.say(&Request::Freeze { root })?;
+        self.send(&Request::Freeze { root })?;
         let mut processes = Vec::new();
         loop {
-            match self.hear()?.0 {
+            match self.recv()?.0 {
                 Reply::Process(process) => processes.push(process),
                 Reply::Frozen => break,
                 Reply::Failed(why) => return Err(why.into()),
@@ -140,19 +142,19 @@ impl Freezer {
         })
     }
 
-    fn say(&self, request: &Request) -> Result<(), FreezeError> {
+    fn send(&self, request: &Request) -> Result<(), FreezeError> {
         let bytes = serde_json::to_vec(request).expect("requests have string keys only");
         fdpass::send(self.socket(), &bytes, None).map_err(FreezeError::Freezer)
     }
 
-    fn hear(&self) -> Result<(Reply, Option<OwnedFd>), FreezeError> {
+    fn recv(&self) -> Result<(Reply, Option<OwnedFd>), FreezeError> {
         let mut buffer = [0; MESSAGE_MAX];
-        let mut hear = || {
+        let mut recv = || {
             let (len, fd) = fdpass::receive(self.socket(), &mut buffer)?
-                .ok_or_else(|| io::Error::other("it died"))?;
+                .ok_or_else(|| io::Error::other("it exited"))?;
             Ok((serde_json::from_slice(&buffer[..len])?, fd))
         };
-        hear().map_err(FreezeError::Freezer)
+        recv().map_err(FreezeError::Freezer)
     }
 
     fn socket(&self) -> std::os::fd::BorrowedFd<'_> {
@@ -164,20 +166,20 @@ impl Freezer {
 }
 
 fn unexpected(reply: &Reply) -> FreezeError {
-    FreezeError::Freezer(io::Error::other(format!("it said {reply:?}")))
+    FreezeError::Freezer(io::Error::other(format!("unexpected reply {reply:?}")))
 }
 
 impl Drop for Freezer {
     fn drop(&mut self) {
         drop(self.socket.take());
-        // It ends by itself when the socket closes; reaping it is all there is left to do.
+        // The freezer exits when the socket closes; it only has to be reaped.
         let _ = self.child.wait();
     }
 }
 
-/// Proof that the tree is stopped, and the one way to let it go.
+/// Proof that the tree is frozen. Thawing it takes this guard.
 #[derive(Debug)]
-#[must_use = "dropping it lets the tree run"]
+#[must_use = "dropping it thaws the tree"]
 pub struct Frozen<'a> {
     freezer: &'a mut Freezer,
     processes: Vec<FrozenProcess>,
@@ -185,52 +187,53 @@ pub struct Frozen<'a> {
 }
 
 impl Frozen<'_> {
-    /// The processes of the tree, the root first. A zombie has no memory and is not among them,
-    /// nor is a child between vfork and exec, which has none of its own.
+    /// Returns the processes of the tree, the root first. Leaves out zombies, which have no memory, and children
+    /// between vfork and exec, which borrow that of their parent.
     #[must_use]
     pub fn processes(&self) -> &[FrozenProcess] {
         &self.processes
     }
 
-    /// Puts the tree under SIGSTOP, for [`Then::Stop`]. To be called before its memory is read: the
-    /// signals that are pending in it are delivered on the way, which writes to its stacks.
+    /// Sends SIGSTOP to the tree, for [`Then::Stop`]. Must be called before its memory is read: the kernel
+    /// delivers pending signals on the way into the stop, which writes to the stacks.
     ///
     /// # Errors
     /// [`FreezeError`]; the tree runs then.
-    pub fn settle(&mut self) -> Result<(), FreezeError> {
-        self.freezer.say(&Request::Settle)?;
-        match self.freezer.hear()?.0 {
-            Reply::Settled => Ok(()),
+    pub fn sigstop(&mut self) -> Result<(), FreezeError> {
+        self.freezer.send(&Request::Sigstop)?;
+        match self.freezer.recv()?.0 {
+            Reply::Sigstopped => Ok(()),
             Reply::Failed(why) => Err(why.into()),
             other => Err(unexpected(&other)),
         }
     }
 
-    /// A userfaultfd over the memory of `pid`, made by the process itself, which keeps nothing.
+    /// Returns a userfaultfd for the memory of `pid`. The process creates it itself, and keeps no descriptor.
     ///
     /// # Errors
-    /// The inner result tells why this process cannot have one; the outer is the freezer's.
+    /// The inner error is the reason why this process cannot have a userfaultfd; the outer error is a failure of
+    /// the freezer.
     pub fn userfaultfd(&mut self, pid: i32) -> Result<Result<OwnedFd, String>, FreezeError> {
-        self.freezer.say(&Request::Userfaultfd { pid })?;
-        match self.freezer.hear()? {
+        self.freezer.send(&Request::Userfaultfd { pid })?;
+        match self.freezer.recv()? {
             (Reply::Userfaultfd, Some(fd)) => Ok(Ok(fd)),
             (Reply::NoUserfaultfd(why), None) => Ok(Err(why)),
             (other, _) => Err(unexpected(&other)),
         }
     }
 
-    /// Lets the tree go. Returns how long it was stopped.
+    /// Thaws the tree. Returns how long it was frozen.
     ///
     /// # Errors
-    /// [`FreezeError::Freezer`]; the kernel lets the tree run then.
+    /// [`FreezeError::Freezer`]; the kernel has detached the tree then, and it runs.
     pub fn thaw(mut self, then: Then) -> Result<Duration, FreezeError> {
-        self.let_go(then)
+        self.release(then)
     }
 
-    fn let_go(&mut self, then: Then) -> Result<Duration, FreezeError> {
+    fn release(&mut self, then: Then) -> Result<Duration, FreezeError> {
         self.thawed = true;
-        self.freezer.say(&Request::Thaw { then })?;
-        match self.freezer.hear()?.0 {
+        self.freezer.send(&Request::Thaw { then })?;
+        match self.freezer.recv()?.0 {
             Reply::Thawed { stopped_ns } => Ok(Duration::from_nanos(stopped_ns)),
             other => Err(unexpected(&other)),
         }
@@ -240,8 +243,8 @@ impl Frozen<'_> {
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
         if !self.thawed {
-            // On an error's way out. If even this fails the freezer is dead and the tree runs.
-            let _ = self.let_go(Then::Run);
+            // If even this fails, the freezer is dead and the kernel has detached the tree.
+            let _ = self.release(Then::Run);
         }
     }
 }

@@ -77,7 +77,7 @@ pub fn process_list(root: i32) -> Vec<FrozenProcess> {
 
 /// Whether no thread of these processes runs: each is held by a tracer, or has ended.
 #[must_use]
-pub fn are_held(processes: &[FrozenProcess]) -> bool {
+pub fn are_trace_stopped(processes: &[FrozenProcess]) -> bool {
     let held = |pid, tid| matches!(state(pid, tid), None | Some('t' | 'Z' | 'X'));
     let mut all = processes.iter();
     all.all(|process| {
@@ -91,7 +91,7 @@ pub fn are_held(processes: &[FrozenProcess]) -> bool {
 ///
 /// # Errors
 /// [`TreeError::MayNotSignal`].
-pub fn may_signal(pid: i32) -> Result<(), TreeError> {
+pub fn check_signal_permission(pid: i32) -> Result<(), TreeError> {
     match nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), None) {
         Err(nix::Error::EPERM) => Err(TreeError::MayNotSignal(pid)),
         Ok(()) | Err(_) => Ok(()),
@@ -217,7 +217,7 @@ mod tests {
         io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
         let pid = shell.id().cast_signed();
         let list = process_list(pid);
-        let (held, parent) = (are_held(&list), status_field(pid, "PPid"));
+        let (held, parent) = (are_trace_stopped(&list), status_field(pid, "PPid"));
         drop(shell.stdin.take());
         shell.wait().unwrap();
         assert_eq!(list, [FrozenProcess { pid, tid: pid }]);

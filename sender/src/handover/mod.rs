@@ -13,9 +13,9 @@
 
 use crate::copy::{CollectError, Copier, Pass, Scanned, SendError};
 use crate::dirty::DirtyTracker;
-use crate::freeze::{FrozenProcess, are_held, process_list};
+use crate::freeze::{FrozenProcess, are_trace_stopped, process_list};
 use crate::report::Downtime;
-use crate::sink::{Destination, Lost, PageSink, Receipt, SinkError};
+use crate::sink::{CommitError, Destination, Outcome, PageSink, Receipt, SinkError};
 use crate::target::files::needed_files;
 use crate::target::smaps::VmFlags;
 use nix::sys::signal::Signal;
@@ -219,7 +219,7 @@ impl Handover {
             match next {
                 Next::Stopped(criu) => {
                     let processes = process_list(root);
-                    if !are_held(&processes) {
+                    if !are_trace_stopped(&processes) {
                         tracing::warn!("CRIU has not stopped the tree as expected: waiting for it");
                         continue;
                     }
@@ -451,7 +451,7 @@ impl Handover {
         tracing::debug!(images = names.len(), "sending the state");
         for name in names {
             let mut file = File::open(images.join(name.as_str()))?;
-            receiver.state(&name, &mut file)?;
+            receiver.put_state(&name, &mut file)?;
         }
         tracing::debug!("restore");
         receiver.restore(self.options)?;
@@ -479,12 +479,12 @@ impl Handover {
         let receiver = destination(sink)?;
         let refused = match receiver.commit() {
             Ok(()) => return Ok(()),
-            Err(Lost::Refused(error)) => error,
-            Err(Lost::InDoubt(error)) => {
+            Err(CommitError::Refused(error)) => error,
+            Err(CommitError::InDoubt(error)) => {
                 tracing::warn!(why = %error, "the receiver's answer is lost: asking again");
-                match receiver.ask_again() {
-                    Ok(true) => return Ok(()),
-                    Ok(false) => error,
+                match receiver.query_outcome() {
+                    Ok(Outcome::Running) => return Ok(()),
+                    Ok(Outcome::Aborted) => error,
                     Err(source) => return Err(HandoverError::InDoubt { root, source }),
                 }
             }

@@ -15,15 +15,15 @@ pub enum Compression {
     None,
     /// zstd at this level.
     Zstd(i32),
-    /// zstd, at [`FAST`] or faster, while the link is what is waited for, and pages become smaller.
+    /// zstd, at [`DEFAULT_LEVEL`] or faster, while the link is what is waited for, and pages become smaller.
     Auto,
 }
 
 /// The level that is meant where none is said.
-pub const FAST: i32 = 1;
+pub const DEFAULT_LEVEL: i32 = 1;
 
 /// The levels of [`Compression::Auto`]; the other takes about half the time.
-const LEVELS: [i32; 2] = [FAST, -5];
+const LEVELS: [i32; 2] = [DEFAULT_LEVEL, -5];
 
 /// What pages must become at most, of what they were, to be sent so.
 const MOST: f64 = 7.0 / 8.0;

@@ -138,7 +138,7 @@ impl PageSink for CriuSink {
         Ok(())
     }
 
-    fn copies(&self) -> bool {
+    fn supports_copy(&self) -> bool {
         false
     }
 

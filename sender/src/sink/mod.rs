@@ -1,11 +1,11 @@
-//! The network is just another image writer: what a round is written to.
+//! Destinations for rounds: [`PageSink`], and its implementations for the native protocol and for CRIU's.
 
 mod compress;
 mod criu;
 mod link;
 mod native;
 
-pub use compress::{Compression, FAST};
+pub use compress::{Compression, DEFAULT_LEVEL};
 pub use criu::CriuSink;
 pub use native::{Connect, NativeSink, resolve};
 
@@ -19,17 +19,17 @@ use pageferry_common::{BufferPool, ImageId, MemfdName, StateName};
 use std::io;
 use std::sync::Arc;
 
-/// What a receiver speaks.
+/// Protocol that the receiver speaks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dialect {
-    /// Our own protocol, of `receive`.
+    /// Pageferry's own protocol, spoken by `receive`.
     Native,
-    /// CRIU's, of `criu page-server`.
+    /// CRIU's page-server protocol, spoken by `criu page-server`.
     Criu,
 }
 
 impl Dialect {
-    /// Connects to a receiver. Buffers for compressed pages come out of `pool`.
+    /// Connects to a receiver. Takes buffers for compressed pages from `pool`.
     ///
     /// # Errors
     /// [`SinkError`].
@@ -45,54 +45,55 @@ impl Dialect {
     }
 }
 
-/// What a committed round cost and held.
+/// Contents and cost of a committed round.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Receipt {
-    /// What both ends counted.
+    /// Counts that sender and receiver agree on.
     pub totals: Totals,
-    /// Bytes that crossed the link for it, framing and all.
+    /// Bytes on the wire for this round, framing included.
     pub bytes_wire: u64,
 }
 
-/// Why a sink cannot go on.
+/// Why a sink failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SinkError {
-    /// Nobody listens there, or the name is unknown.
+    /// The receiver's host name is unknown, or nothing listens at its address.
     #[error("cannot connect to {to}")]
     Connect {
-        /// Where to, as given.
+        /// Address of the receiver, as given by the user.
         to: String,
-        /// What the kernel said.
+        /// Error from the resolver or the kernel.
         source: io::Error,
     },
-    /// The connection or the peer.
+    /// The connection failed, or the peer broke the protocol or refused.
     #[error(transparent)]
     Wire(WireError),
-    /// One side's certificate is not to the other's liking.
+    /// The TLS handshake failed.
     #[error("no encrypted connection: {0}")]
     Tls(String),
-    /// The receiver counted something else than we did.
-    #[error("the receiver acknowledged something else than was sent")]
-    Disagreement,
-    /// It speaks CRIU's protocol, which has no words for what went wrong.
+    /// The receiver sent a valid message that does not answer what was sent: a wrong type, wrong counts, or a
+    /// wrong number of rounds.
+    #[error("unexpected reply from the receiver")]
+    UnexpectedReply,
+    /// CRIU's page server failed; its protocol has no error messages.
     #[error("the page server {0}")]
     PageServer(String),
-    /// It keeps memory, and no more.
+    /// The receiver stores memory but runs without `--restore`.
     #[error("the receiver does not restore processes")]
     NoRestore,
-    /// An image of CRIU's cannot be read.
-    #[error("cannot read what CRIU has written")]
+    /// An image written by CRIU cannot be read.
+    #[error("cannot read an image written by CRIU")]
     State(#[source] io::Error),
-    /// The user said stop.
+    /// The sender received SIGINT or SIGTERM.
     #[error("interrupted")]
     Interrupted,
-    /// The network thread could not do its work.
+    /// The network thread could not start, or panicked.
     #[error("the network thread failed")]
     Io(#[source] io::Error),
 }
 
 impl SinkError {
-    /// Whether the connection is lost, and nothing else is wrong.
+    /// Returns whether the only problem is that the connection was lost.
     #[must_use]
     pub fn is_broken_connection(&self) -> bool {
         matches!(
@@ -109,16 +110,16 @@ impl SinkError {
         )
     }
 
-    /// Whether it may be otherwise if one connects again.
+    /// Returns whether another connection attempt may succeed.
     #[must_use]
-    pub fn may_pass(&self) -> bool {
+    pub fn is_transient(&self) -> bool {
         match self {
             Self::Wire(WireError::Refused { code, .. }) => matches!(
                 code,
                 RefuseCode::Silent | RefuseCode::Limit | RefuseCode::Busy | RefuseCode::Storage
             ),
             Self::Wire(_) | Self::Connect { .. } | Self::Tls(_) => true,
-            Self::Disagreement
+            Self::UnexpectedReply
             | Self::PageServer(_)
             | Self::NoRestore
             | Self::State(_)
@@ -140,19 +141,38 @@ impl From<WireError> for SinkError {
     }
 }
 
-/// Why a receiver did not say that the process runs there.
+/// Why a commit was not confirmed.
 #[derive(Debug)]
-pub enum Lost {
-    /// It said that it does not, and never will.
+pub enum CommitError {
+    /// The receiver refused: the process does not run there, and never will.
     Refused(SinkError),
-    /// It said nothing.
+    /// No answer arrived: the process may or may not run at the receiver.
     InDoubt(SinkError),
 }
 
-/// Where a process goes on: after the last round `state` for each image of CRIU's, `restore`,
-/// `commit`.
+/// Outcome of a migration, as reported by the receiver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The process runs at the receiver.
+    Running,
+    /// The process does not run at the receiver, and never will.
+    Aborted,
+}
+
+/// Whether the target runs while the sender waits for the receiver. Selects how long the sender waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TargetState {
+    /// The target runs: waiting costs nothing but time.
+    Running,
+    /// The target is frozen: waiting adds to its downtime.
+    Frozen,
+}
+
+/// A receiver that can restore the process. Called after the last round: `put_state` for each of CRIU's images,
+/// `restore`, `commit`.
 pub trait Destination {
-    /// Asks whether these files are there, before the first round. Returns what is wrong, all of it.
+    /// Asks, before the first round, whether the receiver's host has these files. Returns a description of each
+    /// file that is missing or differs.
     ///
     /// # Errors
     /// [`SinkError`].
@@ -162,91 +182,93 @@ pub trait Destination {
     ///
     /// # Errors
     /// [`SinkError`].
-    fn state(&mut self, name: &StateName, image: &mut dyn io::Read) -> Result<(), SinkError>;
+    fn put_state(&mut self, name: &StateName, image: &mut dyn io::Read) -> Result<(), SinkError>;
 
-    /// Has the process restored, and returns when it could run.
+    /// Asks the receiver to restore the process, and returns when the copy is ready to run.
     ///
     /// # Errors
-    /// [`SinkError`]; nothing is left of it then.
+    /// [`SinkError`]; the receiver has removed the copy then.
     fn restore(&mut self, options: Options) -> Result<(), SinkError>;
 
-    /// Lets the copy run, and returns when it does.
+    /// Asks the receiver to resume the copy, and returns when it runs.
     ///
     /// # Errors
-    /// [`Lost`].
-    fn commit(&mut self) -> Result<(), Lost>;
+    /// [`CommitError`].
+    fn commit(&mut self) -> Result<(), CommitError>;
 
-    /// After [`Lost::InDoubt`]: connects anew, as often as it takes in the time allowed, and asks
-    /// whether the copy runs. If it does not, it never will.
+    /// Reconnects after [`CommitError::InDoubt`], retrying until the stall timeout, and asks for the outcome.
     ///
     /// # Errors
-    /// [`SinkError`]; then it is still in doubt.
-    fn ask_again(&mut self) -> Result<bool, SinkError>;
+    /// [`SinkError`]; the outcome is still in doubt then.
+    fn query_outcome(&mut self) -> Result<Outcome, SinkError>;
 }
 
-/// Takes the rounds of one migration, in order: `prepare`, `begin`, then for each image `open` and
-/// any number of `put`, then `commit`; at the end `finish`.
+/// Takes the rounds of one migration. Order of calls: for each round `prepare`, `begin`, then for each image `open`
+/// and any number of `put`, then `commit`; after the last round `finish`.
 pub trait PageSink {
-    /// Gets ready for a round while the tree still runs.
+    /// Prepares for a round while the target still runs.
     ///
     /// # Errors
-    /// [`SinkError`]; the sink is of no use afterwards. So for all that follows.
+    /// [`SinkError`]. Here and in all other methods, the sink is unusable after an error unless `reconnect`
+    /// succeeds.
     fn prepare(&mut self) -> Result<(), SinkError> {
         Ok(())
     }
 
-    /// While the tree is frozen, a receiver is not waited for as long as otherwise.
-    fn frozen(&mut self, _is: bool) {}
+    /// Sets how long to wait for the receiver, by whether the target runs meanwhile. Takes effect at once, also
+    /// for a wait that has begun.
+    fn set_target_state(&mut self, _state: TargetState) {}
 
-    /// After a failure that [`SinkError::is_broken_connection`]: connects anew, and finds out what arrived. If
-    /// a round was on its way, returns its receipt if the receiver has it after all; else it has not, and never
-    /// will.
+    /// Reconnects after a failure for which [`SinkError::is_broken_connection`] is true, and asks the receiver
+    /// which rounds it has. If a round was in flight, returns its receipt if the receiver has the whole round;
+    /// otherwise returns `None`, and the receiver has discarded it.
     ///
     /// # Errors
-    /// [`SinkError`]; `broken` itself if that is all there is to say.
+    /// [`SinkError`]; `broken` itself if the sink does not reconnect.
     fn reconnect(&mut self, broken: SinkError) -> Result<Option<Receipt>, SinkError> {
         Err(broken)
     }
 
-    /// A round begins. `uptime_us` is the source host's uptime when its tree was frozen, µs.
+    /// Begins a round. `uptime_us` is the uptime of the sender's host when the target was frozen, in µs.
     ///
     /// # Errors
     /// [`SinkError`].
     fn begin(&mut self, round: u32, kind: RoundKind, uptime_us: u64) -> Result<(), SinkError>;
 
-    /// What is put from now on belongs to this image.
+    /// Begins an image: all later `put` belong to it.
     ///
     /// # Errors
     /// [`SinkError`].
     fn open(&mut self, image: ImageId) -> Result<(), SinkError>;
 
-    /// The image is of a segment that a memfd of this name could be. For who restores it.
+    /// Names the memfd that the open image, a shared segment, can be restored as. Sent only to a receiver that
+    /// restores processes.
     ///
     /// # Errors
     /// [`SinkError`].
-    fn memfd(&mut self, _name: &MemfdName) -> Result<(), SinkError> {
+    fn memfd_name(&mut self, _name: &MemfdName) -> Result<(), SinkError> {
         Ok(())
     }
 
-    /// Entries, ascending through all calls of an image, and the pages of those that have data.
+    /// Sends entries, in ascending order across all calls for one image, and the pages of the data entries.
     ///
     /// # Errors
     /// [`SinkError`].
     fn put(&mut self, entries: Vec<Entry>, pages: Bytes) -> Result<(), SinkError>;
 
-    /// Ends the round; returns when it is durable.
+    /// Ends the round, and returns when it is durable at the receiver.
     ///
     /// # Errors
-    /// [`SinkError`]; the receiver then keeps the rounds before this one.
+    /// [`SinkError`]; the receiver keeps the earlier rounds.
     fn commit(&mut self) -> Result<Receipt, SinkError>;
 
-    /// No more rounds.
+    /// Ends the migration after the last round.
     ///
     /// # Errors
     /// [`SinkError`].
     fn finish(&mut self) -> Result<(), SinkError>;
 
-    /// Whether the sink still is of use: that the user said stop shows here, too.
+    /// Checks, without blocking, that the connection is up and the user has not interrupted the sender.
     ///
     /// # Errors
     /// [`SinkError`].
@@ -254,19 +276,20 @@ pub trait PageSink {
         Ok(())
     }
 
-    /// Whether the receiver can store pages of the round before again (`EntryKind::Copy`).
-    fn copies(&self) -> bool {
+    /// Returns whether the receiver supports [`EntryKind::Copy`](pageferry_common::wire::EntryKind::Copy): storing
+    /// a page of the previous round again.
+    fn supports_copy(&self) -> bool {
         true
     }
 
-    /// The receiver as a place where the process can go on; `None` if it restores none.
+    /// Returns the receiver as a destination for the process; `None` if it does not restore processes.
     fn destination(&mut self) -> Option<&mut dyn Destination> {
         None
     }
 
-    /// Where the receiver puts the rounds; empty if it does not say.
+    /// Returns the receiver's directory for this migration; empty if the receiver did not report it.
     fn directory(&self) -> &str;
 
-    /// What it counts; for a progress display.
+    /// Returns the counters behind the progress display.
     fn counters(&self) -> Arc<Counters>;
 }

@@ -2,7 +2,7 @@
 
 use super::compress::{Compression, Compressor, Pace};
 use super::link::{Duplex, Link, dial};
-use super::{Destination, Lost, PageSink, Receipt, SinkError};
+use super::{CommitError, Destination, Outcome, PageSink, Receipt, SinkError, TargetState};
 use crate::progress::Counters;
 use bytes::Bytes;
 use pageferry_common::criu::session::Options;
@@ -56,7 +56,7 @@ pub struct Connect {
     /// What to do with pages.
     pub compression: Compression,
     /// Whether the process itself is to follow its memory.
-    pub moves: bool,
+    pub needs_restore: bool,
 }
 
 enum Outgoing {
@@ -118,7 +118,7 @@ impl NativeSink {
         };
         match sink.welcome()? {
             0 => Ok(sink),
-            _ => Err(SinkError::Disagreement),
+            _ => Err(SinkError::UnexpectedReply),
         }
     }
 
@@ -131,7 +131,7 @@ impl NativeSink {
             ..
         } = self.link.hear()?
         else {
-            return Err(SinkError::Disagreement);
+            return Err(SinkError::UnexpectedReply);
         };
         self.directory = directory;
         self.restores = features & wire::FEATURE_RESTORE != 0;
@@ -154,12 +154,14 @@ impl NativeSink {
 }
 
 impl PageSink for NativeSink {
-    fn frozen(&mut self, is: bool) {
+    fn set_target_state(&mut self, state: TargetState) {
         let Connect {
             stall, max_frozen, ..
         } = self.connect;
-        self.patience
-            .set(if is { stall.min(max_frozen) } else { stall });
+        self.patience.set(match state {
+            TargetState::Running => stall,
+            TargetState::Frozen => stall.min(max_frozen),
+        });
     }
 
     fn reconnect(&mut self, broken: SinkError) -> Result<Option<Receipt>, SinkError> {
@@ -167,7 +169,7 @@ impl PageSink for NativeSink {
         if within.is_zero() {
             return Err(broken);
         }
-        self.frozen(false);
+        self.set_target_state(TargetState::Running);
         let why = with_causes(&broken);
         tracing::warn!(
             why,
@@ -186,7 +188,7 @@ impl PageSink for NativeSink {
                 self.acked = rounds;
                 Ok(Some(self.receipt()))
             }
-            _ => Err(SinkError::Disagreement),
+            _ => Err(SinkError::UnexpectedReply),
         }
     }
 
@@ -207,7 +209,7 @@ impl PageSink for NativeSink {
         self.say(Message::ImageOpen(image))
     }
 
-    fn memfd(&mut self, name: &MemfdName) -> Result<(), SinkError> {
+    fn memfd_name(&mut self, name: &MemfdName) -> Result<(), SinkError> {
         match self.restores {
             true => self.say(Message::Memfd(name.clone())),
             false => Ok(()),
@@ -244,7 +246,7 @@ impl PageSink for NativeSink {
         let round = self.acked + 1;
         let totals = self.totals;
         if self.link.hear()? != (Message::RoundAck { round, totals }) {
-            return Err(SinkError::Disagreement);
+            return Err(SinkError::UnexpectedReply);
         }
         self.ended = false;
         self.acked = round;
@@ -288,12 +290,12 @@ impl Destination for NativeSink {
             match self.link.hear()? {
                 Message::Lacks { what } if lacks.len() < most => lacks.push(what),
                 Message::Checked => return Ok(lacks),
-                _ => return Err(SinkError::Disagreement),
+                _ => return Err(SinkError::UnexpectedReply),
             }
         }
     }
 
-    fn state(&mut self, name: &StateName, image: &mut dyn io::Read) -> Result<(), SinkError> {
+    fn put_state(&mut self, name: &StateName, image: &mut dyn io::Read) -> Result<(), SinkError> {
         let mut last = false;
         while !last {
             let mut piece = Vec::new();
@@ -311,27 +313,27 @@ impl Destination for NativeSink {
         self.say(Message::Restore { options })?;
         match self.link.hear()? {
             Message::Restored => Ok(()),
-            _ => Err(SinkError::Disagreement),
+            _ => Err(SinkError::UnexpectedReply),
         }
     }
 
-    fn commit(&mut self) -> Result<(), Lost> {
+    fn commit(&mut self) -> Result<(), CommitError> {
         let answer = match self.say(Message::Commit) {
             Ok(()) => self.link.hear(),
             Err(error) => Err(error),
         };
         match answer {
             Ok(Message::Running) => Ok(()),
-            Ok(_) => Err(Lost::InDoubt(SinkError::Disagreement)),
+            Ok(_) => Err(CommitError::InDoubt(SinkError::UnexpectedReply)),
             // Only these are the receiver's own words.
             Err(refused @ SinkError::Wire(WireError::Refused { .. })) => {
-                Err(Lost::Refused(refused))
+                Err(CommitError::Refused(refused))
             }
-            Err(error) => Err(Lost::InDoubt(error)),
+            Err(error) => Err(CommitError::InDoubt(error)),
         }
     }
 
-    fn ask_again(&mut self) -> Result<bool, SinkError> {
+    fn query_outcome(&mut self) -> Result<Outcome, SinkError> {
         let Connect {
             to,
             claim,
@@ -353,14 +355,14 @@ pub fn resolve(
     claim: Claim,
     patience: Duration,
     tls: Option<Arc<ClientConfig>>,
-) -> Result<bool, SinkError> {
-    let conversation = move |_: mpsc::Receiver<()>, replies: mpsc::UnboundedSender<bool>| async move {
+) -> Result<Outcome, SinkError> {
+    let conversation = move |_: mpsc::Receiver<()>, replies: mpsc::UnboundedSender<Outcome>| async move {
         let began = Instant::now();
         loop {
             match ask(&to, claim, patience, tls.as_ref()).await {
-                Ok(running) => {
+                Ok(outcome) => {
                     // The one who asks waits for it.
-                    let _ = replies.send(running);
+                    let _ = replies.send(outcome);
                     return Ok(());
                 }
                 Err(error) if began.elapsed() > patience => return Err(error),
@@ -377,7 +379,7 @@ async fn ask(
     claim: Claim,
     stall: Duration,
     tls: Option<&Arc<ClientConfig>>,
-) -> Result<bool, SinkError> {
+) -> Result<Outcome, SinkError> {
     let (read, write) = split(dial(to, stall, stall, tls).await?);
     let phase = SharedPhase::default();
     let mut reader = FrameReader::new(read, phase.clone(), stall);
@@ -386,8 +388,11 @@ async fn ask(
     loop {
         match reader.next().await? {
             Incoming::Message(Message::Working) => {}
-            Incoming::Message(Message::Outcome { running }) => return Ok(running),
-            Incoming::Message(_) | Incoming::Chunk { .. } => return Err(SinkError::Disagreement),
+            Incoming::Message(Message::Outcome { running: true }) => return Ok(Outcome::Running),
+            Incoming::Message(Message::Outcome { running: false }) => return Ok(Outcome::Aborted),
+            Incoming::Message(_) | Incoming::Chunk { .. } => {
+                return Err(SinkError::UnexpectedReply);
+            }
         }
     }
 }
@@ -425,7 +430,7 @@ async fn converse(
     let (mut reader, mut writer, phase) = loop {
         match greet(&connect, attempt, &patience, &replies, &pace).await {
             Ok(greeted) => break greeted,
-            Err(error) if !error.may_pass() || began.elapsed() + pause > within => {
+            Err(error) if !error.is_transient() || began.elapsed() + pause > within => {
                 return Err(error);
             }
             Err(error) => tracing::debug!(why = with_causes(&error), "not connected yet"),
@@ -478,7 +483,7 @@ async fn greet(
     ]);
     let mut writer = FrameWriter::new(write, phase.clone(), patience.clone());
     let mut features = 0;
-    if connect.moves {
+    if connect.needs_restore {
         features |= wire::FEATURE_RESTORE;
     }
     if connect.compression != Compression::None {
@@ -499,7 +504,9 @@ async fn greet(
                 let _ = replies.send(welcome);
                 return Ok((reader, writer, phase));
             }
-            Incoming::Message(_) | Incoming::Chunk { .. } => return Err(SinkError::Disagreement),
+            Incoming::Message(_) | Incoming::Chunk { .. } => {
+                return Err(SinkError::UnexpectedReply);
+            }
         }
     }
 }

@@ -197,7 +197,7 @@ mod tests {
     #[test]
     fn what_is_not_protected_is_listed_page_table_or_not() {
         const PAGES: u64 = 6 * 512;
-        let Ok(uffd) = Uffd::of_this_process() else {
+        let Ok(uffd) = Uffd::for_this_process() else {
             eprintln!("skipped: this kernel has no asynchronous write-protection");
             return;
         };

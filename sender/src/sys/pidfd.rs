@@ -18,7 +18,7 @@ pub fn open(pid: i32) -> io::Result<OwnedFd> {
 
 /// Whether the process is still there (a zombie is not).
 #[must_use]
-pub fn alive(pidfd: BorrowedFd<'_>) -> bool {
+pub fn is_alive(pidfd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd {
         fd: pidfd.as_raw_fd(),
         events: libc::POLLIN,

@@ -6,17 +6,17 @@ use super::check;
 /// `CAP_SYS_NICE` nothing changes, and a stop on a busy machine may last a time slice longer.
 #[derive(Debug)]
 #[must_use]
-pub struct Urgent(());
+pub struct RealtimePriority(());
 
-impl Urgent {
+impl RealtimePriority {
     /// From now on.
-    pub fn begin() -> Self {
+    pub fn raise() -> Self {
         set_policy(libc::SCHED_FIFO | libc::SCHED_RESET_ON_FORK, 1);
         Self(())
     }
 }
 
-impl Drop for Urgent {
+impl Drop for RealtimePriority {
     fn drop(&mut self) {
         set_policy(libc::SCHED_OTHER, 0);
     }

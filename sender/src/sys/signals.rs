@@ -26,7 +26,7 @@ pub fn reset(number: Signal) -> io::Result<()> {
 
 /// Whether two processes share one memory (a vfork child and its parent do).
 #[must_use]
-pub fn same_memory(a: i32, b: i32) -> bool {
+pub fn share_memory(a: i32, b: i32) -> bool {
     const KCMP_VM: libc::c_int = 1;
     // SAFETY: kcmp takes numbers only.
     let result = unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_VM, 0, 0) };

@@ -46,21 +46,21 @@ impl Uffd {
     ///
     /// # Errors
     /// The kernel's: `ENOSYS` without userfaultfd, `EPERM` where it is forbidden.
-    pub fn of_this_process() -> io::Result<Self> {
+    pub fn for_this_process() -> io::Result<Self> {
         use std::os::fd::FromRawFd;
         // SAFETY: userfaultfd takes no pointers; the descriptor it returns is new and ours alone.
         let fd = unsafe {
             let fd = check(libc::syscall(libc::SYS_userfaultfd, CREATE_FLAGS))?;
             OwnedFd::from_raw_fd(fd as i32)
         };
-        Self::agree(fd)
+        Self::handshake(fd)
     }
 
     /// Agrees with the kernel on asynchronous write-protection of every kind of memory.
     ///
     /// # Errors
     /// `EINVAL` from a kernel before 6.7; the target's memory being gone shows later.
-    pub fn agree(fd: OwnedFd) -> io::Result<Self> {
+    pub fn handshake(fd: OwnedFd) -> io::Result<Self> {
         let mut api = UffdioApi {
             api: UFFD_API,
             // UNPOPULATED only so that PAGEMAP_SCAN reports anonymous memory at all.
@@ -100,7 +100,7 @@ impl Uffd {
     ///
     /// # Errors
     /// The kernel's, if it has no asynchronous write-protection.
-    pub fn protection_moves(&self) -> io::Result<bool> {
+    pub fn mremap_keeps_protection(&self) -> io::Result<bool> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let len = PAGE_SIZE as usize;
         let page = || {

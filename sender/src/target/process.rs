@@ -86,7 +86,7 @@ impl Process {
     /// Whether it still is the process it was (not a later one of the same number).
     #[must_use]
     pub fn alive(&self) -> bool {
-        pidfd::alive(self.pidfd.as_fd())
+        pidfd::is_alive(self.pidfd.as_fd())
     }
 
     /// Whether one of its own mappings may change while CRIU dumps it ([`crate::target::tree::Pass::DuringDump`]).

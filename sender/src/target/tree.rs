@@ -520,7 +520,7 @@ fn send_task(
         let task = &*task;
         let parent = task.baseline.pages();
         let mut source = ProcessSource::new(task);
-        let copy = sink.copies().then_some(EntryKind::Copy);
+        let copy = sink.supports_copy().then_some(EntryKind::Copy);
         let mut stream = ImageStream::new(sink, pool, parent, &mut hashes, &mut changed, told_once);
         for vma in &task.vmas {
             let kept = match (vma.class, pass.kind()) {
@@ -709,7 +709,7 @@ fn send_segment(
 ) -> Result<u64, StreamError> {
     sink.open(ImageId::Shmem(key.inode))?;
     if let Some(name) = &segment.memfd {
-        sink.memfd(name)?;
+        sink.memfd_name(name)?;
     }
     let file = segment.file.try_clone().map_err(StreamError::Source)?;
     let size = file.metadata().map_err(StreamError::Source)?.len();
