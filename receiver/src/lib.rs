@@ -7,6 +7,7 @@ pub mod cli;
 pub mod file_error;
 pub mod image;
 pub mod quota;
+pub mod refusal;
 pub mod restore;
 pub mod run;
 pub mod server;

@@ -9,9 +9,10 @@ use pageferry_common::wire::{
 };
 use pageferry_common::{Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, StateName, Token};
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::server::admission::Admission;
+use pageferry_receiver::refusal::Failure;
+use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::native::receive;
-use pageferry_receiver::session::{Failure, Limits, Migration};
+use pageferry_receiver::session::{Limits, Migration};
 use pageferry_receiver::storage::store::Store;
 use pageferry_receiver::tools::verify::verify;
 use std::fs;

@@ -13,10 +13,11 @@ use pageferry_common::{
     BufferPool, Claim, ImageId, MemfdName, MigrationId, PAGE_SIZE, PageRange, StateName, Token,
 };
 use pageferry_receiver::quota::Bounds;
+use pageferry_receiver::refusal::Failure;
 use pageferry_receiver::restore::Restorer;
-use pageferry_receiver::server::admission::Admission;
+use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::native::receive;
-use pageferry_receiver::session::{Failure, Limits, Migration};
+use pageferry_receiver::session::{Limits, Migration};
 use pageferry_receiver::storage::store::Store;
 use pageferry_sender::sink::{CommitError, Compression, Connect, Dialect, SinkError};
 use pageferry_tests::criu::Criu;

@@ -12,8 +12,9 @@ use super::image_writer::ImageWriter;
 use super::{DirName, FIRST_PAGES_ID, INVENTORY, PARENT};
 use crate::file_error::{FileError, failed};
 use crate::quota::{Bounds, Quota, QuotaError};
+use crate::refusal::Refusal;
 use pageferry_common::criu::page_server::PageLocation;
-use pageferry_common::wire::{Entry, EntryKind};
+use pageferry_common::wire::{self, Entry, EntryKind};
 use pageferry_common::{ImageId, PageRange, StateName};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -34,6 +35,16 @@ pub enum WriteError {
     /// What was sent makes no image.
     #[error("{0}")]
     Protocol(String),
+}
+
+impl From<WriteError> for Refusal {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Storage(file) => file.into(),
+            WriteError::Quota(quota) => quota.into(),
+            WriteError::Protocol(what) => Self::new(wire::RefuseCode::Protocol, what),
+        }
+    }
 }
 
 /// What pages are that are simply there.

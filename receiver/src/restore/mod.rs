@@ -5,6 +5,7 @@
 //! dies. A migration that is committed will run here, if need be restored once more; one that is
 //! aborted never will.
 
+pub mod cache;
 pub mod filler;
 pub mod lazy;
 pub mod outcome;

@@ -1,10 +1,10 @@
 //! Restoring a process with CRIU.
 
 use crate::image::index::Catalog;
+use crate::refusal::Refusal;
 use crate::restore::filler::handle::Filler;
 use crate::restore::outcome::Outcome;
 use crate::restore::segments::Prefilled;
-use crate::session::Refusal;
 use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

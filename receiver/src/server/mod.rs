@@ -1,15 +1,16 @@
 //! Accepting senders: any number, one after another and at once, none in another's way.
 
-pub mod admission;
 pub mod detect;
 pub mod tls;
 
+use crate::refusal::Failure;
 use crate::restore::Restorer;
-use crate::server::admission::{Admission, Pending};
 use crate::server::detect::{Dialect, FIRST_BYTES, detect};
 use crate::server::tls::{Accepted, Secure};
-use crate::session::{Failure, Limits, Migration, criu, native};
-use crate::storage::store::{Disconnect, Store};
+use crate::session::admission::{Admission, Pending};
+use crate::session::{Limits, Migration, criu, native};
+use crate::storage::lease::Disconnect;
+use crate::storage::store::Store;
 use crate::with_causes;
 use nix::sys::socket::{MsgFlags, recv};
 use pageferry_common::wire::WireError;
@@ -94,7 +95,7 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
                 continue;
             }
             () = &mut waiting, if lost.is_some() => {
-                let came = |lost: &mut (Migration, _)| store.is_taken(&lost.0.directory);
+                let came = |lost: &mut (Migration, _)| store.is_leased(&lost.0.directory);
                 match lost.take_if(|lost| !came(lost)) {
                     Some((migration, result)) => return Ok(Ended::Once(migration, result)),
                     None => waiting.as_mut().reset(Instant::now() + patience),
@@ -130,7 +131,7 @@ async fn connection(
     options: &Options,
 ) -> Option<(Dialect, Over)> {
     let limits = options.limits;
-    let pending = match Disconnect::of(&stream) {
+    let pending = match Disconnect::new(&stream) {
         Ok(cut) => pending.with(cut),
         Err(error) => {
             tracing::error!(event = "connection_refused", %peer, %error, "refused");

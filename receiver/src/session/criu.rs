@@ -7,12 +7,13 @@
 //! message for errors: closing the connection, or at the end a status other than 0, is how its dump
 //! fails, and the dumped processes then run on.
 
-use super::{Failure, Limits, Migration, Refusal};
 use crate::image::DirName;
 use crate::image::format::PagemapEntry;
 use crate::image::writer::DirWriter;
 use crate::quota::Quota;
-use crate::server::admission::Pending;
+use crate::refusal::{Failure, Refusal};
+use crate::session::admission::Pending;
+use crate::session::{Limits, Migration};
 use crate::storage::store::Store;
 use crate::storage::writer_thread::Disk;
 use pageferry_common::criu::page_server::{self, Command, Header, PageLocation, Width};

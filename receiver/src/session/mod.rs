@@ -1,14 +1,11 @@
 //! The protocols spoken on the port, told apart by their first bytes.
 
+pub mod admission;
 pub mod criu;
 pub mod native;
 pub mod page_client;
 
-use crate::image::FileError;
-use crate::image::writer::WriteError;
-use crate::quota::{Bounds, QuotaError};
-use crate::with_causes;
-use pageferry_common::wire::{RefuseCode, WireError};
+use crate::quota::Bounds;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -41,81 +38,4 @@ pub struct Migration {
     pub data_pages: u64,
     /// Bytes received on the wire.
     pub bytes_wire: u64,
-}
-
-/// A reason to end a connection that is not the peer's protocol.
-#[derive(Debug, thiserror::Error)]
-#[error("{reason}")]
-pub struct Refusal {
-    /// Its class.
-    pub code: RefuseCode,
-    /// In words, for the peer if its protocol has any.
-    pub reason: String,
-}
-
-impl Refusal {
-    /// A refusal.
-    pub fn new(code: RefuseCode, reason: impl Into<String>) -> Self {
-        let reason = reason.into();
-        Self { code, reason }
-    }
-}
-
-impl From<FileError> for Refusal {
-    fn from(error: FileError) -> Self {
-        Self::new(RefuseCode::Storage, with_causes(&error))
-    }
-}
-
-impl From<QuotaError> for Refusal {
-    fn from(error: QuotaError) -> Self {
-        match error {
-            QuotaError::File(file) => file.into(),
-            limit => Self::new(RefuseCode::Limit, limit.to_string()),
-        }
-    }
-}
-
-impl From<WriteError> for Refusal {
-    fn from(error: WriteError) -> Self {
-        match error {
-            WriteError::Storage(file) => file.into(),
-            WriteError::Quota(quota) => quota.into(),
-            WriteError::Protocol(what) => Self::new(RefuseCode::Protocol, what),
-        }
-    }
-}
-
-/// Why a connection ended early.
-#[derive(Debug, thiserror::Error)]
-pub enum Failure {
-    /// The connection, or the peer on it.
-    #[error(transparent)]
-    Wire(#[from] WireError),
-    /// Something else.
-    #[error(transparent)]
-    Refusal(#[from] Refusal),
-}
-
-impl Failure {
-    /// Whether the connection is lost, and nothing else is wrong.
-    #[must_use]
-    pub fn is_broken_connection(&self) -> bool {
-        matches!(
-            self,
-            Self::Wire(WireError::Io(_) | WireError::Closed | WireError::Stalled(_))
-        )
-    }
-}
-
-impl From<FileError> for Failure {
-    fn from(error: FileError) -> Self {
-        Refusal::from(error).into()
-    }
-}
-
-impl From<QuotaError> for Failure {
-    fn from(error: QuotaError) -> Self {
-        Refusal::from(error).into()
-    }
 }

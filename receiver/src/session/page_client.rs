@@ -1,7 +1,7 @@
 //! CRIU's page-server protocol, giving: pages of finished images to `criu lazy-pages`, which fetches
 //! what a restored process touches, and in the background everything else.
 
-use crate::image::FileError;
+use crate::file_error::FileError;
 use crate::image::chain::{images, levels, newest_round};
 use crate::image::index::{Index, Pages};
 use pageferry_common::criu::page_server::{

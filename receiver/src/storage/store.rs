@@ -4,17 +4,14 @@
 use crate::image::chain::names;
 use crate::image::writer::{create_image, sync};
 use crate::image::{DirName, FileError, failed};
+use crate::storage::lease::{Disconnect, Lease, Leases};
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::{Shutdown, shutdown};
 use pageferry_common::{Claim, ImageId, Token};
-use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
 /// The file that says which receiver works here.
 const LOCK: &str = ".lock";
@@ -32,45 +29,8 @@ pub struct Store {
     dir: PathBuf,
     /// The number of the last dump that CRIU began.
     last_dump: AtomicU32,
-    /// Migrations that somebody works on, and how to end that.
-    busy: Arc<Mutex<BTreeMap<PathBuf, Disconnect>>>,
+    leases: Leases,
     _lock: Flock<File>,
-}
-
-/// Cuts a connection, as if the link were gone: whoever converses on it comes to an end.
-#[derive(Debug, Clone, Default)]
-pub struct Disconnect(Option<Arc<OwnedFd>>);
-
-impl Disconnect {
-    /// Of a connection.
-    ///
-    /// # Errors
-    /// The kernel's, if there are too many descriptors.
-    pub fn of(stream: &impl AsFd) -> io::Result<Self> {
-        let socket = stream.as_fd().try_clone_to_owned()?;
-        Ok(Self(Some(Arc::new(socket))))
-    }
-
-    fn cut(&self) {
-        if let Some(socket) = &self.0 {
-            // One that is closed already needs no cutting.
-            let _ = shutdown(socket.as_raw_fd(), Shutdown::Both);
-        }
-    }
-}
-
-/// A migration that nobody else works on while this lives.
-#[derive(Debug)]
-pub struct Lease {
-    home: PathBuf,
-    busy: Arc<Mutex<BTreeMap<PathBuf, Disconnect>>>,
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        busy.remove(&self.home);
-    }
 }
 
 /// Why a directory cannot be used.
@@ -127,7 +87,7 @@ impl Store {
         let store = Self {
             dir,
             last_dump: AtomicU32::new(0),
-            busy: Arc::default(),
+            leases: Leases::default(),
             _lock: lock,
         };
         store.remove_torn()?;
@@ -180,27 +140,17 @@ impl Store {
         }
     }
 
-    /// Takes a migration for oneself. If somebody has it, returns `None`, and cuts that connection: its sender
-    /// says that it is lost.
+    /// Leases the migration in `home` to the connection of `disconnect`. If another connection holds it,
+    /// closes that one and returns `None`: try again.
     #[must_use]
-    pub fn try_lease(&self, home: &Path, cut: &Disconnect) -> Option<Lease> {
-        let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(theirs) = busy.get(home) {
-            theirs.cut();
-            return None;
-        }
-        busy.insert(home.to_owned(), cut.clone());
-        Some(Lease {
-            home: home.to_owned(),
-            busy: Arc::clone(&self.busy),
-        })
+    pub fn try_lease(&self, home: &Path, disconnect: &Disconnect) -> Option<Lease> {
+        self.leases.try_lease(home, disconnect)
     }
 
-    /// Whether somebody works on a migration.
+    /// Returns whether a connection works on the migration in `home`.
     #[must_use]
-    pub fn is_taken(&self, home: &Path) -> bool {
-        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        busy.contains_key(home)
+    pub fn is_leased(&self, home: &Path) -> bool {
+        self.leases.is_leased(home)
     }
 
     /// How many complete rounds there are of a migration. Those of before this host was started do not count if

@@ -1,6 +1,6 @@
 //! The thread that writes: everything of one connection, in the order it came.
 
-use crate::session::{Failure, Refusal};
+use crate::refusal::{Failure, Refusal};
 use pageferry_common::wire::RefuseCode;
 use tokio::sync::mpsc;
 

@@ -7,7 +7,7 @@ use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::format::PagemapEntry;
 use pageferry_receiver::image::writer::DirWriter;
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::server::admission::Admission;
+use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::page_client::Served;
 use pageferry_receiver::session::{Limits, Migration, criu};
 use pageferry_receiver::storage::store::Store;

@@ -5,7 +5,7 @@ use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{Chunk, Entry, EntryKind, FrameKind, Header, Message, Totals};
 use pageferry_common::{ImageId, PageRange};
 use pageferry_receiver::quota::Bounds;
-use pageferry_receiver::server::admission::Admission;
+use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::{Limits, Migration, native};
 use pageferry_receiver::storage::store::Store;
 use pageferry_receiver::tools::verify::verify;

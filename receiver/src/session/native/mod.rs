@@ -6,17 +6,16 @@
 mod restore;
 pub use restore::finish_all;
 
-use crate::image::chain::levels;
-use crate::image::index::{Catalog, Pages};
+use crate::image::DirName;
 use crate::image::writer::{DirWriter, sync, sync_all, write_state};
-use crate::image::{DirName, FileError};
 use crate::quota::Quota;
-use crate::restore::lazy::{self, Prepared};
-use crate::restore::segments::Segments;
+use crate::refusal::{Failure, Refusal};
+use crate::restore::cache::RestoreCache;
 use crate::restore::{Outcome, Restorer};
-use crate::server::admission::{Pending, SenderSlot};
-use crate::session::{Failure, Limits, Migration, Refusal};
-use crate::storage::store::{Disconnect, Lease, Store};
+use crate::session::admission::{Pending, SenderSlot};
+use crate::session::{Limits, Migration};
+use crate::storage::lease::{Disconnect, Lease};
+use crate::storage::store::Store;
 use crate::storage::writer_thread::Disk;
 use crate::with_causes;
 use bytes::Bytes;
@@ -30,7 +29,6 @@ use pageferry_common::wire::{
     Totals, WireError,
 };
 use pageferry_common::{BufferPool, CHUNK_SIZE, Claim, ImageId, MemfdName, PAGE_SIZE, StateName};
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -141,7 +139,12 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             taken: _taken,
         } = greeted;
         let kept = match restorer.filter(|restorer| moves && restorer.lazy) {
-            Some(_) => Some(Arc::new(Mutex::new(RestoreCache::of(&home, rounds).await))),
+            Some(_) => {
+                let home = home.clone();
+                let load = spawn_blocking(move || RestoreCache::load(&home, rounds));
+                let cache = load.await.expect("reading pagemaps does not panic");
+                Some(Arc::new(Mutex::new(cache)))
+            }
             None => None,
         };
         // What the first hardware breakpoint costs, CRIU's would cost the process that waits to be restored.
@@ -557,93 +560,6 @@ enum Job {
     },
 }
 
-/// What is kept in memory of what arrives, so that restoring need not read it: by the thread that writes,
-/// for who restores.
-#[derive(Debug)]
-pub(super) struct RestoreCache {
-    pub(super) segments: Segments,
-    /// `None` once it cannot be kept.
-    pub(super) catalog: Option<Catalog>,
-    /// Segments that came with rounds of an earlier connection.
-    earlier: BTreeSet<u64>,
-}
-
-impl Default for RestoreCache {
-    fn default() -> Self {
-        Self {
-            segments: Segments::default(),
-            catalog: Some(Catalog::default()),
-            earlier: BTreeSet::new(),
-        }
-    }
-}
-
-impl RestoreCache {
-    /// Of a migration that has so many rounds.
-    async fn of(home: &Path, rounds: u32) -> Self {
-        let home = home.to_owned();
-        let load = move || {
-            let mut kept = Self::default();
-            (0..rounds).for_each(|_| kept.advance(&home));
-            let images = kept.catalog.iter().flat_map(Catalog::images);
-            let segments = images.filter_map(|(image, _)| match image {
-                ImageId::Shmem(id) => Some(id),
-                ImageId::Process(_) => None,
-            });
-            kept.earlier = segments.collect();
-            kept
-        };
-        spawn_blocking(load)
-            .await
-            .expect("reading pagemaps does not panic")
-    }
-
-    /// The open image is of a segment of that name.
-    fn name(&mut self, home: &Path, name: &MemfdName, has_parent: bool) {
-        let Some(id) = self.segments.name(name, has_parent) else {
-            return;
-        };
-        // It is not known, and has a parent.
-        if !self.earlier.remove(&id) {
-            return;
-        }
-        let image = ImageId::Shmem(id);
-        let recover = |catalog: &Catalog| -> Result<(), FileError> {
-            let Some(index) = catalog.get(image) else {
-                return Ok(());
-            };
-            let round = home.join(DirName::Round(catalog.rounds()).to_string());
-            let pages = Pages::open(&levels(&round)?, image, index.clone())?;
-            self.segments.recover(id, name, index, &pages)
-        };
-        if let Some(Err(error)) = self.catalog.as_ref().map(recover) {
-            let why = with_causes(&error);
-            tracing::warn!(id, why, "a shared segment will be read when restoring");
-        }
-    }
-
-    /// A round is complete.
-    fn advance(&mut self, home: &Path) {
-        let advanced = self.catalog.as_mut().map(|catalog| catalog.advance(home));
-        if let Some(Err(error)) = advanced {
-            let why = with_causes(&error);
-            tracing::warn!(why, "all memory will be read when restoring");
-            self.catalog = None;
-        }
-    }
-
-    /// Makes the directory that a process is restored from ahead of its memory, if it can be. Nothing is
-    /// kept any more then.
-    pub(super) fn prepare(&mut self, home: &Path) -> Result<Option<(Prepared, Catalog)>, Refusal> {
-        let mut segments = std::mem::take(&mut self.segments);
-        let Some(catalog) = self.catalog.take() else {
-            return Ok(None);
-        };
-        let prepared = lazy::prepare(home, &catalog, &mut segments)?;
-        Ok(prepared.map(|prepared| (prepared, catalog)))
-    }
-}
-
 /// The writing thread. `kept` if the process itself is to follow its memory.
 fn work(
     home: &Path,
@@ -673,12 +589,12 @@ fn work(
             Job::Open(image) => {
                 has_parent = in_round(&mut round).open(image)?;
                 if let Some(mut kept) = keep() {
-                    kept.segments.open(image, has_parent);
+                    kept.open_image(image, has_parent);
                 }
             }
             Job::Memfd(name) => {
                 if let Some(mut kept) = keep() {
-                    kept.name(home, &name, has_parent);
+                    kept.set_memfd_name(home, &name, has_parent);
                 }
             }
             Job::Put {
@@ -692,7 +608,7 @@ fn work(
                 };
                 in_round(&mut round).put(&chunk.entries, pages)?;
                 if let Some(mut kept) = keep() {
-                    kept.segments.put(&chunk.entries, pages);
+                    kept.put(&chunk.entries, pages);
                 }
             }
             Job::Commit { durable, done } => {

@@ -3,14 +3,16 @@
 //! Whatever goes wrong before the sender's commit is on the disk, nothing runs here, and the sender
 //! lets its copy go on. From then on it runs here, whatever happens to the connection.
 
-use super::{RestoreCache, Session, WORKING_INTERVAL, owned};
+use super::{Session, WORKING_INTERVAL, owned};
 use crate::image::DirName;
 use crate::image::chain::newest_round;
 use crate::image::writer::{sync, sync_all};
+use crate::refusal::{Failure, Refusal};
+use crate::restore::cache::RestoreCache;
 use crate::restore::lazy::Prepared;
 use crate::restore::{Images, Outcome, Progress, Restorer, Restoring, complete};
-use crate::session::{Failure, Refusal};
-use crate::storage::store::{Disconnect, Store};
+use crate::storage::lease::Disconnect;
+use crate::storage::store::Store;
 use crate::with_causes;
 use pageferry_common::Claim;
 use pageferry_common::criu::session::{Criu, CriuSession, Options};
@@ -39,7 +41,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let ahead = match kept {
             Some(kept) => {
                 let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                kept.prepare(home)?
+                kept.prepare(home).map_err(Refusal::from)?
             }
             None => None,
         };

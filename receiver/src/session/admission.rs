@@ -1,8 +1,8 @@
 //! The admission: who has not said yet what he wants waits in the hall, with little time and next to no memory;
 //! who sends takes one of the places.
 
-use crate::session::{Failure, Refusal};
-use crate::storage::store::Disconnect;
+use crate::refusal::{Failure, Refusal};
+use crate::storage::lease::Disconnect;
 use pageferry_common::wire::{RefuseCode, WireError};
 use std::sync::Arc;
 use std::time::Duration;
