@@ -10,6 +10,7 @@ use crate::progress::Progress;
 use crate::report::{Report, RoundReport};
 use crate::sink::{PageSink, Receipt, SinkError, TargetState};
 use crate::sys::sched::RealtimePriority;
+use pageferry_common::proc::uptime;
 use pageferry_common::wire::RoundKind;
 use pageferry_common::{BufferPool, PAGE_SIZE, with_causes};
 use std::io;
@@ -244,7 +245,7 @@ fn pre_dump(
     sink.prepare()?;
     let urgent = RealtimePriority::raise();
     let mut frozen = parts.freezer.freeze(plan.root)?;
-    let uptime = uptime_us().map_err(MigrateError::Uptime)?;
+    let uptime = uptime::read().map_err(MigrateError::Uptime)?;
     tree.collect(&mut frozen, *tracker)?;
     attempt.stopped = frozen.thaw(Then::Run)?;
     drop(urgent);
@@ -278,7 +279,7 @@ fn last_round(
             may.map_err(FreezeError::from)?;
         }
     }
-    let uptime = uptime_us().map_err(MigrateError::Uptime)?;
+    let uptime = uptime::read().map_err(MigrateError::Uptime)?;
     tree.collect(&mut frozen, *tracker)?;
     // Reading and sending takes longer than anybody may be kept waiting.
     drop(urgent);
@@ -380,13 +381,4 @@ fn round_report(
         bytes_wire: receipt.bytes_wire,
         seconds: took.as_secs_f64(),
     }
-}
-
-/// Time since boot in µs, as CRIU records it to recognise reused PIDs.
-pub(crate) fn uptime_us() -> io::Result<u64> {
-    let text = std::fs::read_to_string("/proc/uptime")?;
-    let seconds = text.split(' ').next().and_then(|s| s.parse::<f64>().ok());
-    seconds
-        .map(|seconds| (seconds * 1e6) as u64)
-        .ok_or_else(|| io::ErrorKind::InvalidData.into())
 }

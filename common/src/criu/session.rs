@@ -5,7 +5,7 @@
 //! each for our word to go on: a no makes it undo everything. If we die it reads no word, which is a
 //! no.
 
-use crate::proc::process::text;
+use crate::proc::read_lossy;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
@@ -515,7 +515,7 @@ impl Drop for CriuSession {
 /// The last errors in one of CRIU's logs, which say more than its answers; empty if there are none.
 #[must_use]
 pub fn last_errors(log: &Path) -> String {
-    let log = text(log).unwrap_or_default();
+    let log = read_lossy(log).unwrap_or_default();
     let errors: Vec<_> = log.lines().filter(|line| line.contains("Error")).collect();
     errors[errors.len().saturating_sub(2)..].join("; ")
 }

@@ -1,15 +1,16 @@
-//! What this process may do beyond its user's own (`man 7 capabilities`).
+//! Capabilities of this process (`man 7 capabilities`).
 
+use super::status;
 use nix::unistd::geteuid;
 use std::fs;
 
-/// A capability: its number and its name.
+/// Number and name of a capability.
 pub type Capability = (u8, &'static str);
 
-/// What CRIU dumps with, whosever processes.
+/// Capabilities that CRIU needs to dump any process.
 pub const TO_DUMP: [Capability; 1] = [(21, "CAP_SYS_ADMIN")];
 
-/// What CRIU restores with.
+/// Capabilities that CRIU needs to restore any process.
 pub const TO_RESTORE: [Capability; 8] = [
     (0, "CAP_CHOWN"),
     (6, "CAP_SETGID"),
@@ -21,27 +22,21 @@ pub const TO_RESTORE: [Capability; 8] = [
     (25, "CAP_SYS_TIME"),
 ];
 
-/// What this process lacks of what CRIU takes: to be root, and these capabilities.
+/// Returns what this process lacks to run CRIU: user ID 0 and each of these capabilities.
 #[must_use]
-pub fn lacking(wanted: &[Capability]) -> Vec<&'static str> {
-    // Where /proc does not tell, CRIU will.
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let effective = effective(&status).unwrap_or(u64::MAX);
+pub fn lacking(needed: &[Capability]) -> Vec<&'static str> {
+    // If /proc does not report the capabilities, CRIU reports what it lacks itself.
+    let status = fs::read("/proc/self/status").unwrap_or_default();
+    let effective = status::mask(&status, "CapEff").unwrap_or(u64::MAX);
     let user = (!geteuid().is_root()).then_some("user ID 0");
-    user.into_iter().chain(missing(effective, wanted)).collect()
+    user.into_iter().chain(missing(effective, needed)).collect()
 }
 
-fn missing(effective: u64, wanted: &[Capability]) -> impl Iterator<Item = &'static str> {
+/// Returns the names of the needed capabilities that are not in the mask of effective ones.
+fn missing(effective: u64, needed: &[Capability]) -> impl Iterator<Item = &'static str> {
     let missing =
         move |&(number, name): &Capability| (effective >> number & 1 == 0).then_some(name);
-    wanted.iter().filter_map(missing)
-}
-
-fn effective(status: &str) -> Option<u64> {
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))?;
-    u64::from_str_radix(line.trim(), 16).ok()
+    needed.iter().filter_map(missing)
 }
 
 #[cfg(test)]
@@ -49,10 +44,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_missing_is_named() {
-        let status = "Name:\tx\nCapPrm:\tffffffffffffffff\nCapEff:\t0000000000040141\n";
-        let effective = effective(status).unwrap();
-        let missing: Vec<_> = missing(effective, &TO_RESTORE).collect();
+    fn missing_capabilities_are_named() {
+        let missing: Vec<_> = missing(0x40141, &TO_RESTORE).collect();
         let names = [
             "CAP_SETUID",
             "CAP_NET_ADMIN",

@@ -1,55 +1,55 @@
-//! Processes that are known for longer than they may live, and what `/proc` says of any.
+//! Identity of a process, its threads and its children.
 
+use super::stat::Stat;
 use serde::{Deserialize, Serialize};
 use std::fs;
-use std::io;
-use std::path::Path;
 
-/// The text of a file in `/proc`, or one that tells of it. A name in it may be any bytes, and often is half a
-/// character at its end, for the kernel cuts it at the 15th: what is no UTF-8 is replaced, and nothing else is
-/// lost.
-///
-/// # Errors
-/// Those of reading it.
-pub fn text(path: impl AsRef<Path>) -> io::Result<String> {
-    Ok(String::from_utf8_lossy(&fs::read(path)?).into_owned())
-}
-
-/// When the process or thread of this `/proc/PID/stat` started, clock ticks since boot; `None` if it has ended.
-#[must_use]
-pub fn start_time(stat: &str) -> Option<u64> {
-    // Of the fields behind the name and the state, counted from 0 (`man 5 proc`).
-    const START_TIME: usize = 18;
-    // The name before them may contain anything, even ") Z".
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    if matches!(fields.next(), None | Some("Z" | "X")) {
-        return None;
-    }
-    fields.nth(START_TIME)?.parse().ok()
-}
-
-/// A process, and when it started: PIDs are used again.
+/// Identity of a process: PIDs are reused, so it includes the start time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessId {
-    /// Its PID.
+    /// PID, in the PID namespace of this program.
     pub pid: i32,
-    /// Clock ticks since boot.
-    started: u64,
+    /// Start time, in clock ticks since boot.
+    #[serde(rename = "started")]
+    start_time: u64,
 }
 
 impl ProcessId {
-    /// The process that has this PID now, if there is one that has not ended.
+    /// Returns the identity of the process that has this PID now; `None` if it has exited.
     #[must_use]
     pub fn find(pid: i32) -> Option<Self> {
-        let started = start_time(&text(format!("/proc/{pid}/stat")).ok()?)?;
-        Some(Self { pid, started })
+        let content = fs::read(format!("/proc/{pid}/stat")).ok()?;
+        let stat = Stat::parse(&content).filter(|stat| !stat.has_exited())?;
+        let start_time = stat.start_time()?;
+        Some(Self { pid, start_time })
     }
 
-    /// Whether it has not ended.
+    /// Returns whether the process has not exited yet.
     #[must_use]
     pub fn is_alive(self) -> bool {
         Self::find(self.pid) == Some(self)
     }
+}
+
+/// Lists the threads of a process; empty if it is gone.
+#[must_use]
+pub fn threads(pid: i32) -> Vec<i32> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// Lists the child processes that one thread created, including those that have exited and were not waited for;
+/// empty if the thread is gone.
+#[must_use]
+pub fn children(pid: i32, tid: i32) -> Vec<i32> {
+    let list = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
+    list.split_ascii_whitespace()
+        .filter_map(|pid| pid.parse().ok())
+        .collect()
 }
 
 #[cfg(test)]
@@ -57,11 +57,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_is_told_from_the_next_with_its_number() {
+    fn a_later_process_with_the_same_pid_is_another_one() {
         let own = ProcessId::find(std::process::id().cast_signed()).unwrap();
         assert!(own.is_alive());
         let other = ProcessId {
-            started: own.started + 1,
+            start_time: own.start_time + 1,
             ..own
         };
         assert!(!other.is_alive());
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_lives_whatever_it_is_called() {
+    fn a_process_is_alive_whatever_its_name() {
         let mut shell = std::process::Command::new("sh")
             .args(["-c", r"printf '\377) Z' > /proc/$$/comm; echo; read line"])
             .stdin(std::process::Stdio::piped())
@@ -77,7 +77,7 @@ mod tests {
             .spawn()
             .unwrap();
         let mut line = [0];
-        io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
+        std::io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
         let found = ProcessId::find(shell.id().cast_signed());
         let is_alive = found.is_some_and(ProcessId::is_alive);
         drop(shell.stdin.take());

@@ -10,9 +10,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_common::criu::preload;
 use pageferry_common::criu::session::{Criu, CriuSession, Event, Options, Reply, last_errors};
-use pageferry_common::proc::process::ProcessId;
+use pageferry_common::proc::process::{ProcessId, children, threads};
 use pageferry_common::wire::RefuseCode;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
@@ -253,19 +253,9 @@ fn restore(
 /// more.
 fn kill_tree(root: i32) {
     let _ = kill(Pid::from_raw(root), Signal::SIGSTOP);
-    let mut children = Vec::new();
-    for task in fs::read_dir(format!("/proc/{root}/task"))
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let text = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-        children.extend(
-            text.split_ascii_whitespace()
-                .filter_map(|pid| pid.parse::<i32>().ok()),
-        );
+    for tid in threads(root) {
+        children(root, tid).into_iter().for_each(kill_tree);
     }
-    children.into_iter().for_each(kill_tree);
     let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
 }
 

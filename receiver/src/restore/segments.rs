@@ -9,6 +9,7 @@ use crate::image::index::{Catalog, Index, Pages};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use pageferry_common::criu::images::records;
+use pageferry_common::proc::meminfo::MemInfo;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{ImageId, MemfdName, PageRange};
 use prost::Message;
@@ -225,16 +226,11 @@ impl Segments {
 
 /// Whether less than a quarter of this host's memory is left for others.
 fn memory_is_short() -> bool {
-    std::fs::read_to_string("/proc/meminfo").is_ok_and(|text| is_short(&text))
+    MemInfo::read().is_ok_and(is_short)
 }
 
-/// The same by the words of `/proc/meminfo`.
-fn is_short(text: &str) -> bool {
-    let kib = |name: &str| {
-        let line = text.lines().find_map(|line| line.strip_prefix(name))?;
-        line.split_whitespace().next()?.parse::<u64>().ok()
-    };
-    match (kib("MemAvailable:"), kib("MemTotal:")) {
+fn is_short(memory: MemInfo) -> bool {
+    match (memory.available, memory.total) {
         (Some(available), Some(total)) => available < total / 4,
         _ => false,
     }
@@ -460,8 +456,11 @@ pub(super) mod tests {
                 .to_string()
                 .contains("little memory")
         );
-        let text = |available| format!("MemTotal: 4000 kB\nMemAvailable: {available} kB\n");
-        assert!(is_short(&text(999)) && !is_short(&text(1000)));
-        assert!(!is_short("MemTotal: 4000 kB\n"));
+        let memory = |available| MemInfo {
+            total: Some(4000),
+            available,
+        };
+        assert!(is_short(memory(Some(999))) && !is_short(memory(Some(1000))));
+        assert!(!is_short(memory(None)));
     }
 }

@@ -8,6 +8,7 @@ use crate::sys::sched::RealtimePriority;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pageferry_common::proc::process::{children, threads};
 use pageferry_common::sys::fdpass;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -179,14 +180,14 @@ impl Freezer<'_> {
             if ours.contains(&pid) {
                 return Err(TreeError::OwnTree(root));
             }
-            for tid in procs::threads(pid) {
+            for tid in threads(pid) {
                 if !self.threads.contains_key(&tid) {
                     news |= self.seize(pid, tid)?;
                 }
-                pids.extend(procs::children(pid, tid));
+                pids.extend(children(pid, tid));
             }
         }
-        if next == 1 && procs::threads(root).is_empty() {
+        if next == 1 && threads(root).is_empty() {
             return Err(TreeError::NoProcess(root));
         }
         Ok((pids, news))
@@ -368,7 +369,7 @@ impl Freezer<'_> {
             .filter(in_vfork)
             .flat_map(|(&tid, thread)| {
                 let pid = thread.pid;
-                procs::children(pid, tid)
+                children(pid, tid)
                     .into_iter()
                     .filter(move |&child| crate::sys::signals::share_memory(pid, child))
             })

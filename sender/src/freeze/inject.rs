@@ -7,7 +7,7 @@
 
 use crate::sys::ptrace::{self, Stop, Tid};
 use crate::sys::{pidfd, uffd};
-use crate::target::vma;
+use pageferry_common::proc::maps;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -59,8 +59,8 @@ impl Borrowed {
         if let Some(abort) = interrupted_rseq(tid, registers.rip)? {
             registers.rip = abort;
         }
-        let seccomp = super::procs::status_field(tid, "Seccomp");
-        if seccomp.is_some_and(|mode| mode != "0") {
+        let seccomp = super::procs::status_number(tid, "Seccomp");
+        if seccomp.is_some_and(|mode| mode != 0) {
             ptrace::suspend_seccomp(tid).map_err(|error| {
                 io::Error::other(format!("it has a seccomp filter that stays on: {error}"))
             })?;
@@ -162,7 +162,7 @@ fn syscall_instruction(tid: Tid) -> io::Result<u64> {
     const VDSO_MAX: usize = 64 << 10;
     let none = || io::Error::other("it has no vDSO with a system call instruction");
     let maps = fs::read(format!("/proc/{tid}/maps"))?;
-    let range = vma::vdso(&maps).ok_or_else(none)?;
+    let range = maps::vdso(&maps).ok_or_else(none)?;
     let mut code = vec![0; (range.bytes() as usize).min(VDSO_MAX)];
     let remote = nix::sys::uio::RemoteIoVec {
         base: range.start() as usize,

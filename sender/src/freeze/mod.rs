@@ -10,9 +10,7 @@ pub mod freezer;
 mod inject;
 pub mod procs;
 
-pub use procs::{
-    TreeError, are_trace_stopped, check_signal_permission, children, process_list, threads,
-};
+pub use procs::{TreeError, are_trace_stopped, check_signal_permission, process_list};
 
 use pageferry_common::sys::fdpass;
 use serde::{Deserialize, Serialize};

@@ -1,7 +1,9 @@
 //! What `/proc` says of threads, children and tracers.
 
 use super::FrozenProcess;
-use pageferry_common::proc::process::text;
+use pageferry_common::proc::process::{children, threads};
+use pageferry_common::proc::stat::Stat;
+use pageferry_common::proc::{read_lossy, status};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::io;
@@ -98,50 +100,15 @@ pub fn check_signal_permission(pid: i32) -> Result<(), TreeError> {
     }
 }
 
-/// The threads of a process; empty if it is gone.
-#[must_use]
-pub fn threads(pid: i32) -> Vec<i32> {
-    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return Vec::new();
-    };
-    entries
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .collect()
-}
-
-/// The children that one thread made, also those that have ended and are not waited for; empty if it is gone.
-#[must_use]
-pub fn children(pid: i32, tid: i32) -> Vec<i32> {
-    let list = text(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();
-    list.split_ascii_whitespace()
-        .filter_map(|pid| pid.parse().ok())
-        .collect()
-}
-
 /// The state letter of a thread (`man 5 proc`); `None` if it is gone.
 pub(super) fn state(pid: i32, tid: i32) -> Option<char> {
-    state_in(&text(format!("/proc/{pid}/task/{tid}/stat")).ok()?)
+    let content = fs::read(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
+    Stat::parse(&content).map(Stat::state)
 }
 
-/// The state letter in `/proc/PID/stat`.
-#[must_use]
-pub fn state_in(stat: &str) -> Option<char> {
-    // The name before it may contain anything, even ") Z".
-    stat.rsplit_once(')')?.1.trim_start().chars().next()
-}
-
-/// A field of `/proc/PID/status`.
-pub(super) fn status_field(pid: i32, field: &str) -> Option<String> {
-    let status = text(format!("/proc/{pid}/status")).ok()?;
-    field_in(&status, field).map(str::to_owned)
-}
-
-/// A field in the text of `/proc/PID/status`.
-#[must_use]
-pub fn field_in<'a>(status: &'a str, field: &str) -> Option<&'a str> {
-    let mut lines = status.lines();
-    let value = lines.find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))?;
-    Some(value.trim())
+/// A field of `/proc/PID/status` that holds a number.
+pub(super) fn status_number(pid: i32, field: &str) -> Option<i32> {
+    status::number(&fs::read(format!("/proc/{pid}/status")).ok()?, field)
 }
 
 /// Whether a thread waits for a vfork child to exec or exit. Such a wait cannot be interrupted,
@@ -150,7 +117,7 @@ pub(super) fn waits_for_vfork(pid: i32, tid: i32) -> bool {
     if state(pid, tid) != Some('D') {
         return false;
     }
-    is_vfork(&text(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default())
+    is_vfork(&read_lossy(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default())
 }
 
 /// Whether the system call in `/proc/PID/syscall` may be one that waits for a vfork child.
@@ -178,11 +145,11 @@ pub(super) fn why_not_traceable(pid: i32, tid: i32) -> Option<TreeError> {
         None | Some('Z' | 'X') => return None,
         Some(_) => {}
     }
-    let tracer = status_field(tid, "TracerPid")?.parse().unwrap_or(0);
+    let tracer = status_number(tid, "TracerPid")?;
     Some(if tracer == 0 {
         TreeError::NotPermitted(pid)
     } else {
-        let name = text(format!("/proc/{tracer}/comm")).unwrap_or_default();
+        let name = read_lossy(format!("/proc/{tracer}/comm")).unwrap_or_default();
         TreeError::Traced {
             pid,
             tracer,
@@ -200,7 +167,7 @@ mod tests {
         let pid = std::process::id() as i32;
         assert!(threads(pid).contains(&pid));
         assert!(matches!(state(pid, pid), Some('R' | 'S')));
-        assert_eq!(status_field(pid, "Tgid"), Some(pid.to_string()));
+        assert_eq!(status_number(pid, "Tgid"), Some(pid));
         assert!(!waits_for_vfork(pid, pid));
         assert_eq!(state(pid, 1 << 30), None);
     }
@@ -217,11 +184,11 @@ mod tests {
         io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
         let pid = shell.id().cast_signed();
         let list = process_list(pid);
-        let (held, parent) = (are_trace_stopped(&list), status_field(pid, "PPid"));
+        let (held, parent) = (are_trace_stopped(&list), status_number(pid, "PPid"));
         drop(shell.stdin.take());
         shell.wait().unwrap();
         assert_eq!(list, [FrozenProcess { pid, tid: pid }]);
         assert!(!held);
-        assert_eq!(parent, Some(std::process::id().to_string()));
+        assert_eq!(parent, Some(std::process::id().cast_signed()));
     }
 }

@@ -23,6 +23,7 @@ use pageferry_common::criu::images::{children_are_waited_for, stopped};
 use pageferry_common::criu::page_server::UnknownCommand;
 use pageferry_common::criu::preload;
 use pageferry_common::criu::session::{Criu, CriuSession, Event, Options, Reply, last_errors};
+use pageferry_common::proc::uptime;
 use pageferry_common::sys::{fdpass, perf};
 use pageferry_common::{BufferPool, Claim, MigrationId, StateName};
 use std::fs::{self, DirBuilder, File};
@@ -426,7 +427,7 @@ impl Handover {
             pool,
         } = parts;
         let began = Instant::now();
-        sink.begin(*round, look.kind(), crate::migrate::uptime_us()?)?;
+        sink.begin(*round, look.kind(), uptime::read()?)?;
         let scanned = tree.send(look, *tracker, *sink, pool)?;
         let receipt = sink.commit()?;
         tree.acked();

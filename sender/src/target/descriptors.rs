@@ -2,7 +2,7 @@
 
 use crate::target::segment::SegmentKey;
 use crate::target::vma::{Device, KernelMounts};
-use pageferry_common::proc::process::text;
+use pageferry_common::proc::read_lossy;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -49,7 +49,7 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
         } else if target.starts_with(b"/") || target == b"anon_inode:[io_uring]" {
             let info = entry.file_name();
             let info = info.to_string_lossy();
-            let info = text(format!("/proc/{pid}/fdinfo/{info}")).unwrap_or_default();
+            let info = read_lossy(format!("/proc/{pid}/fdinfo/{info}")).unwrap_or_default();
             found.direct_io |= writes_past_page_tables(&info);
         }
     }

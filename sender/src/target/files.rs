@@ -1,6 +1,7 @@
 //! What a tree needs of the file system where it runs on.
 
 use pageferry_common::needed_files::{FILES_MAX, NeededFile};
+use pageferry_common::proc::maps::{self, Mapping};
 use pageferry_common::wire::message::STRING_MAX;
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,11 +16,7 @@ pub fn needed_files(pids: impl Iterator<Item = i32>) -> Vec<NeededFile> {
         // One that is gone meanwhile needs none.
         if sees_our_files(pid).unwrap_or(false) {
             let maps = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
-            // Paths may be any bytes, but for us they are text.
-            let lines = maps
-                .split(|&byte| byte == b'\n')
-                .filter_map(|line| str::from_utf8(line).ok());
-            paths.extend(lines.filter_map(executable).map(str::to_owned));
+            paths.extend(maps::lines(&maps).filter_map(executable).map(str::to_owned));
         }
     }
     let found = paths.len();
@@ -48,12 +45,12 @@ fn sees_our_files(pid: i32) -> io::Result<bool> {
 
 /// The path in a line of `/proc/PID/maps` if it is code of a file that has one.
 #[must_use]
-pub fn executable(line: &str) -> Option<&str> {
-    let mut fields = line.splitn(6, ' ');
-    let permissions = fields.nth(1)?;
-    let path = fields.nth(3)?.trim_start();
+pub fn executable(line: &[u8]) -> Option<&str> {
+    let mapping = Mapping::parse(line).filter(|mapping| mapping.execute)?;
+    // Paths may be any bytes, but for us they are text.
+    let path = str::from_utf8(mapping.name).ok()?;
     let plain = path.starts_with('/') && !path.ends_with(" (deleted)") && !path.contains('\\');
-    (permissions.as_bytes().get(2) == Some(&b'x') && plain).then_some(path)
+    plain.then_some(path)
 }
 
 #[cfg(test)]
@@ -64,7 +61,7 @@ mod tests {
     #[test]
     fn code_of_files_is_needed() {
         let line = "7f00-7f01 r-xp 00001000 08:01 17                 /usr/lib/a b.so";
-        assert_eq!(executable(line), Some("/usr/lib/a b.so"));
+        assert_eq!(executable(line.as_bytes()), Some("/usr/lib/a b.so"));
         for other in [
             "7f00-7f01 r--p 00000000 08:01 17 /usr/lib/x.so",
             "7f00-7f01 r-xp 00000000 08:01 17 /usr/lib/x.so (deleted)",
@@ -72,7 +69,7 @@ mod tests {
             "7f00-7f01 r-xp 00000000 00:00 0 ",
             "",
         ] {
-            assert_eq!(executable(other), None, "{other}");
+            assert_eq!(executable(other.as_bytes()), None, "{other}");
         }
         let own = needed_files(std::iter::once(std::process::id().cast_signed()));
         assert!(own.iter().any(|file| file.path.contains("libc")), "{own:?}");

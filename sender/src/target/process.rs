@@ -3,9 +3,10 @@
 use crate::baseline::{Baseline, ContentHashes};
 use crate::sys::pidfd;
 use crate::target::vma::{Class, Vma};
-use pageferry_common::proc::process::text;
+use pageferry_common::proc::stat::Stat;
+use pageferry_common::proc::status;
 use pageferry_common::{ImageId, PageRange};
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
@@ -112,8 +113,8 @@ fn open_memory(tid: i32) -> io::Result<File> {
 
 /// See [`Process::look_at_children`].
 fn children_faults(pid: i32) -> io::Result<Option<u64>> {
-    let status = text(format!("/proc/{pid}/status"))?;
-    children_faults_in(&status, &text(format!("/proc/{pid}/stat"))?)
+    let status = fs::read(format!("/proc/{pid}/status"))?;
+    children_faults_in(&status, &fs::read(format!("/proc/{pid}/stat"))?)
 }
 
 /// The page faults of children that a process has waited for, by its `status` and `stat` in `/proc`; `None` if
@@ -121,51 +122,22 @@ fn children_faults(pid: i32) -> io::Result<Option<u64>> {
 ///
 /// # Errors
 /// `InvalidData` if that is not in them.
-pub fn children_faults_in(status: &str, stat: &str) -> io::Result<Option<u64>> {
+pub fn children_faults_in(status: &[u8], stat: &[u8]) -> io::Result<Option<u64>> {
     let bad =
         |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("no {what} in /proc"));
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let ignored = ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    let ignored = ignored.ok_or_else(|| bad("SigIgn"))?;
+    let ignored = status::mask(status, "SigIgn").ok_or_else(|| bad("SigIgn"))?;
     // Who ignores the signal is not told of its children, and need not wait for them.
     if ignored >> (libc::SIGCHLD - 1) & 1 != 0 {
         return Ok(None);
     }
-    // Behind the name, which may hold anything: state first, cminflt and cmajflt as 9th and 11th.
-    let fields: Vec<_> = stat
-        .rsplit_once(") ")
-        .map(|(_, rest)| rest.split(' ').collect())
-        .unwrap_or_default();
-    let number = |index: usize| {
-        fields
-            .get(index)
-            .and_then(|field: &&str| field.parse::<u64>().ok())
-    };
-    match (number(8), number(10)) {
-        // Only whether it changes matters.
-        (Some(minor), Some(major)) => Ok(Some(minor.wrapping_add(major))),
-        _ => Err(bad("cminflt")),
-    }
+    // Only whether it changes matters.
+    let faults = Stat::parse(stat).and_then(Stat::child_faults);
+    faults.map(Some).ok_or_else(|| bad("cminflt"))
 }
 
-/// The PIDs of a process in the nested PID namespaces from ours inwards.
+/// The PIDs of a process in the nested PID namespaces from ours inwards, at least one.
 fn nested_pids(tid: i32) -> io::Result<Vec<u32>> {
-    nested_pids_in(&text(format!("/proc/{tid}/status"))?)
-}
-
-/// The PIDs of a process in the nested PID namespaces from ours inwards, at least one, by its `status` in
-/// `/proc`.
-///
-/// # Errors
-/// `NotFound` if there are none in it.
-pub fn nested_pids_in(status: &str) -> io::Result<Vec<u32>> {
-    // NStgid, not NSpid: the thread may not be the leader.
-    let line = status.lines().find_map(|line| line.strip_prefix("NStgid:"));
-    let pids: Vec<u32> = line
-        .unwrap_or("")
-        .split_ascii_whitespace()
-        .filter_map(|pid| pid.parse().ok())
-        .collect();
+    let pids = status::nested_pids(&fs::read(format!("/proc/{tid}/status"))?);
     match pids.is_empty() {
         true => Err(io::Error::new(
             io::ErrorKind::NotFound,

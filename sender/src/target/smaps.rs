@@ -6,6 +6,7 @@
 //! flags. Where it has them is in the kernel's own type information (BTF).
 
 use crate::sys::bpf::MappingsProgram;
+use pageferry_common::proc::maps::Mapping;
 use std::fs;
 use std::io::{self, Read, Write};
 
@@ -52,16 +53,15 @@ impl VmFlags {
         let mut text = Vec::with_capacity(4 * maps.len());
         for line in maps.split_inclusive(|&byte| byte == b'\n') {
             text.extend_from_slice(line);
+            let listed = Mapping::parse(line).ok_or_else(|| invalid("not a mapping"))?;
             // The one mapping in the kernel's half of the address space, which is of every process.
-            if line.ends_with(b"[vsyscall]\n") {
+            if listed.name == b"[vsyscall]" {
                 text.extend_from_slice(b"VmFlags: ex \n");
                 continue;
             }
             let (_, _, flags) = mappings
                 .next()
-                .filter(|(start, end, _)| {
-                    line.starts_with(format!("{start:08x}-{end:08x} ").as_bytes())
-                })
+                .filter(|&(start, end, _)| (start, end) == (listed.start, listed.end))
                 .ok_or_else(|| invalid("the mappings change"))?;
             if flags & !DROPPABLE > u64::from(u32::MAX) {
                 return Err(invalid("a mapping has a flag without a name"));

@@ -5,12 +5,14 @@ use crate::copy::populated::Populated;
 use crate::copy::source::{PageSource, ProcessSource, SegmentSource};
 use crate::copy::stream::{ImageStream, Sent, StreamError};
 use crate::dirty::{DirtyTracker, Run, TrackError};
-use crate::freeze::{Frozen, FrozenProcess, children, threads};
+use crate::freeze::{Frozen, FrozenProcess};
 use crate::sink::PageSink;
 use crate::target::descriptors::descriptors;
 use crate::target::process::{Process, namespace_depth};
 use crate::target::segment::{Mapping, Segment, SegmentKey};
 use crate::target::vma::{Class, KernelMounts, Part, list};
+use pageferry_common::proc::meminfo::MemInfo;
+use pageferry_common::proc::process::{children, threads};
 use pageferry_common::wire::{EntryKind, RoundKind};
 use pageferry_common::{BufferPool, ImageId, PAGE_SIZE, PageRange, PageSet};
 use std::collections::btree_map::Entry;
@@ -199,7 +201,7 @@ impl Copier {
         let mut mappings: BTreeMap<SegmentKey, Vec<Mapping>> = BTreeMap::new();
         let mut executable = BTreeSet::new();
         // A page table of 4 KiB for 2 MiB, that the target may not have needed.
-        let mut tables_left = memory_available() / 8;
+        let mut tables_left = MemInfo::read().unwrap_or_default().available.unwrap_or(0) / 8;
         for process in processes {
             let pid = process.pid;
             let known = self.tasks.contains_key(&pid);
@@ -685,16 +687,6 @@ fn mapped_outside(
         }
     }
     Ok(keys)
-}
-
-/// Memory that could be had without swapping, bytes; 0 if the kernel does not say.
-fn memory_available() -> u64 {
-    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"));
-    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok());
-    kib.unwrap_or(0u64) << 10
 }
 
 /// Sends one shared segment's image; only what was `written`, if that is known, may have changed. Returns how

@@ -5,6 +5,7 @@
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
 use pageferry_common::PageRange;
+use pageferry_common::proc::maps::{self, Mapping};
 use std::fs::File;
 use std::io::{self, Read};
 
@@ -129,11 +130,11 @@ impl KernelMounts {
         device == self.shmem || self.hugetlb.contains(&device)
     }
 
-    fn classify(&self, shared: bool, device: Device, name: &str) -> Class {
+    fn classify(&self, shared: bool, device: Device, name: &[u8]) -> Class {
         match name {
-            "[vdso]" => return Class::Whole,
-            "[vvar]" | "[vvar_vclock]" | "[vsyscall]" | "[uprobes]" => return Class::Foreign,
-            _ if name.starts_with("/[aio]") => return Class::Whole,
+            b"[vdso]" => return Class::Whole,
+            b"[vvar]" | b"[vvar_vclock]" | b"[vsyscall]" | b"[uprobes]" => return Class::Foreign,
+            _ if name.starts_with(b"/[aio]") => return Class::Whole,
             _ => {}
         }
         match shared {
@@ -174,33 +175,17 @@ pub fn list(tid: i32, mounts: &KernelMounts, buffer: &mut Vec<u8>) -> io::Result
 /// `InvalidData` names the first line that is not a mapping.
 pub fn parse(text: &[u8], mounts: &KernelMounts) -> io::Result<Vec<Vma>> {
     let mut vmas = Vec::new();
-    for line in text.split(|&byte| byte == b'\n').filter(|l| !l.is_empty()) {
-        // A file's name may be any bytes; only the kernel's own names matter.
-        let line = String::from_utf8_lossy(line);
-        match parse_line(&line, mounts) {
+    for line in maps::lines(text) {
+        match parse_line(line, mounts) {
             Some(Line::Vma(vma)) => vmas.push(vma),
             Some(Line::BeyondUserSpace) => {}
             None => {
-                let what = format!("not a mapping: {line:?}");
+                let what = format!("not a mapping: {:?}", String::from_utf8_lossy(line));
                 return Err(io::Error::new(io::ErrorKind::InvalidData, what));
             }
         }
     }
     Ok(vmas)
-}
-
-/// Where the vDSO is, by the text of `/proc/PID/maps`. A file may end with its name, but none is called just so.
-#[must_use]
-pub fn vdso(text: &[u8]) -> Option<PageRange> {
-    let bounds = |line: &[u8]| {
-        let line = String::from_utf8_lossy(line);
-        let (range, rest) = line.split_once(' ')?;
-        (rest.splitn(5, ' ').nth(4)?.trim_start() == "[vdso]").then_some(())?;
-        let (start, end) = range.split_once('-')?;
-        let hex = |text| u64::from_str_radix(text, 16).ok();
-        PageRange::from_bounds(hex(start)?, hex(end)?)
-    };
-    text.split(|&byte| byte == b'\n').find_map(bounds)
 }
 
 enum Line {
@@ -209,31 +194,23 @@ enum Line {
     BeyondUserSpace,
 }
 
-fn parse_line(line: &str, mounts: &KernelMounts) -> Option<Line> {
-    let mut fields = line.splitn(6, ' ');
-    let (start, end) = fields.next()?.split_once('-')?;
-    let permissions = fields.next()?.as_bytes();
-    let offset = fields.next()?;
-    let (major, minor) = fields.next()?.split_once(':')?;
-    let inode = fields.next()?.parse().ok()?;
-    let name = fields.next().unwrap_or("").trim_start();
-    let hex = |text| u64::from_str_radix(text, 16).ok();
-    let device = Device {
-        major: hex(major)?,
-        minor: hex(minor)?,
-    };
-    let [_read, write, execute, sharing] = *permissions.first_chunk::<4>()?;
-    if name == "[vsyscall]" {
+fn parse_line(line: &[u8], mounts: &KernelMounts) -> Option<Line> {
+    let mapping = Mapping::parse(line)?;
+    if mapping.name == b"[vsyscall]" {
         return Some(Line::BeyondUserSpace);
     }
+    let device = Device {
+        major: mapping.major,
+        minor: mapping.minor,
+    };
     Some(Line::Vma(Vma {
-        range: PageRange::from_bounds(hex(start)?, hex(end)?)?,
-        class: mounts.classify(sharing == b's', device, name),
-        file_code: execute == b'x' && write != b'w' && inode != 0,
-        executable: execute == b'x',
-        offset: hex(offset)?,
+        range: mapping.range()?,
+        class: mounts.classify(mapping.shared, device, mapping.name),
+        file_code: mapping.execute && !mapping.write && mapping.inode != 0,
+        executable: mapping.execute,
+        offset: mapping.offset,
         device,
-        inode,
+        inode: mapping.inode,
     }))
 }
 
@@ -298,15 +275,6 @@ mod tests {
         }
         let vsyscall = b"ffffffffff600000-ffffffffff601000 --xp 00000000 00:00 0 [vsyscall]\n";
         assert_eq!(parse(vsyscall, &mounts()).unwrap(), []);
-    }
-
-    #[test]
-    fn no_file_passes_for_the_vdso() {
-        let text = b"1000-2000 r-xp 00000000 08:01 7 /tmp/\xff[vdso]\n\
-            3000-4000 r-xp 00000000 08:01 7 /tmp/a [vdso]\n\
-            5000-7000 r-xp 00000000 00:00 0                 [vdso]\n";
-        assert_eq!(vdso(text), PageRange::from_bounds(0x5000, 0x7000));
-        assert_eq!(vdso(&text[..100]), None);
     }
 
     #[test]

@@ -2,11 +2,12 @@
 
 use super::Input;
 use pageferry_common::PageRange;
-use pageferry_common::proc::process::start_time;
-use pageferry_sender::freeze::procs::{field_in, is_vfork, state_in};
+use pageferry_common::proc::stat::Stat;
+use pageferry_common::proc::{maps, status};
+use pageferry_sender::freeze::procs::is_vfork;
 use pageferry_sender::target::descriptors::writes_past_page_tables;
 use pageferry_sender::target::files::executable;
-use pageferry_sender::target::process::{children_faults_in, nested_pids_in};
+use pageferry_sender::target::process::children_faults_in;
 use pageferry_sender::target::smaps::program_for;
 use pageferry_sender::target::vma::{self, Class, KernelMounts};
 use std::cell::LazyCell;
@@ -26,20 +27,16 @@ pub fn proc(input: &[u8]) {
     match what % 8 {
         0 => whole_maps(bytes),
         1 => file_in_maps(bytes),
-        2 => name_in_stat(&text),
+        2 => name_in_stat(bytes),
         3 => {
-            let _ = children_faults_in(&text, &text);
-            assert!(
-                nested_pids_in(&text).is_ok_and(|pids| !pids.is_empty())
-                    || nested_pids_in(&text).is_err()
-            );
-            let value = field_in(&text, "TracerPid");
-            assert!(value.is_none_or(|value| !value.contains('\n')));
+            let _ = children_faults_in(bytes, bytes);
+            let _ = status::nested_pids(bytes);
+            let value = status::field(bytes, "TracerPid");
+            assert!(value.is_none_or(|value| !value.contains(&b'\n')));
         }
-        4 => name_in_status(&text),
+        4 => name_in_status(bytes),
         5 => {
-            let _ = start_time(&text);
-            let _ = state_in(&text);
+            let _ = Stat::parse(bytes).map(|stat| (stat.state(), stat.start_time()));
             let _ = is_vfork(&text);
         }
         6 => drop(writes_past_page_tables(&text)),
@@ -48,8 +45,8 @@ pub fn proc(input: &[u8]) {
 }
 
 fn whole_maps(bytes: &[u8]) {
-    let vdso = vma::vdso(bytes);
-    for line in String::from_utf8_lossy(bytes).lines() {
+    let vdso = maps::vdso(bytes);
+    for line in maps::lines(bytes) {
         if let Some(path) = executable(line) {
             assert!(path.starts_with('/'));
         }
@@ -80,29 +77,32 @@ fn file_in_maps(name: &[u8]) {
     assert_eq!(file.class, Class::Private { hugetlb: false });
     assert!(file.file_code && file.inode == 77 && file.offset == 0x2000);
     assert_eq!(vdso.class, Class::Whole);
-    assert_eq!(vma::vdso(&text), PageRange::from_bounds(0x5000, 0x6000));
+    assert_eq!(maps::vdso(&text), PageRange::from_bounds(0x5000, 0x6000));
 }
 
 /// Whatever a process is called, it is what it is.
-fn name_in_stat(name: &str) {
+fn name_in_stat(name: &[u8]) {
     let numbers: Vec<String> = (0..50).map(|number: u64| number.to_string()).collect();
-    let stat = format!("9 ({name}) T {}\n", numbers.join(" "));
-    assert_eq!(state_in(&stat), Some('T'));
-    assert_eq!(start_time(&stat), Some(18));
-    let status = "SigIgn:\t0000000000000000\n";
+    let behind = format!(") T {}\n", numbers.join(" "));
+    let content = [b"9 (", name, behind.as_bytes()].concat();
+    let stat = Stat::parse(&content).expect("it is as the kernel writes it");
+    assert_eq!(stat.state(), 'T');
+    assert_eq!(stat.start_time(), Some(18));
+    let status = b"SigIgn:\t0000000000000000\n";
     // The 9th and the 11th behind the name, of which the state is the 0th.
-    let faults = children_faults_in(status, &stat);
+    let faults = children_faults_in(status, &content);
     assert_eq!(faults.expect("all is there"), Some(7 + 9));
 }
 
 /// As the kernel writes it, a name has no line's end in it.
-fn name_in_status(name: &str) {
-    let name = name.replace('\n', "\\n");
-    let status = format!("Name:\t{name}\nNStgid:\t70\t7\nSigIgn:\t0000000000010000\n");
-    assert_eq!(nested_pids_in(&status).expect("they are there"), [70, 7]);
-    assert_eq!(field_in(&status, "NStgid"), Some("70\t7"));
+fn name_in_status(name: &[u8]) {
+    let name: Vec<u8> = name.iter().copied().filter(|&byte| byte != b'\n').collect();
+    let rest = b"\nNStgid:\t70\t7\nSigIgn:\t0000000000010000\n";
+    let status = [b"Name:\t", &name[..], rest].concat();
+    assert_eq!(status::nested_pids(&status), [70, 7]);
+    assert_eq!(status::field(&status, "NStgid"), Some(&b"70\t7"[..]));
     assert_eq!(
-        children_faults_in(&status, "").expect("it ignores them"),
+        children_faults_in(&status, b"").expect("it ignores them"),
         None
     );
 }
