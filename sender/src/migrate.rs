@@ -186,6 +186,7 @@ pub fn migrate(
             attempt.scanned.pages,
         );
         tracing::info!(
+            event = "round_done",
             round,
             kind = name,
             frozen_ms = done.frozen_ms,
@@ -337,7 +338,7 @@ fn hand_over(
             scanned,
         ));
     }
-    tracing::info!(downtime = ?done.downtime, "handed over: it runs at the receiver");
+    tracing::info!(event = "handed_over", downtime = ?done.downtime, "handed over: it runs at the receiver");
     report.handover = Some(done.downtime);
     Ok(())
 }

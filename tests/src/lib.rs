@@ -22,6 +22,7 @@ pub mod huge;
 pub mod images;
 pub mod kills;
 pub mod link;
+pub mod log;
 pub mod memory;
 pub mod mover;
 pub mod net;

@@ -2,6 +2,7 @@
 
 use crate::criu::{Criu, merge};
 use crate::host::Host;
+use crate::log;
 use crate::memory;
 use crate::net::{B, Net};
 use crate::pair::{Receiver, Report, Sent, send_command};
@@ -51,11 +52,11 @@ pub fn pageferry(net: &Net, criu: &Criu, service: &mut dyn Service, options: &[&
     // Little memory is filled before the process is said to run.
     let filled = Cell::new(false);
     let heard = |line: &str, what: &str| {
-        filled.set(filled.get() || line.contains("all of its memory"));
-        assert!(!line.contains("damaged"), "{line}");
-        line.contains(what).then_some(())
+        filled.set(filled.get() || log::event(line) == Some("memory_filled"));
+        assert_ne!(log::event(line), Some("lazy_restore_failed"), "{line}");
+        (log::event(line) == Some(what)).then_some(())
     };
-    let runs = |line: &str| heard(line, "it runs here now");
+    let runs = |line: &str| heard(line, "restored");
     receiver.program().await_stderr_within(PATIENCE, runs);
     net.route_to_b();
     let sent: Sent = send.finish_within(PATIENCE).into();
@@ -64,7 +65,7 @@ pub fn pageferry(net: &Net, criu: &Criu, service: &mut dyn Service, options: &[&
     service.daemon().child().wait().expect("it is our child");
     assert!(!tree.iter().any(|&pid| memory::lives(pid)), "{tree:?}");
     if !filled.get() {
-        let all = |line: &str| heard(line, "all of its memory");
+        let all = |line: &str| heard(line, "memory_filled");
         receiver.program().await_stderr_within(PATIENCE, all);
     }
     let (downtime_ms, phases) = downtime(&report);

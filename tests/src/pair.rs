@@ -224,7 +224,7 @@ pub fn receive_command() -> Command {
     Command::new(binary("PAGEFERRY_RECEIVE", "receive"))
 }
 
-/// The address in a line `… listening on ADDRESS …`.
+/// Returns the address in a line `… listening on ADDRESS …`.
 #[must_use]
 pub fn listening_on(line: &str) -> Option<SocketAddr> {
     let rest = line.split_once("listening on ")?.1;

@@ -1,5 +1,6 @@
 //! Child programs whose output is read as it comes, and which cannot outlive the test.
 
+use crate::log;
 use crate::usage::{self, Usage};
 use std::io::{BufRead, BufReader, Read};
 use std::path::PathBuf;
@@ -160,6 +161,36 @@ impl Program {
                 Err(DeadlinePassed) => panic!("{} hangs:\n{}", self.name, self.log),
             }
         }
+    }
+
+    /// Waits for a log line that reports this event, and returns the line.
+    ///
+    /// # Panics
+    /// As [`Program::await_stderr`].
+    pub fn await_event(&mut self, name: &str) -> String {
+        self.await_event_within(PATIENCE, name)
+    }
+
+    /// Does the same with another deadline.
+    ///
+    /// # Panics
+    /// As [`Program::await_stderr`].
+    pub fn await_event_within(&mut self, patience: Duration, name: &str) -> String {
+        self.await_stderr_within(patience, |line| {
+            (log::event(line) == Some(name)).then(|| line.to_owned())
+        })
+    }
+
+    /// Waits until `send` reports that this round is done.
+    ///
+    /// # Panics
+    /// As [`Program::await_stderr`].
+    pub fn await_round(&mut self, round: u32) {
+        let round = round.to_string();
+        self.await_stderr(|line| {
+            let done = log::event(line) == Some("round_done");
+            (done && log::field(line, "round") == Some(&round)).then_some(())
+        });
     }
 
     /// Forgets what it has said on standard error up to now, so that what is awaited next is new.

@@ -3,6 +3,7 @@
 
 use pageferry_tests::criu::{Criu, await_gone, merge};
 use pageferry_tests::daemon::until;
+use pageferry_tests::log;
 use pageferry_tests::program::{Finished, Program};
 use pageferry_tests::scenario::receive;
 use pageferry_tests::{Pair, Victim};
@@ -33,11 +34,9 @@ fn serve_pages(dir: &Path) -> (Program, SocketAddr) {
 
 /// What the server says at the end: how many pages it has given.
 fn pages_given(finished: &Finished) -> u64 {
-    let line = finished
-        .stderr
-        .lines()
-        .find(|line| line.contains("complete=true"));
-    let pages = line.and_then(|line| line.split_once("pages=")?.1.split(' ').next());
+    let mut done = log::lines(&finished.stderr, "page_client_done");
+    let line = done.find(|line| log::field(line, "complete") == Some("true"));
+    let pages = line.and_then(|line| log::field(line, "pages"));
     pages
         .and_then(|pages| pages.parse().ok())
         .expect(&finished.stderr)
@@ -119,7 +118,8 @@ fn who_wants_what_is_not_there_is_sent_away() {
         let mut answer = Vec::new();
         client.read_to_end(&mut answer).unwrap();
         assert!(answer.is_empty());
-        server.await_stderr(|line| line.contains(word).then_some(()));
+        let line = server.await_event("page_client_failed");
+        assert!(line.contains(word), "{word}: {line}");
     }
     let mut client = TcpStream::connect(address).unwrap();
     client.write_all(&request(0x1023, 0, 0, 0)).unwrap();

@@ -96,8 +96,7 @@ fn assert_moved(criu: &Criu, features: &str, how: &str, options: &[&str]) {
     let pages = pages.unwrap_or_else(|error| panic!("{what}: {error}"));
     assert!(pages > 1000, "{what}: {pages}");
     if how == "--restore=lazy" {
-        let there = |line: &str| line.contains("all of its memory").then_some(());
-        receiver.program().await_stderr(there);
+        receiver.program().await_event("memory_filled");
         let verdict = victim.report().verdict(root);
         verdict.unwrap_or_else(|error| panic!("{what}, later: {error}"));
         assert_ahead_of_memory(&report, features.contains("memfd"));
@@ -194,8 +193,7 @@ fn memory_is_filled_while_everything_changes() {
         });
         let sent = send.finish();
         assert!(sent.status.success(), "{}", sent.stderr);
-        let there = |line: &str| line.contains("all of its memory").then_some(());
-        receiver.program().await_stderr(there);
+        receiver.program().await_event("memory_filled");
         assert!(slow.join().unwrap() > 10);
         victim.await_end();
         // Its children come and go.
@@ -367,8 +365,7 @@ fn interrupted_in_a_hand_over_the_target_runs_on() {
     // CRIU is busy for a while with what it sends into the void.
     let options = ["--state-dump", "plain", "--max-rounds", "1"];
     let mut send = migrate(&criu, receiver.address(), victim.pid(), &options);
-    send.program()
-        .await_stderr(|line| line.contains("round done").then_some(()));
+    send.program().await_event("round_done");
     until("CRIU has it", || {
         let status = fs::read_to_string(format!("/proc/{}/status", victim.pid()));
         match status.unwrap_or_default().contains("TracerPid:\t0\n") {

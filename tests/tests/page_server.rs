@@ -267,8 +267,7 @@ fn a_dump_that_cannot_be_kept_fails_and_the_target_runs_on() {
             let state = State::new();
             let dumped = criu.dump_to(receiver.address(), victim.pid(), state.path(), &[]);
             assert!(dumped.is_err(), "{why}");
-            let early = |line: &str| line.contains("ended early").then(|| line.to_owned());
-            let said = receiver.program().await_stderr(early);
+            let said = receiver.program().await_event("connection_ended_early");
             assert!(said.contains("criu-1"), "{why}: {said}");
             assert!(lives(victim.pid()) && !is_stopped(victim.pid()), "{why}");
             victim.check().unwrap();
@@ -286,8 +285,7 @@ fn a_receiver_killed_in_the_middle_of_a_dump_leaves_the_target_running() {
         let (address, pid, state) = (pair.address(), victim.pid(), State::new());
         std::thread::scope(|scope| {
             let dump = scope.spawn(|| criu.dump_to(address, pid, state.path(), &[]));
-            let begins = |line: &str| line.contains("begins a dump").then_some(());
-            pair.receiver().program().await_stderr(begins);
+            pair.receiver().program().await_event("dump_begun");
             pair.receiver().program().kill();
             assert!(dump.join().unwrap().is_err());
         });

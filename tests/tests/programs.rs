@@ -180,8 +180,7 @@ fn a_target_that_ends_in_the_middle() {
     let pair = Pair::start(&[]);
     let sleep = Daemon::start(Command::new("sleep").arg("1000"));
     let mut send = pair.start_send(sleep.pid(), &["--rounds", "100000"]);
-    send.program()
-        .await_stderr(|line| line.contains("round=3 ").then_some(()));
+    send.program().await_round(3);
     drop(sleep);
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(3), "{}", sent.stderr);

@@ -144,20 +144,17 @@ fn a_receiver_that_is_killed_and_started_again_goes_on() {
         let mut receiver = Receiver::start(dir.path(), &[]);
         let port = receiver.address().port().to_string();
         let mut send = Send::start(receiver.address(), victim.pid(), &["--rounds", "1000"]);
-        send.program()
-            .await_stderr(|line| line.contains("round=1 ").then_some(()));
+        send.program().await_round(1);
         for _ in 0..10.min(kills - killed) {
             std::thread::sleep(Duration::from_millis(400).mul_f64(spread(killed)));
             receiver.program().end();
             killed += 1;
             assert_verified(&migration(dir.path()));
             receiver = Receiver::listen(&port, dir.path(), &[]);
-            send.program()
-                .await_stderr(|line| line.contains("connected again").then_some(()));
+            send.program().await_event("reconnected");
             assert_verified(&migration(dir.path()));
         }
-        send.program()
-            .await_stderr(|line| line.contains("round done").then_some(()));
+        send.program().await_event("round_done");
         send.program().kill();
         victim.assert_unharmed();
     }
@@ -291,11 +288,9 @@ fn a_receiver_that_stalls() {
         ]
         .concat();
         let mut send = Send::start(receiver.address(), victim.pid(), &options);
-        send.program()
-            .await_stderr(|line| line.contains("round=1 ").then_some(()));
+        send.program().await_round(1);
         kill(pid, Signal::SIGSTOP).unwrap();
-        send.program()
-            .await_stderr(|line| line.contains("the connection is lost").then_some(()));
+        send.program().await_event("connection_lost");
         victim.assert_unharmed();
         if comes_back {
             kill(pid, Signal::SIGCONT).unwrap();
@@ -327,8 +322,7 @@ fn a_frozen_tree_does_not_wait_for_a_receiver_that_stalls() {
     // (Its answers stop, and soon the link is full.)
     kill(pid, Signal::SIGSTOP).unwrap();
     link.go_on.send(true).unwrap();
-    send.program()
-        .await_stderr(|line| line.contains("the connection is lost").then_some(()));
+    send.program().await_event("connection_lost");
     victim.assert_unharmed();
     kill(pid, Signal::SIGCONT).unwrap();
     let report = send.finish().expect_report();

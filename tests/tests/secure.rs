@@ -94,8 +94,7 @@ fn refused(there: &[String], here: &[String], host: &str) -> (i32, String, Strin
     send.args(["--to", &to, &victim.pid().to_string()])
         .args(here);
     let sent = Program::start(&mut send).finish();
-    let refusal = |line: &str| line.contains("refused").then(|| line.to_owned());
-    let said = receiver.program().await_stderr(refusal);
+    let said = receiver.program().await_event("connection_refused");
     victim.assert_unharmed();
     let mut left = fs::read_dir(dir.path()).unwrap().flatten();
     assert!(!left.any(|entry| entry.path().is_dir()));

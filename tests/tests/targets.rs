@@ -144,12 +144,10 @@ fn a_target_that_becomes_another_user_in_the_middle() {
     let mut victim = Victim::start("heap=32 shared=1 dirty=50");
     let pair = Pair::start(&[]);
     let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
-    send.program()
-        .await_stderr(|line| line.contains("round=2").then_some(()));
+    send.program().await_round(2);
     assert_eq!(victim.ask("setuid 1"), "ok 1");
     send.program().skip_stderr();
-    send.program()
-        .await_stderr(|line| line.contains("round done").then_some(()));
+    send.program().await_event("round_done");
     kill(Pid::from_raw(send.program().pid()), Signal::SIGINT).unwrap();
     said(&send.finish(), 130, &["interrupted"]);
     victim.assert_unharmed();
@@ -522,8 +520,7 @@ fn after_two_rounds(user: u32, take_away: impl Fn(&Path)) -> (Sent, PathBuf, tem
     let receiver = Receiver::run(programs.run("receive", user, &[]), "0", &images, &[]);
     let options = [&["--rounds", "1000"][..], &FAIL_SOON].concat();
     let mut send = pageferry_tests::Send::start(receiver.address(), victim.pid(), &options);
-    send.program()
-        .await_stderr(|line| line.contains("round=2").then_some(()));
+    send.program().await_round(2);
     let home = home(&images);
     take_away(&home);
     let sent = send.finish();

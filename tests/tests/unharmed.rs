@@ -68,8 +68,7 @@ fn an_interrupted_send_ends_by_name_and_leaves_the_target_running() {
     let pair = Pair::start(&[]);
     let options = ["--rounds", "1000", "--reconnect-for", "0"];
     let mut send = pair.start_send(victim.pid(), &options);
-    send.program()
-        .await_stderr(|line| line.contains("round=2").then_some(()));
+    send.program().await_round(2);
     kill(Pid::from_raw(send.program().pid()), Signal::SIGINT).unwrap();
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(130), "{}", sent.stderr);
@@ -83,8 +82,7 @@ fn a_receiver_that_dies_fails_the_send_and_not_the_target() {
     let mut pair = Pair::start(&[]);
     let options = ["--rounds", "1000", "--reconnect-for", "0"];
     let mut send = pair.start_send(victim.pid(), &options);
-    send.program()
-        .await_stderr(|line| line.contains("round=2").then_some(()));
+    send.program().await_round(2);
     pair.receiver().program().kill();
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(1), "{}", sent.stderr);
@@ -100,8 +98,7 @@ fn a_receiver_that_was_killed_discards_the_torn_round_and_keeps_the_others() {
     let mut pair = Pair::start(&[]);
     let options = ["--rounds", "1000", "--reconnect-for", "0"];
     let mut send = pair.start_send(victim.pid(), &options);
-    send.program()
-        .await_stderr(|line| line.contains("round=3").then_some(()));
+    send.program().await_round(3);
     pair.receiver().program().kill();
     let _ = send.finish();
     let migration = migrations(pair.dir()).remove(0);
@@ -151,16 +148,13 @@ fn garbage_on_the_port_hurts_nobody() {
             );
         }
     }
-    send.program()
-        .await_stderr(|line| line.contains("round=10").then_some(()));
+    send.program().await_round(10);
     let report = send.finish().expect_report();
     assert_eq!(report.rounds.len(), 20);
     let directory = report.totals["directory"].as_str().unwrap();
     assert_verified(Path::new(directory));
     victim.assert_unharmed();
-    pair.receiver()
-        .program()
-        .await_stderr(|line| line.contains("refused: neither").then_some(()));
+    pair.receiver().program().await_event("connection_refused");
 }
 
 #[test]

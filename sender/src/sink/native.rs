@@ -172,6 +172,7 @@ impl PageSink for NativeSink {
         self.set_target_state(TargetState::Running);
         let why = with_causes(&broken);
         tracing::warn!(
+            event = "connection_lost",
             why,
             ?within,
             "the connection is lost, the target runs: connecting again"
@@ -180,7 +181,7 @@ impl PageSink for NativeSink {
         let (counters, pace) = (&self.counters, &self.pace);
         self.link = start(&self.connect, counters, pace, &self.patience, within)?;
         let rounds = self.welcome()?;
-        tracing::info!(rounds, "connected again");
+        tracing::info!(event = "reconnected", rounds, "connected again");
         let ended = std::mem::take(&mut self.ended);
         match rounds.checked_sub(self.acked) {
             Some(0) => Ok(None),
