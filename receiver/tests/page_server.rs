@@ -1,5 +1,5 @@
-//! Scripted clients of CRIU's page-server protocol: both headers, the old commands, chains of
-//! dumps, and clients that lie or break off.
+//! Scripted clients of CRIU's page-server protocol: both header widths, old commands, chained dumps, and clients that
+//! send false values or disconnect early.
 
 use pageferry_common::criu::page_server::{self, Command, Header, PageLocation, Width};
 use pageferry_common::{ImageId, PAGE_SIZE};
@@ -24,7 +24,7 @@ const PRESENT: PageLocation = PageLocation::Present { lazy: false };
 const LAZY: PageLocation = PageLocation::Present { lazy: true };
 const TASK: ImageId = ImageId::Process(7);
 
-/// What a client says.
+/// The bytes that a client sends.
 struct Script {
     width: Width,
     bytes: Vec<u8>,
@@ -51,7 +51,7 @@ impl Script {
         self.header(OPEN, 0, 0, Some(image))
     }
 
-    /// An entry, its pages all of the byte `fill`.
+    /// Adds an entry whose pages are all filled with the byte `fill`.
     fn add(self, place: PageLocation, page: u64, pages: u64, fill: u8) -> Self {
         let mut script = self.header(Command::Add(place), pages, page, Some(TASK));
         if let PageLocation::Present { .. } = place {
@@ -66,12 +66,12 @@ impl Script {
     }
 }
 
-/// Plays a script to a receiver in `dir`. Returns what the receiver answered, and how it went.
+/// Plays a script to a receiver in `dir`. Returns the receiver's answers, and its result.
 fn play(dir: &Path, chain: bool, script: &[u8]) -> (Vec<u8>, Migration, Result<(), Failure>) {
     play_bounded(Bounds::NONE, dir, chain, script)
 }
 
-/// The same with limits.
+/// Does the same with limits.
 fn play_bounded(
     bounds: Bounds,
     dir: &Path,
@@ -96,14 +96,14 @@ fn play_bounded(
         let mut migration = Migration::default();
         let receiving = async {
             let result = receive(read, write, pending, &store, limits, chain, &mut migration).await;
-            // As the connection of a real one ends with it.
+            // In the server, the connection ends together with this function.
             (migration, result)
         };
         let client = async {
             let (mut read, mut write) = split(theirs);
             let mut answers = Vec::new();
             let talk = async {
-                // The receiver need not listen to the end.
+                // The receiver may close before the end of the script.
                 let _ = write.write_all(script).await;
                 let _ = write.shutdown().await;
             };
@@ -115,7 +115,7 @@ fn play_bounded(
     })
 }
 
-/// The entries of the task's image, and the byte each of its pages is filled with.
+/// Returns the entries of the process image, and the byte that fills each page.
 fn contents(dump: &Path) -> (Vec<PagemapEntry>, Vec<(u64, u8)>) {
     let chain = levels(dump).unwrap();
     let mut list = Cursor::open(&chain, TASK).unwrap().unwrap();
@@ -154,12 +154,12 @@ fn dump(width: Width) -> Script {
 }
 
 #[test]
-fn both_headers_are_understood() {
+fn both_header_widths_are_accepted() {
     for width in [Width::Narrow, Width::Wide] {
         let dir = tempfile::tempdir().unwrap();
         let (answers, migration, result) = play(dir.path(), false, &dump(width).bytes);
         result.unwrap();
-        // Neither object is in a parent, and everything is safe.
+        // Neither image has a parent, and everything is stored.
         assert_eq!(answers, [0, 0, 0, 0, 0, 0]);
         assert_eq!((migration.rounds, migration.data_pages), (1, 3003));
         assert!(migration.finished_frozen);
@@ -177,12 +177,12 @@ fn both_headers_are_understood() {
 }
 
 #[test]
-fn the_commands_of_old_are_understood() {
+fn old_commands_are_accepted() {
     const ADD: u8 = 1;
     const OLD_OPEN: u8 = 3;
     let dir = tempfile::tempdir().unwrap();
     let mut script = Script::new(Width::Narrow).open(TASK).add(PRESENT, 16, 1, 9);
-    // The same in the words of CRIU 1.0.
+    // The same in the commands of CRIU 1.0.
     script.bytes[0] = OLD_OPEN;
     script.bytes[24..28].copy_from_slice(&[ADD, 0, 0, 0]);
     let (answers, _, result) = play(dir.path(), false, &script.close().bytes);
@@ -192,7 +192,7 @@ fn the_commands_of_old_are_understood() {
 }
 
 #[test]
-fn dumps_are_chained_if_they_are_to_be() {
+fn dumps_are_chained_only_on_request() {
     let first = Script::new(Width::Narrow)
         .header(Command::HasParent, 0, 0, Some(TASK))
         .open(TASK)
@@ -224,12 +224,12 @@ fn dumps_are_chained_if_they_are_to_be() {
     assert_eq!(link, Path::new("../criu-1"));
     assert_eq!(contents(&last).1, [(16, 1), (17, 1), (18, 2), (19, 1)]);
 
-    // Unasked for, nothing is offered; and what is not offered cannot be referred to.
+    // Without --chain-dumps no parent is offered, and an entry that refers to one is refused.
     let (answers, _, result) = play(dir.path(), false, &second.bytes);
     assert!(matches!(result, Err(Failure::Refusal(_))));
     assert_eq!(answers[..6], [0; 6]);
     assert_ne!(answers[6..], [0; 4], "that is no success");
-    // Nor can what the parent has not.
+    // So is an entry that the parent lacks.
     let beyond = Script::new(Width::Narrow).open(TASK);
     let beyond = beyond.add(PageLocation::Parent, 19, 2, 0).close();
     let (answers, _, result) = play(dir.path(), true, &beyond.bytes);
@@ -245,7 +245,7 @@ fn dumps_are_chained_if_they_are_to_be() {
 }
 
 #[test]
-fn a_dump_of_nothing_is_a_success_that_leaves_nothing() {
+fn empty_dump_succeeds_and_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let script = Script::new(Width::Narrow).close();
     let (answers, migration, result) = play(dir.path(), false, &script.bytes);
@@ -255,7 +255,7 @@ fn a_dump_of_nothing_is_a_success_that_leaves_nothing() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused() {
+fn invalid_commands_are_refused() {
     let script = || Script::new(Width::Narrow);
     for (why, script) in [
         (
@@ -304,9 +304,9 @@ fn what_makes_no_sense_is_refused() {
     }
 }
 
-/// However a dump is damaged or cut off, it is either refused and leaves nothing, or taken and whole.
+/// However a dump is damaged or cut off, it is either refused and leaves nothing, or accepted and complete.
 #[test]
-fn damaged_and_torn_dumps_leave_nothing_or_something_whole() {
+fn damaged_dumps_leave_nothing_or_a_complete_dump() {
     let script = Script::new(Width::Narrow)
         .open(TASK)
         .add(PRESENT, 16, 1, 1)
@@ -343,7 +343,7 @@ fn damaged_and_torn_dumps_leave_nothing_or_something_whole() {
             let path = left.unwrap().path();
             if path.is_dir() {
                 let problems = verify(&path).unwrap().problems;
-                // Pages that are said to be elsewhere are nowhere as far as we can see.
+                // Pages that the dump locates elsewhere cannot be found.
                 assert!(
                     problems.iter().all(|it| it.contains("is nowhere")),
                     "{problems:?}"

@@ -1,5 +1,5 @@
-//! Rounds on disk against a plain model: what was put is what a chain, flattened or not, says; and
-//! `verify` sees every kind of damage.
+//! Compares rounds on disk with a simple model: a chain, flattened or not, contains what was put; and `verify`
+//! detects every kind of damage.
 
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{ImageId, PAGE_SIZE, PageRange};
@@ -17,10 +17,10 @@ use std::path::Path;
 const PAGE: usize = PAGE_SIZE as usize;
 const IMAGE: ImageId = ImageId::Process(7);
 
-/// Page number to the byte it is filled with.
+/// Maps a page number to the byte that fills the page.
 type Model = BTreeMap<u64, u8>;
 
-/// What one round does to each page: nothing there, data, zero, kept, or stored again.
+/// What one round does with each page: absent, data, zero, in parent, or copied.
 type Steps = Vec<(u8, u8)>;
 
 fn entry(page: u64, kind: EntryKind) -> Entry {
@@ -37,7 +37,7 @@ fn begin(home: &Path, round: u32) -> DirWriter {
     writer
 }
 
-/// Puts a round that does `steps` to the pages from 1, in chunks of `chunk` pages.
+/// Writes a round that applies `steps` to the pages from 1, in chunks of `chunk` pages.
 fn put_round(home: &Path, round: u32, before: &Model, steps: &Steps, chunk: usize) -> Model {
     let mut writer = begin(home, round);
     writer.open(ImageId::Shmem(3)).unwrap();
@@ -67,7 +67,7 @@ fn put_round(home: &Path, round: u32, before: &Model, steps: &Steps, chunk: usiz
     after
 }
 
-/// What a directory says of the image.
+/// Reads the image in a directory.
 fn read(dir: &Path) -> Model {
     let chain = levels(dir).unwrap();
     let mut list = Cursor::open(&chain, IMAGE).unwrap().unwrap();
@@ -93,7 +93,7 @@ fn read(dir: &Path) -> Model {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     #[test]
-    fn a_chain_says_what_was_put(
+    fn chain_contains_what_was_put(
         rounds in prop::collection::vec(prop::collection::vec(any::<(u8, u8)>(), 0..60), 1..6),
         chunk in 1usize..20,
     ) {
@@ -117,7 +117,7 @@ proptest! {
 }
 
 #[test]
-fn a_round_is_private_linked_and_sparse() {
+fn round_is_private_linked_and_sparse() {
     let dir = tempfile::tempdir().unwrap();
     let before = put_round(dir.path(), 1, &Model::new(), &vec![(1, 9); 4], 2);
     put_round(
@@ -145,7 +145,7 @@ fn a_round_is_private_linked_and_sparse() {
 }
 
 #[test]
-fn a_round_that_is_not_committed_leaves_nothing() {
+fn uncommitted_round_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = begin(dir.path(), 1);
     writer.open(IMAGE).unwrap();
@@ -154,7 +154,7 @@ fn a_round_that_is_not_committed_leaves_nothing() {
 }
 
 #[test]
-fn what_makes_no_round_is_refused() {
+fn invalid_rounds_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     put_round(dir.path(), 1, &Model::new(), &vec![(1, 9); 4], 4);
     let begin_and_open = || {
@@ -187,7 +187,7 @@ fn what_makes_no_round_is_refused() {
     assert!(matches!(again, Err(WriteError::Protocol(_))));
 }
 
-/// Does damage to a good chain of two rounds, and tells what `verify` says of it.
+/// Damages a valid chain of two rounds, and returns the problem that `verify` reports.
 fn damaged(damage: impl Fn(&Path)) -> String {
     let dir = tempfile::tempdir().unwrap();
     let before = put_round(dir.path(), 1, &Model::new(), &vec![(1, 9); 8], 8);
@@ -201,7 +201,7 @@ fn damaged(damage: impl Fn(&Path)) -> String {
 }
 
 #[test]
-fn verify_finds_every_damage() {
+fn verify_detects_every_damage() {
     let set_len = |path: &Path, len| {
         let file = OpenOptions::new().write(true).open(path).unwrap();
         file.set_len(len).unwrap();
@@ -231,14 +231,14 @@ fn verify_finds_every_damage() {
             fs::write(home.join("2/pages-9.img"), "").unwrap()
         }),
     ];
-    for (said, damage) in cases {
+    for (problem, damage) in cases {
         let problems = damaged(damage);
-        assert!(problems.contains(said), "{said}: {problems}");
+        assert!(problems.contains(problem), "{problem}: {problems}");
     }
 }
 
 #[test]
-fn flatten_copies_what_is_not_memory_and_overwrites_nothing() {
+fn flatten_copies_state_images_and_overwrites_nothing() {
     let dir = tempfile::tempdir().unwrap();
     put_round(dir.path(), 1, &Model::new(), &vec![(1, 9); 2], 8);
     fs::write(dir.path().join("1/core-7.img"), "state").unwrap();
@@ -253,7 +253,7 @@ fn flatten_copies_what_is_not_memory_and_overwrites_nothing() {
 }
 
 #[test]
-fn terabytes_of_zeros_are_stored_again_without_being_read() {
+fn terabytes_of_zeros_are_copied_without_being_read() {
     const PAGES: u64 = (8 << 40) / PAGE_SIZE;
     let home = tempfile::tempdir().unwrap();
     let zeros = Entry {
@@ -290,7 +290,7 @@ fn terabytes_of_zeros_are_stored_again_without_being_read() {
 }
 
 #[test]
-fn a_chain_that_comes_back_is_left_at_once() {
+fn cyclic_chain_is_rejected() {
     let home = tempfile::tempdir().unwrap();
     for round in 1..=2 {
         begin(home.path(), round).publish().unwrap();

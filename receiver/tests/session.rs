@@ -1,5 +1,5 @@
-//! The native dialect against a scripted sender: what is good arrives, what is bad is refused with
-//! a reason, and nothing torn stays.
+//! The native dialect with a scripted sender: valid rounds are stored, invalid ones are refused with a reason, and
+//! no incomplete round is left behind.
 
 use bytes::Bytes;
 use pageferry_common::digest::{RoundDigest, digest};
@@ -31,11 +31,11 @@ struct Sender {
 }
 
 impl Sender {
-    async fn say(&mut self, message: Message) {
+    async fn send(&mut self, message: Message) {
         self.writer.send(&message).await.unwrap();
     }
 
-    async fn hear(&mut self) -> Result<Message, WireError> {
+    async fn recv(&mut self) -> Result<Message, WireError> {
         match self.reader.next().await? {
             Incoming::Message(message) => Ok(message),
             Incoming::Chunk { .. } => panic!("a receiver sends no chunks"),
@@ -53,15 +53,15 @@ impl Sender {
             features: wire::FEATURES,
             claim,
         };
-        self.say(hello).await;
-        self.hear().await
+        self.send(hello).await;
+        self.recv().await
     }
 
-    async fn say_begin(&mut self, round: u32, kind: RoundKind) {
+    async fn send_begin(&mut self, round: u32, kind: RoundKind) {
         self.totals = Totals::default();
         self.digest = RoundDigest::default();
         let uptime_us = 1;
-        self.say(Message::RoundBegin {
+        self.send(Message::RoundBegin {
             round,
             kind,
             uptime_us,
@@ -70,18 +70,18 @@ impl Sender {
     }
 
     async fn begin(&mut self, round: u32) {
-        self.say_begin(round, RoundKind::PreDump).await;
+        self.send_begin(round, RoundKind::PreDump).await;
         self.totals.images += 1;
         self.digest.open(ImageId::Process(7));
-        self.say(Message::ImageOpen(ImageId::Process(7))).await;
+        self.send(Message::ImageOpen(ImageId::Process(7))).await;
     }
 
-    /// Two pages of data, as they should be or with a false digest, and perhaps compressed.
+    /// Sends two pages of data with the correct or a false digest, optionally compressed.
     async fn chunk(&mut self, at: u64, false_digest: u64, compressed: Option<Vec<u8>>) {
         self.chunk_of(5, at, false_digest, compressed).await;
     }
 
-    /// The same, the pages all of this byte.
+    /// Does the same with pages filled with this byte.
     async fn chunk_of(
         &mut self,
         byte: u8,
@@ -109,7 +109,7 @@ impl Sender {
             .unwrap();
     }
 
-    /// An entry without pages.
+    /// Sends an entry without pages.
     async fn entry(&mut self, at: u64, pages: u64, kind: EntryKind) {
         let range = PageRange::new(at, pages).unwrap();
         let chunk = Chunk {
@@ -127,12 +127,12 @@ impl Sender {
 
     async fn end(&mut self) -> Result<Message, WireError> {
         self.totals.digest = self.digest.value();
-        self.say(Message::RoundEnd(self.totals)).await;
-        self.hear().await
+        self.send(Message::RoundEnd(self.totals)).await;
+        self.recv().await
     }
 }
 
-/// What a sender says that has this secret.
+/// Returns the claim of a sender with this secret.
 fn claim(secret: u8) -> Claim {
     Claim {
         id: MigrationId([1; 16]),
@@ -141,7 +141,7 @@ fn claim(secret: u8) -> Claim {
     }
 }
 
-/// Runs a script against the receiver; what the receiver made of it.
+/// Runs a script against the receiver; returns the receiver's result.
 async fn session<F: AsyncFnOnce(&mut Sender)>(
     dir: &Path,
     script: F,
@@ -149,7 +149,7 @@ async fn session<F: AsyncFnOnce(&mut Sender)>(
     bounded_session(Bounds::NONE, dir, script).await
 }
 
-/// The same with limits.
+/// Does the same with limits.
 async fn bounded_session<F: AsyncFnOnce(&mut Sender)>(
     bounds: Bounds,
     dir: &Path,
@@ -158,7 +158,7 @@ async fn bounded_session<F: AsyncFnOnce(&mut Sender)>(
     session_at(&Admission::new(1), bounds, dir, script).await
 }
 
-/// The same by this admission.
+/// Does the same with this admission.
 async fn session_at<F: AsyncFnOnce(&mut Sender)>(
     admission: &Admission,
     bounds: Bounds,
@@ -194,8 +194,8 @@ async fn session_at<F: AsyncFnOnce(&mut Sender)>(
     (migration, result)
 }
 
-fn refusal(heard: Result<Message, WireError>) -> RefuseCode {
-    match heard {
+fn refusal(received: Result<Message, WireError>) -> RefuseCode {
+    match received {
         Err(WireError::Refused { code, reason }) => {
             assert!(!reason.is_empty());
             code
@@ -204,7 +204,7 @@ fn refusal(heard: Result<Message, WireError>) -> RefuseCode {
     }
 }
 
-/// Everything in a migration's directory but its token.
+/// Lists a migration's directory without its token.
 fn rounds(migration: &Migration) -> Vec<String> {
     let entries = fs::read_dir(&migration.directory).unwrap();
     let mut names: Vec<_> = entries
@@ -216,7 +216,7 @@ fn rounds(migration: &Migration) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_good_session_leaves_its_rounds() {
+async fn valid_session_leaves_its_rounds() {
     let dir = tempfile::tempdir().unwrap();
     let (migration, result) = session(dir.path(), async |sender| {
         assert!(matches!(sender.greet(1).await, Ok(Message::Welcome { .. })));
@@ -232,8 +232,8 @@ async fn a_good_session_leaves_its_rounds() {
                     if acked == round && theirs.data_pages == totals.data_pages
             ));
         }
-        sender.say(Message::Finish).await;
-        assert_eq!(sender.hear().await.unwrap(), Message::FinishAck);
+        sender.send(Message::Finish).await;
+        assert_eq!(sender.recv().await.unwrap(), Message::FinishAck);
     })
     .await;
     result.unwrap();
@@ -242,7 +242,7 @@ async fn a_good_session_leaves_its_rounds() {
     assert!(verify(&migration.directory).unwrap().problems.is_empty());
 }
 
-/// After one good round, does something wrong in the second.
+/// After a valid round, sends an invalid second one; returns the receiver's refusal.
 async fn second_round_refused<F: AsyncFnOnce(&mut Sender)>(wrong: F) -> RefuseCode {
     let dir = tempfile::tempdir().unwrap();
     let mut code = None;
@@ -252,11 +252,11 @@ async fn second_round_refused<F: AsyncFnOnce(&mut Sender)>(wrong: F) -> RefuseCo
         sender.chunk(0x1000, 0, None).await;
         sender.end().await.unwrap();
         wrong(sender).await;
-        code = Some(refusal(sender.hear().await));
+        code = Some(refusal(sender.recv().await));
     })
     .await;
     assert!(result.is_err());
-    // The first is intact, and nothing of the second is there.
+    // The first round is intact, and nothing of the second is left.
     assert_eq!(rounds(&migration), ["1"]);
     assert!(verify(&migration.directory).unwrap().problems.is_empty());
     code.unwrap()
@@ -268,25 +268,25 @@ async fn damaged_pages_are_refused() {
         sender.begin(2).await;
         sender.chunk(0x1000, 1, None).await;
         sender.totals.digest = sender.digest.value();
-        sender.say(Message::RoundEnd(sender.totals)).await;
+        sender.send(Message::RoundEnd(sender.totals)).await;
     })
     .await;
     assert_eq!(code, RefuseCode::Protocol);
 }
 
 #[tokio::test]
-async fn totals_that_do_not_agree_are_refused() {
+async fn wrong_totals_are_refused() {
     let code = second_round_refused(async |sender| {
         sender.begin(2).await;
         sender.chunk(0x1000, 0, None).await;
         sender.totals.data_pages += 1;
-        sender.say(Message::RoundEnd(sender.totals)).await;
+        sender.send(Message::RoundEnd(sender.totals)).await;
     })
     .await;
     assert_eq!(code, RefuseCode::Protocol);
 }
 
-/// A frame of zeros that does not say how many they are, or does.
+/// Returns a compressed frame of zeros that does or does not declare its size.
 fn zeros(bytes: u64, says_size: bool) -> Vec<u8> {
     let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
     let pledged = says_size.then_some(bytes);
@@ -296,15 +296,15 @@ fn zeros(bytes: u64, says_size: bool) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
-/// The same in a frame that wants the widest window there is, 2 GiB.
+/// Returns the same frame with the widest window that the format allows, 2 GiB.
 fn widest(mut frame: Vec<u8>) -> Vec<u8> {
-    // Magic number, flags, and if no size is said: the exponent of the window less 10, and an eighth.
+    // Magic number, flags and, if no size is declared, the window: its exponent minus 10, and an eighth.
     assert_eq!(frame[4] >> 5, 0);
     frame[5] = (31 - 10) << 3;
     frame
 }
 
-/// Most memory that this process has ever had, bytes.
+/// Returns the peak memory of this process, in bytes.
 fn peak() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -313,7 +313,7 @@ fn peak() -> u64 {
 }
 
 #[tokio::test]
-async fn a_bomb_is_cut_off_at_what_was_announced() {
+async fn decompression_bomb_is_cut_off_at_the_announced_size() {
     let size = 1 << 30;
     for bomb in [
         zeros(size, true),
@@ -325,17 +325,17 @@ async fn a_bomb_is_cut_off_at_what_was_announced() {
         let code = second_round_refused(async |sender| {
             sender.begin(2).await;
             sender.chunk(0x1000, 0, Some(bomb)).await;
-            sender.say(Message::RoundEnd(sender.totals)).await;
+            sender.send(Message::RoundEnd(sender.totals)).await;
         })
         .await;
         assert_eq!(code, RefuseCode::Protocol);
-        // The other tests may run beside this one, but none takes anything like that.
+        // Other tests may run at the same time, but none needs that much memory.
         assert!(peak() - before < 128 << 20, "{}", peak() - before);
     }
 }
 
 #[tokio::test]
-async fn pages_in_a_frame_with_the_widest_window_are_taken() {
+async fn frame_with_the_widest_window_is_accepted() {
     let dir = tempfile::tempdir().unwrap();
     let (_, result) = session(dir.path(), async |sender| {
         sender.greet(1).await.unwrap();
@@ -343,14 +343,14 @@ async fn pages_in_a_frame_with_the_widest_window_are_taken() {
         let frame = widest(zeros(2 * PAGE_SIZE, false));
         sender.chunk_of(0, 0x1000, 0, Some(frame)).await;
         sender.end().await.unwrap();
-        sender.say(Message::Finish).await;
-        sender.hear().await.unwrap();
+        sender.send(Message::Finish).await;
+        sender.recv().await.unwrap();
     })
     .await;
     result.unwrap();
 }
 
-/// Reaches a limit; the receiver has to name the option that sets it.
+/// Reaches a limit; the receiver must name the option that sets it.
 async fn limit_named<F: AsyncFnOnce(&mut Sender) -> Result<Message, WireError>>(
     option: &str,
     bounds: Bounds,
@@ -394,7 +394,7 @@ async fn every_limit_of_a_migration_is_answered_with_its_option() {
             sender.end().await.unwrap();
         }
         sender.begin(3).await;
-        sender.hear().await
+        sender.recv().await
     })
     .await;
     let bytes = Bounds {
@@ -425,9 +425,9 @@ async fn every_limit_of_a_migration_is_answered_with_its_option() {
         sender.begin(2).await;
         sender.chunk(0x1000, 0, None).await;
         for id in 1..=2 {
-            sender.say(Message::ImageOpen(ImageId::Shmem(id))).await;
+            sender.send(Message::ImageOpen(ImageId::Shmem(id))).await;
         }
-        sender.hear().await
+        sender.recv().await
     })
     .await;
     let keep_free = Bounds {
@@ -441,7 +441,7 @@ async fn every_limit_of_a_migration_is_answered_with_its_option() {
 }
 
 #[tokio::test]
-async fn copies_count_as_what_is_written() {
+async fn copies_count_towards_the_byte_limit() {
     let bytes = Bounds {
         bytes: 1 << 20,
         ..Bounds::NONE
@@ -459,7 +459,7 @@ async fn copies_count_as_what_is_written() {
 }
 
 #[tokio::test]
-async fn images_of_state_have_the_same_limits() {
+async fn state_images_have_the_same_limits() {
     let state = |name: String, piece: usize| Message::State {
         name: StateName::new(&name).unwrap(),
         last: true,
@@ -485,19 +485,21 @@ async fn images_of_state_have_the_same_limits() {
     ] {
         limit_named(option, bounds, &["1"], async |sender| {
             sender.greet(1).await.unwrap();
-            sender.say_begin(1, RoundKind::Final).await;
+            sender.send_begin(1, RoundKind::Final).await;
             sender.end().await.unwrap();
             for number in 0..6 {
-                sender.say(state(format!("core-{number}.img"), piece)).await;
+                sender
+                    .send(state(format!("core-{number}.img"), piece))
+                    .await;
             }
-            sender.hear().await
+            sender.recv().await
         })
         .await;
     }
 }
 
 #[tokio::test]
-async fn who_finds_no_place_is_told_so_and_who_only_asks_needs_none() {
+async fn surplus_sender_is_refused_and_resolve_needs_no_slot() {
     let dir = tempfile::tempdir().unwrap();
     let admission = Admission::new(1);
     let _slot = admission.admit(STALL).unwrap().promote().unwrap();
@@ -512,8 +514,8 @@ async fn who_finds_no_place_is_told_so_and_who_only_asks_needs_none() {
     .await;
     assert!(matches!(result, Err(Failure::Refusal(_))));
     let (_, result) = session_at(&admission, Bounds::NONE, dir.path(), async |sender| {
-        sender.say(Message::Resolve(claim(2))).await;
-        let answer = sender.hear().await.unwrap();
+        sender.send(Message::Resolve(claim(2))).await;
+        let answer = sender.recv().await.unwrap();
         assert_eq!(answer, Message::Outcome { running: false });
     })
     .await;
@@ -537,7 +539,7 @@ async fn another_version_is_refused() {
 }
 
 #[tokio::test]
-async fn a_sender_that_comes_again_goes_on_and_a_stranger_does_not() {
+async fn reconnecting_sender_continues_and_a_stranger_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let welcomed = |answer| match answer {
         Ok(Message::Welcome { rounds, .. }) => rounds,
@@ -550,7 +552,7 @@ async fn a_sender_that_comes_again_goes_on_and_a_stranger_does_not() {
             sender.chunk(0x1000, 0, None).await;
             sender.end().await.unwrap();
         }
-        // This one is torn.
+        // This round is incomplete.
         sender.begin(3).await;
         sender.chunk(0x1000, 0, None).await;
     })
@@ -567,8 +569,8 @@ async fn a_sender_that_comes_again_goes_on_and_a_stranger_does_not() {
         sender.begin(3).await;
         sender.chunk(0x2000, 0, None).await;
         sender.end().await.unwrap();
-        sender.say(Message::Finish).await;
-        assert_eq!(sender.hear().await.unwrap(), Message::FinishAck);
+        sender.send(Message::Finish).await;
+        assert_eq!(sender.recv().await.unwrap(), Message::FinishAck);
     })
     .await;
     result.unwrap();
@@ -577,18 +579,18 @@ async fn a_sender_that_comes_again_goes_on_and_a_stranger_does_not() {
 }
 
 #[tokio::test]
-async fn an_image_that_is_opened_twice_is_refused() {
+async fn image_opened_twice_is_refused() {
     let code = second_round_refused(async |sender| {
         sender.begin(2).await;
         sender.chunk(0x1000, 0, None).await;
-        sender.say(Message::ImageOpen(ImageId::Process(7))).await;
+        sender.send(Message::ImageOpen(ImageId::Process(7))).await;
     })
     .await;
     assert_eq!(code, RefuseCode::Protocol);
 }
 
 #[tokio::test]
-async fn a_sender_that_vanishes_leaves_no_torn_round() {
+async fn disconnected_sender_leaves_no_incomplete_round() {
     let dir = tempfile::tempdir().unwrap();
     let (migration, result) = session(dir.path(), async |sender| {
         sender.greet(1).await.unwrap();
@@ -601,7 +603,7 @@ async fn a_sender_that_vanishes_leaves_no_torn_round() {
 }
 
 #[tokio::test]
-async fn only_its_sender_can_have_a_migration_decided() {
+async fn only_the_sender_of_a_migration_can_resolve_it() {
     let dir = tempfile::tempdir().unwrap();
     let (migration, _) = session(dir.path(), async |sender| {
         sender.greet(wire::VERSION).await.unwrap();
@@ -611,15 +613,15 @@ async fn only_its_sender_can_have_a_migration_decided() {
     .await;
     let outcome = migration.directory.join("outcome.json");
     let (_, denied) = session(dir.path(), async |stranger| {
-        stranger.say(Message::Resolve(claim(3))).await;
-        assert_eq!(refusal(stranger.hear().await), RefuseCode::Denied);
+        stranger.send(Message::Resolve(claim(3))).await;
+        assert_eq!(refusal(stranger.recv().await), RefuseCode::Denied);
     })
     .await;
     assert!(matches!(denied, Err(Failure::Refusal(_))), "{denied:?}");
     assert!(!outcome.exists());
     let (_, answered) = session(dir.path(), async |sender| {
-        sender.say(Message::Resolve(claim(2))).await;
-        let answer = sender.hear().await.unwrap();
+        sender.send(Message::Resolve(claim(2))).await;
+        let answer = sender.recv().await.unwrap();
         assert_eq!(answer, Message::Outcome { running: false });
     })
     .await;

@@ -1,4 +1,4 @@
-//! Freezing real processes: nothing of theirs changes but the time.
+//! Freezes real processes: nothing about them changes except the time.
 
 use pageferry_sender::freeze::{FreezeError, Freezer, Then, TreeError};
 use std::fs;
@@ -11,7 +11,7 @@ fn freezer() -> Freezer {
     Freezer::start(Path::new(env!("CARGO_BIN_EXE_send"))).unwrap()
 }
 
-/// A shell tree: a parent, a child and a grandchild, all in different system calls.
+/// A tree of shells: a parent, a child and a grandchild, all in different system calls.
 struct Tree(Child);
 
 impl Tree {
@@ -49,7 +49,7 @@ fn state(pid: i32) -> char {
     stat.rsplit_once(") ").unwrap().1.chars().next().unwrap()
 }
 
-/// What only `/proc` tells.
+/// Polls a condition that only `/proc` shows.
 fn until(what: &str, so: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(5);
     while !so() {
@@ -63,7 +63,7 @@ fn waits_in(pid: i32) -> String {
 }
 
 #[test]
-fn a_tree_is_stopped_whole_and_runs_on() {
+fn tree_is_frozen_completely_and_resumes() {
     let tree = Tree::start();
     let mut freezer = freezer();
     for _ in 0..3 {
@@ -78,12 +78,12 @@ fn a_tree_is_stopped_whole_and_runs_on() {
 }
 
 #[test]
-fn a_dropped_guard_and_a_dead_sender_let_the_tree_run() {
+fn dropped_guard_or_dead_sender_releases_the_tree() {
     let tree = Tree::start();
     let mut freezer = freezer();
     drop(freezer.freeze(tree.pid()).unwrap());
     assert_ne!(state(tree.pid()), 't');
-    // A guard that nobody drops, and then the socket closes: as a SIGKILL would leave it.
+    // The guard is leaked, then the socket is closed: the state after a SIGKILL.
     std::mem::forget(freezer.freeze(tree.pid()).unwrap());
     assert_eq!(state(tree.pid()), 't');
     drop(freezer);
@@ -91,7 +91,7 @@ fn a_dropped_guard_and_a_dead_sender_let_the_tree_run() {
 }
 
 #[test]
-fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
+fn userfaultfd_leaves_no_trace_and_interrupted_calls_restart() {
     let tree = Tree::start();
     let mut freezer = freezer();
     let before = {
@@ -101,7 +101,7 @@ fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
         processes
     };
     let asleep = |pid: i32| until("asleep", || state(pid) == 'S');
-    // The last of them has just been started: it loads its libraries first, in other calls.
+    // The process that was started last loads its libraries first, in other calls.
     let called = |pid: i32| waits_in(pid).split(' ').next().and_then(|n| n.parse().ok());
     let waits = [
         libc::SYS_wait4,
@@ -138,7 +138,7 @@ fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
         }
         frozen.thaw(Then::Run).unwrap();
     }
-    // Each sits in the very call it sat in, with the same arguments and stack.
+    // Each thread is in the same call as before, with the same arguments and stack.
     for (index, process) in before.iter().enumerate() {
         let pid = process.pid;
         asleep(pid);
@@ -153,19 +153,19 @@ fn a_userfaultfd_leaves_no_trace_and_interrupted_calls_are_restarted() {
         let number = waits_in(pid);
         assert!(number.starts_with(|c: char| c.is_ascii_digit()), "{number}");
         if !calls[index].starts_with("230 ") {
-            // (A sleep goes on as restart_syscall, by its own number.)
+            // (A sleep continues as restart_syscall, with another number.)
             assert_eq!(call(&number), call(&calls[index]));
         }
     }
 }
 
 #[test]
-fn stopped_stays_stopped_and_killed_dies() {
+fn released_tree_stays_stopped_or_is_killed() {
     let mut tree = Tree::start();
     let mut freezer = freezer();
     let mut frozen = freezer.freeze(tree.pid()).unwrap();
     let pids: Vec<i32> = frozen.processes().iter().map(|p| p.pid).collect();
-    // A sender that fails now, or dies, leaves it running.
+    // A sender that fails or dies now leaves it running.
     frozen.sigstop().unwrap();
     drop(frozen);
     for &pid in &pids {
@@ -190,7 +190,7 @@ fn stopped_stays_stopped_and_killed_dies() {
 }
 
 #[test]
-fn what_cannot_be_frozen_is_named() {
+fn unfreezable_process_is_named() {
     let mut freezer = freezer();
     let none = freezer.freeze(i32::MAX - 1);
     assert!(matches!(

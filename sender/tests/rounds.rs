@@ -1,4 +1,4 @@
-//! Rounds of a real program into memory, without a network: what arrives is what the process held.
+//! Rounds of a real program into memory, without a network: the images equal the memory of the process.
 
 use bytes::Bytes;
 use pageferry_common::wire::{Entry, EntryKind, RoundKind, Totals, WireError};
@@ -20,7 +20,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// A program that fills 64 MiB, and goes on changing it.
+/// A program that fills 64 MiB, and keeps changing them.
 const PROGRAM: &str = "
 import os, sys, random, threading, time
 memory = bytearray(os.urandom(1 << 20) * 64)
@@ -51,8 +51,8 @@ impl Program {
         Self(child, stdin, lines)
     }
 
-    /// Has it do something, to the end.
-    fn tell(&mut self, what: &str) {
+    /// Sends a command, and waits until it is done.
+    fn command(&mut self, what: &str) {
         writeln!(self.1, "{what}").unwrap();
         assert_eq!(self.2.next().unwrap().unwrap(), "done");
     }
@@ -67,25 +67,25 @@ impl Drop for Program {
 
 type Image = HashMap<u64, Vec<u8>>;
 
-/// Keeps the images of the last round, in-parent entries resolved.
+/// Keeps the images of the last round, with in-parent entries resolved.
 #[derive(Default)]
 struct MemorySink {
     images: HashMap<ImageId, Image>,
     parents: HashMap<ImageId, Image>,
     open: Option<ImageId>,
     totals: Totals,
-    /// How often it was told something.
-    told: u32,
-    /// When it is lost, with the round on its way.
+    /// Number of calls so far.
+    calls: u32,
+    /// Calls at which the connection is lost, together with the current round.
     lost_at: Vec<u32>,
-    /// The round on its way is complete: only that was not heard.
+    /// Whether the current round is complete: only its ack is lost.
     complete: bool,
 }
 
 impl MemorySink {
-    fn told(&mut self) -> Result<(), SinkError> {
-        self.told += 1;
-        match self.lost_at.contains(&self.told) {
+    fn call(&mut self) -> Result<(), SinkError> {
+        self.calls += 1;
+        match self.lost_at.contains(&self.calls) {
             true => Err(SinkError::Wire(WireError::Closed)),
             false => Ok(()),
         }
@@ -115,14 +115,14 @@ impl PageSink for MemorySink {
     }
 
     fn open(&mut self, image: ImageId) -> Result<(), SinkError> {
-        self.told()?;
+        self.call()?;
         self.open = Some(image);
         assert!(self.images.insert(image, Image::new()).is_none());
         Ok(())
     }
 
     fn put(&mut self, entries: Vec<Entry>, pages: Bytes) -> Result<(), SinkError> {
-        self.told()?;
+        self.call()?;
         self.totals.count(&entries);
         let id = self.open.unwrap();
         let image = self.images.get_mut(&id).unwrap();
@@ -142,9 +142,9 @@ impl PageSink for MemorySink {
     }
 
     fn commit(&mut self) -> Result<Receipt, SinkError> {
-        self.told()?;
+        self.call()?;
         self.complete = true;
-        self.told()?;
+        self.call()?;
         self.complete = false;
         Ok(self.receipt())
     }
@@ -180,7 +180,7 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]
         ..MemorySink::default()
     };
     let mut report: Report = Report::new(pid, name);
-    // A downtime that no estimate meets: the rounds allowed are all made.
+    // No estimate meets this downtime, so all allowed rounds are made.
     let limits = Limits {
         max_downtime: Duration::ZERO,
         max_rounds: 4,
@@ -204,7 +204,7 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]
         eprintln!("{name}: {round:?}");
     }
     assert!(report.rounds.len() >= 4);
-    assert!(sink.told > lost_at.last().copied().unwrap_or(0));
+    assert!(sink.calls > lost_at.last().copied().unwrap_or(0));
     assert_eq!(report.totals.reconnects as usize, lost_at.len());
     assert!(report.rounds[0].sent_pages > 64 * 256);
     assert!(report.rounds[1..].iter().all(|r| r.sent_pages < 48 * 256));
@@ -219,50 +219,50 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]
 }
 
 #[test]
-fn rounds_with_uffd() {
+fn rounds_equal_memory_with_uffd() {
     rounds_are_right(TrackerChoice::Uffd, false, &[]);
 }
 
 #[test]
-fn rounds_with_uffd_and_a_content_filter() {
+fn rounds_equal_memory_with_uffd_and_a_content_filter() {
     rounds_are_right(TrackerChoice::Uffd, true, &[]);
 }
 
 #[test]
-fn rounds_with_soft_dirty() {
+fn rounds_equal_memory_with_soft_dirty() {
     rounds_are_right(TrackerChoice::SoftDirty, false, &[]);
 }
 
 #[test]
-fn rounds_with_content_hashes() {
+fn rounds_equal_memory_with_content_hashes() {
     rounds_are_right(TrackerChoice::Hash, false, &[]);
 }
 
-/// At the first image, its pages, the end of a round, behind it; in one round after the other, in one again
-/// and again. (The first round takes some twenty, the others fewer than ten.)
+/// Losses at the first image, at its pages, at the end of a round, and after it; in consecutive rounds, and
+/// repeatedly in one. (The first round makes about twenty calls, the others fewer than ten.)
 const LOST_AT: [u32; 10] = [1, 4, 30, 31, 33, 36, 38, 40, 41, 43];
 
 #[test]
-fn rounds_that_are_lost_with_uffd() {
+fn lost_rounds_are_sent_again_with_uffd() {
     rounds_are_right(TrackerChoice::Uffd, false, &LOST_AT);
 }
 
 #[test]
-fn rounds_that_are_lost_with_uffd_and_a_content_filter() {
+fn lost_rounds_are_sent_again_with_uffd_and_a_content_filter() {
     rounds_are_right(TrackerChoice::Uffd, true, &LOST_AT);
 }
 
 #[test]
-fn rounds_that_are_lost_with_soft_dirty() {
+fn lost_rounds_are_sent_again_with_soft_dirty() {
     rounds_are_right(TrackerChoice::SoftDirty, false, &LOST_AT);
 }
 
 #[test]
-fn rounds_that_are_lost_with_content_hashes() {
+fn lost_rounds_are_sent_again_with_content_hashes() {
     rounds_are_right(TrackerChoice::Hash, false, &LOST_AT);
 }
 
-/// Three processes that share memory: the first tells the others what to do, each when the one before is
+/// Three processes that share memory. The first passes commands to the others, each after the previous one is
 /// done. `p` is a page, `w` a process.
 const SHARING: &str = "
 import mmap, os, signal, sys
@@ -288,40 +288,40 @@ def worker(read, answer):
         os.write(answer, b'x')
     os._exit(0)
 answers, answer = os.pipe()
-tell = []
+commands = []
 for w in range(2):
     read, write_end = os.pipe()
     if os.fork() == 0:
         os.close(write_end)
         worker(read, answer)
     os.close(read)
-    tell.append(write_end)
+    commands.append(write_end)
 print('ready', flush=True)
 for line in sys.stdin:
     w, _, what = line.partition(' ')
     if w == '0':
         exec(what)
     else:
-        os.write(tell[int(w) - 1], what.encode())
+        os.write(commands[int(w) - 1], what.encode())
         os.read(answers, 1)
     print('done', flush=True)
 ";
 
-/// What the processes of [`SHARING`] do to a page.
+/// Step that a process of [`SHARING`] performs on a page.
 #[derive(Debug, Clone, Copy)]
 enum Step {
     Write,
-    /// The object has no such page any more.
+    /// Removes the page from the object.
     Remove,
-    /// And has it again, all zero, when somebody looks.
+    /// Does the same, then reads the page, which is allocated again as zeros.
     RemoveAndRead,
-    /// The process has no page tables of it any more.
+    /// Drops the page tables of the process for the page.
     WriteAndForget,
-    /// By a process that comes and goes.
+    /// Writes in a process that is created and exits.
     WriteByChild,
-    /// The same, and its parent does not wait for it.
+    /// Does the same without waiting for the process.
     WriteByZombie,
-    /// The same, and its parent is not told of its end.
+    /// Does the same with SIGCHLD ignored, so that the parent is not notified.
     WriteByUnnoticedChild,
 }
 
@@ -349,17 +349,17 @@ fn code(step: Step, page: u64, value: u64) -> String {
 }
 
 #[test]
-fn shared_memory_is_right_after_every_round() {
+fn shared_memory_arrives_after_every_round() {
     shared_memory_is_right(false);
 }
 
 #[test]
-fn shared_memory_is_right_after_rounds_that_are_lost() {
+fn shared_memory_arrives_after_lost_rounds() {
     shared_memory_is_right(true);
 }
 
-/// One running round after the other of processes that do nothing meanwhile: what has arrived is what
-/// they have, whichever of them did whatever in between. If some are `lost`, the next has all that they had.
+/// Makes one running round after the other of processes that are idle during the round: the images equal their
+/// memory, whatever each process did in between. If rounds are `lost`, the next contains everything they had.
 fn shared_memory_is_right(lost: bool) {
     let mut program = Program::start(SHARING);
     let pid = program.0.id() as i32;
@@ -374,7 +374,7 @@ fn shared_memory_is_right(lost: bool) {
     let (mut tree, mut sink) = (Copier::new(pid, false).unwrap(), MemorySink::default());
     let pool = BufferPool::new(1);
     let mut round = |number: u32, what: &str| -> Scanned {
-        // Of four rounds, up to three are lost, each somewhere else.
+        // Of four rounds up to three are lost, each at another call.
         let losses = if lost { number % 4 } else { 0 };
         for loss in (1..=losses).rev() {
             let mut frozen = freezer.freeze(pid).unwrap();
@@ -382,9 +382,9 @@ fn shared_memory_is_right(lost: bool) {
             frozen.thaw(Then::Run).unwrap();
             sink.begin(number, RoundKind::PreDump, 0).unwrap();
             tree.survey_descriptors().unwrap();
-            sink.lost_at = vec![sink.told + 1 + (number + loss) % 8];
+            sink.lost_at = vec![sink.calls + 1 + (number + loss) % 8];
             let sent = tree.send(Pass::PreCopy, tracker.as_mut(), &mut sink, &pool);
-            // One that arrived whole is lost with its ack, at the latest.
+            // At the latest, a round that arrived completely is lost together with its ack.
             drop(sent);
             tree.lost(tracker.as_mut());
             sink.lost_at.clear();
@@ -414,14 +414,14 @@ fn shared_memory_is_right(lost: bool) {
         scanned
     };
     assert!(round(1, "the beginning").compared >= 2048);
-    // Nothing happened: nothing is read.
+    // Nothing was written: nothing is read.
     let compared = round(2, "nothing").compared;
     assert!(lost || compared < 100);
     let mut number = 2;
     let mut page = 0;
     for last in STEPS {
         let steps: Vec<_> = match last {
-            // From then on contents are compared; before that, any step may come before any other.
+            // From then on contents are compared; before that, the steps may come in any order.
             Step::WriteByUnnoticedChild => vec![last, Step::Write, last],
             _ => STEPS[..6].iter().flat_map(|&first| [first, last]).collect(),
         };
@@ -430,11 +430,11 @@ fn shared_memory_is_right(lost: bool) {
                 page = (page + 31) % 2048;
                 number += 1;
                 let what = code(step, page, u64::from(number));
-                program.tell(&format!("{process} {what}"));
-                // The same page again, by another.
+                program.command(&format!("{process} {what}"));
+                // The same page again, by another process.
                 if index % 2 == 1 {
                     let what = code(last, page, u64::from(number) + 1);
-                    program.tell(&format!("{} {what}", (process + 1) % 3));
+                    program.command(&format!("{} {what}", (process + 1) % 3));
                 }
                 let scanned = round(number, &format!("{step:?} by {process}, {last:?}"));
                 let tracked = [step, last]
