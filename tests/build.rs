@@ -1,4 +1,4 @@
-//! Compiles the victim. It is a C program because a good victim does what safe Rust cannot.
+//! Compiles the victim: a C program, because it must do what safe Rust cannot.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,9 +11,9 @@ fn main() {
     let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let victim = out_dir.join("victim");
     let compiler = env::var("CC").unwrap_or_else(|_| "cc".into());
-    // A static program is the same on every machine it is restored on, and starts faster.
+    // A static program starts faster and is identical on every machine where it is restored.
     let built = [&["-static"][..], &[]].iter().any(|link| {
-        // A program that runs cannot be written over; its successor takes a new inode.
+        // A running program cannot be overwritten; a new file gets a new inode.
         let fresh = out_dir.join("victim.new");
         Command::new(&compiler)
             .args(["-std=c11", "-O2", "-g", "-Wall", "-Wextra", "-pthread"])

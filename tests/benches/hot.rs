@@ -1,4 +1,4 @@
-//! Micro-benchmarks of the pieces every page goes through: `cargo bench -p pageferry-tests`.
+//! Micro-benchmarks of the code that every page passes through: `cargo bench -p pageferry-tests`.
 
 use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -21,7 +21,7 @@ use std::hint::black_box;
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-/// Memory of which a part is random, as programs have it.
+/// Returns partly random bytes, like the memory of a typical program.
 fn pages() -> Vec<u8> {
     let mut state = 1_u64;
     let mut pages = vec![0; CHUNK_SIZE];
@@ -36,7 +36,7 @@ fn pages() -> Vec<u8> {
     pages
 }
 
-/// The entries of one chunk that is all data.
+/// Returns the entries of one chunk of data pages.
 fn entries(first: u64) -> Vec<Entry> {
     let start = (1 + first) * PAGE_SIZE;
     let range = PageRange::new(start, CHUNK_PAGES as u64).expect("it is one");
@@ -44,7 +44,7 @@ fn entries(first: u64) -> Vec<Entry> {
     vec![Entry { range, kind }]
 }
 
-/// Asking the kernel which pages of 256 MiB are there and written, and reading them.
+/// Scans 256 MiB for populated and written pages, and reads them.
 fn memory(criterion: &mut Criterion) {
     const MIB: u64 = 256;
     let mut victim = Victim::start(&format!("heap={MIB}"));
@@ -92,7 +92,7 @@ fn memory(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// What is computed over every chunk.
+/// Computations over every chunk.
 fn chunks(criterion: &mut Criterion) {
     let pages = pages();
     let mut group = criterion.benchmark_group("chunk");
@@ -116,7 +116,7 @@ fn chunks(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Frames from one end of a pipe in memory to the other.
+/// Sends frames through a pipe in memory.
 fn frames(criterion: &mut Criterion) {
     const STALL: Duration = Duration::from_secs(60);
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -192,7 +192,7 @@ fn frames(criterion: &mut Criterion) {
     group.finish();
 }
 
-/// Writing 64 MiB of an image, to memory if there is a tmpfs.
+/// Writes 64 MiB of an image, to memory if there is a tmpfs.
 fn images(criterion: &mut Criterion) {
     const CHUNKS: u64 = 128;
     let pages = pages();
@@ -223,7 +223,7 @@ fn images(criterion: &mut Criterion) {
         );
     });
     group.finish();
-    // What a plain file takes, to compare with.
+    // A plain file for comparison.
     let mut group = criterion.benchmark_group("file");
     group.throughput(Throughput::Bytes(CHUNKS * CHUNK_SIZE as u64));
     group.sample_size(20);

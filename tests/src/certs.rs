@@ -1,18 +1,18 @@
-//! Certificates for both ends, and the options that name them.
+//! TLS certificates for sender and receiver, and the options that name them.
 
 use crate::scenario::receive;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// A directory as `receive certs` makes it.
+/// Directory of certificates that `receive certs` created.
 #[derive(Debug)]
 pub struct Certs(TempDir);
 
 impl Certs {
-    /// For a receiver on loopback.
+    /// Creates certificates for a receiver on the loopback interface.
     ///
     /// # Panics
-    /// If `receive` is not built, or makes none.
+    /// If `receive` is not built or `receive certs` fails.
     #[must_use]
     #[expect(clippy::new_without_default, reason = "it makes files")]
     pub fn new() -> Self {
@@ -22,20 +22,21 @@ impl Certs {
         this
     }
 
-    /// Where they are.
+    /// Returns the directory that contains the certificates.
     #[must_use]
     pub fn dir(&self) -> PathBuf {
         self.0.path().join("certs")
     }
 
-    /// The options of the side that has this certificate.
+    /// Returns the options of the side with this certificate.
     #[must_use]
     pub fn options(&self, name: &str) -> Vec<String> {
         options(&self.dir().join("ca.pem"), &self.dir().join(name))
     }
 }
 
-/// The options of a side that trusts `ca` and has `certificate` (both its files, whatever the extension).
+/// Returns the options of a side that trusts `ca` and has `certificate` (certificate and key; the extension of
+/// the path does not matter).
 #[must_use]
 pub fn options(ca: &Path, certificate: &Path) -> Vec<String> {
     let (cert, key) = (
@@ -48,7 +49,7 @@ pub fn options(ca: &Path, certificate: &Path) -> Vec<String> {
         .collect()
 }
 
-/// Options as a program takes them.
+/// Borrows options as program arguments.
 #[must_use]
 pub fn strs(options: &[String]) -> Vec<&str> {
     options.iter().map(String::as_str).collect()

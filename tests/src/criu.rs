@@ -1,4 +1,4 @@
-//! The real CRIU: dumps, page servers and restores.
+//! Runs the real CRIU: dumps, page servers and restores.
 
 use crate::daemon::{kill_tree, until};
 use crate::memory;
@@ -9,8 +9,8 @@ use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Says by name that something is not tested here, and why: on standard error, and for the count at
-/// the end of a run in the file that `$PAGEFERRY_SKIPPED` names.
+/// Reports a skipped test and the reason on standard error, and appends it to the file named by
+/// `$PAGEFERRY_SKIPPED`, which `scripts/test` counts at the end of a run.
 pub fn skip(what: &str, why: &str) {
     eprintln!("SKIPPED: {what}: {why}");
     if let Some(path) = std::env::var_os("PAGEFERRY_SKIPPED") {
@@ -20,22 +20,22 @@ pub fn skip(what: &str, why: &str) {
     }
 }
 
-/// One CRIU.
+/// An installed CRIU.
 #[derive(Debug, Clone)]
 pub struct Criu {
     path: PathBuf,
     version: (u32, u32),
 }
 
-/// Where each CRIU is: as `scripts/install-criu` prints it, or by its default.
+/// Environment variable (as printed by `scripts/install-criu`) and default cache directory of each CRIU.
 const PLACES: [(&str, &str); 2] = [
     ("PAGEFERRY_CRIU", "pageferry-criu"),
     ("PAGEFERRY_CRIU_NEXT", "pageferry-criu-next"),
 ];
 
 impl Criu {
-    /// Every CRIU that is here, the oldest first; for each that is not, `test` is skipped by name.
-    /// An empty variable says that it cannot be had.
+    /// Returns every installed CRIU, oldest first. Reports `test` as skipped for each missing one. An empty
+    /// variable means that this CRIU is not available.
     #[must_use]
     pub fn all(test: &str) -> Vec<Self> {
         let found = PLACES.iter().filter_map(|(variable, default)| {
@@ -48,7 +48,7 @@ impl Criu {
         found.collect()
     }
 
-    /// Debian 13's, if it is here; else `test` is skipped by name.
+    /// Returns the CRIU of Debian 13; reports `test` as skipped if it is missing.
     #[must_use]
     pub fn stable(test: &str) -> Option<Self> {
         let (variable, default) = PLACES[0];
@@ -70,19 +70,19 @@ impl Criu {
         })
     }
 
-    /// Its version, as far as it matters.
+    /// Returns the major and minor version.
     #[must_use]
     pub fn version(&self) -> (u32, u32) {
         self.version
     }
 
-    /// The program.
+    /// Returns the path of the program.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// `criu ACTION -D DIR`, with its log in DIR.
+    /// Returns the command `criu ACTION -D DIR`, with its log in DIR.
     #[must_use]
     pub fn command(&self, action: &str, dir: &Path) -> Command {
         let mut command = Command::new(&self.path);
@@ -96,10 +96,10 @@ impl Criu {
     /// Runs `criu ACTION -D DIR OPTIONS`.
     ///
     /// # Errors
-    /// The end of its log if it fails.
+    /// Returns the last lines of CRIU's log if it fails.
     pub fn run(&self, action: &str, dir: &Path, options: &[&str]) -> Result<(), String> {
         let mut command = self.command(action, dir);
-        // What it restores would keep a pipe of ours open.
+        // A restored process would inherit a pipe and keep it open.
         let status = command.args(options).stdout(Stdio::null()).status();
         let status = status.map_err(|error| format!("{command:?}: {error}"))?;
         let log = fs::read_to_string(dir.join(format!("{action}.log"))).unwrap_or_default();
@@ -111,7 +111,7 @@ impl Criu {
         }
     }
 
-    /// Dumps a tree, its memory into a page server.
+    /// Dumps a tree; its memory goes to a page server.
     ///
     /// # Errors
     /// As [`Criu::run`].
@@ -129,7 +129,7 @@ impl Criu {
         self.run("dump", state, &[&all, options].concat())
     }
 
-    /// Restores the images in `dir`. The tree is no child of ours.
+    /// Restores the images in `dir`. The restored tree is not a child of this process.
     ///
     /// # Errors
     /// As [`Criu::run`].
@@ -139,10 +139,10 @@ impl Criu {
         Ok(restored)
     }
 
-    /// Its own page server, for one dump into `dir`.
+    /// Starts `criu page-server` for one dump into `dir`, and waits until it listens.
     ///
     /// # Panics
-    /// If it does not come to listen.
+    /// If it does not start to listen.
     #[must_use]
     pub fn page_server(&self, dir: &Path, options: &[&str]) -> (Program, SocketAddr) {
         let address = free_address();
@@ -164,23 +164,23 @@ fn place(variable: &str, default: &str) -> PathBuf {
     cache.unwrap_or_else(home).join(default).join("criu")
 }
 
-/// A loopback address that nobody has.
+/// Returns a loopback address with a free port.
 ///
 /// # Panics
-/// If there is none.
+/// If no port is free.
 #[must_use]
 pub fn free_address() -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
     listener.local_addr().expect("it is bound")
 }
 
-/// Waits until somebody listens on a port, by a network namespace's table of sockets. Connecting, to
-/// see whether it does, would be a page server's one dump.
+/// Waits until a program listens on a port, according to the socket table of a network namespace. A test
+/// connection would use up the one dump that a page server accepts.
 ///
 /// # Panics
-/// If nobody comes to.
+/// If no program starts to listen.
 pub fn await_listener(table: &str, port: u16) {
-    until("somebody listens", || match listens(table, port) {
+    until("a program listens", || match listens(table, port) {
         true => Ok(()),
         false => Err("not yet".to_owned()),
     });
@@ -196,10 +196,10 @@ fn listens(table: &str, port: u16) -> bool {
     })
 }
 
-/// Copies CRIU's images of everything that is not memory from `state` to `images`.
+/// Copies CRIU's images, except those of memory, from `state` to `images`.
 ///
 /// # Panics
-/// If they cannot be copied.
+/// If a file cannot be copied.
 pub fn merge(state: &Path, images: &Path) {
     for entry in fs::read_dir(state).expect("it is there").flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -210,10 +210,10 @@ pub fn merge(state: &Path, images: &Path) {
     }
 }
 
-/// Waits until a dumped tree is gone to the last process: until then their numbers are taken.
+/// Waits until every process of a dumped tree has been reaped: a restore needs their PIDs.
 ///
 /// # Panics
-/// If it does not go.
+/// If a process remains.
 pub fn await_gone(tree: &[i32]) {
     let there = |pid: &&i32| Path::new("/proc").join(pid.to_string()).exists();
     until("the tree is gone", || match tree.iter().find(there) {
@@ -222,12 +222,12 @@ pub fn await_gone(tree: &[i32]) {
     });
 }
 
-/// A restored tree, killed when dropped.
+/// A restored tree. Dropping it kills the tree.
 #[derive(Debug)]
 pub struct Restored(i32);
 
 impl Restored {
-    /// The process ID of its root.
+    /// Returns the process ID of the root.
     #[must_use]
     pub fn root(&self) -> i32 {
         self.0

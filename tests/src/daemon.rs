@@ -1,4 +1,4 @@
-//! Real programs from Debian's packages, and their clients.
+//! Runs programs from Debian packages, and their clients.
 
 use crate::memory;
 use nix::sys::signal::{Signal, kill};
@@ -7,12 +7,12 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
-/// A program of a package, killed with all its children when dropped.
+/// A running program. Dropping it kills it and all its descendants.
 #[derive(Debug)]
 pub struct Daemon(Child);
 
 impl Daemon {
-    /// Starts it in a process group of its own.
+    /// Starts a program in its own process group.
     ///
     /// # Panics
     /// If it cannot be started.
@@ -26,7 +26,7 @@ impl Daemon {
         )
     }
 
-    /// Starts it as CRIU wants it: in a session of its own, with no terminal or pipe of ours.
+    /// Starts a program in its own session, without a terminal or inherited pipes, as CRIU requires.
     ///
     /// # Panics
     /// If it cannot be started.
@@ -46,13 +46,13 @@ impl Daemon {
         )
     }
 
-    /// Its process ID.
+    /// Returns the process ID.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.0.id().cast_signed()
     }
 
-    /// The running program.
+    /// Returns the child process.
     pub fn child(&mut self) -> &mut Child {
         &mut self.0
     }
@@ -60,7 +60,7 @@ impl Daemon {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        // One that has ended has no more children, and its number may be somebody else's.
+        // A program that exited has no descendants left, and its PID may have been reused.
         if matches!(self.0.try_wait(), Ok(None)) {
             kill_tree(self.pid());
             let _ = self.0.wait();
@@ -80,10 +80,10 @@ pub fn kill_tree(root: i32) {
     }
 }
 
-/// Runs a client program to its end; its standard output.
+/// Runs a client program until it exits, and returns its standard output.
 ///
 /// # Errors
-/// What it said if it failed.
+/// Returns its standard error if it fails.
 pub fn output(command: &mut Command) -> Result<String, String> {
     let output = command.output().map_err(|e| format!("{command:?}: {e}"))?;
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
@@ -93,10 +93,10 @@ pub fn output(command: &mut Command) -> Result<String, String> {
     }
 }
 
-/// Asks again and again until the answer is good: for what nothing but asking tells.
+/// Polls `so` every 20 ms until it returns `Ok`, for conditions that can only be polled.
 ///
 /// # Panics
-/// If it never is, with the last answer.
+/// With the last error, if that takes longer than 60 seconds.
 pub fn until<T>(what: &str, mut so: impl FnMut() -> Result<T, String>) -> T {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
@@ -108,10 +108,10 @@ pub fn until<T>(what: &str, mut so: impl FnMut() -> Result<T, String>) -> T {
     }
 }
 
-/// An answer that must be `wanted`.
+/// Checks that an answer equals `wanted`.
 ///
 /// # Errors
-/// The answer, if it is another.
+/// Returns any other answer.
 pub fn answered(answer: Result<String, String>, wanted: &str) -> Result<(), String> {
     match answer {
         Ok(text) if text.trim() == wanted => Ok(()),

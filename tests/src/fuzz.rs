@@ -1,7 +1,7 @@
-//! What is asked of every parser of foreign bytes: one function for each fuzz target in `tests/fuzz`, so that
-//! a plain test can ask the same of every input that the fuzzer has kept.
+//! Properties of every parser of foreign bytes: one function for each fuzz target in `tests/fuzz`. An ordinary
+//! test calls them with every input that the fuzzer has kept.
 //!
-//! Each takes any bytes, and panics if the parser does, or if what it makes of them is not as it should be.
+//! Each accepts any bytes, and panics if the parser panics or its result violates a property.
 
 mod dirs;
 mod page_server;
@@ -28,10 +28,10 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
 
-/// A target by its name.
+/// Name and function of a fuzz target.
 pub type Target = (&'static str, fn(&[u8]));
 
-/// What whoever is connected can send.
+/// Targets for bytes that a peer can send.
 pub const OF_PEERS: [Target; 4] = [
     ("frames", frames),
     ("messages", messages),
@@ -39,12 +39,12 @@ pub const OF_PEERS: [Target; 4] = [
     ("session", session),
 ];
 
-/// What files say: images, the kernel's, our own.
+/// Targets for content of files: images, the kernel's, our own.
 pub const OF_FILES: [Target; 3] = [("images", images), ("proc", proc), ("records", records)];
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// Nothing here waits: input ends where it ends.
+/// Never reached: the input ends instead of stalling.
 const STALL: Duration = Duration::from_secs(60);
 
 thread_local! {
@@ -60,7 +60,7 @@ fn run<T>(work: impl Future<Output = T>) -> T {
     RUNTIME.with(|runtime| runtime.block_on(work))
 }
 
-/// A directory in memory, if there is such a place: a fuzzer wears a disk out.
+/// Creates a directory in memory, if there is a tmpfs: a fuzzer would wear out a disk.
 #[must_use]
 pub fn scratch() -> TempDir {
     let memory = Path::new("/dev/shm");
@@ -71,7 +71,7 @@ pub fn scratch() -> TempDir {
     made.expect("a directory can be made")
 }
 
-/// Takes bytes off the front of an input; zeros once it is used up.
+/// Takes bytes from the front of an input; yields zeros once it is used up.
 struct Input<'a>(&'a [u8]);
 
 impl<'a> Input<'a> {
@@ -89,14 +89,14 @@ impl<'a> Input<'a> {
         self.take(1).first().copied().unwrap_or(0)
     }
 
-    /// As many bytes as the first two say.
+    /// Takes as many bytes as the first two specify.
     fn counted(&mut self) -> &'a [u8] {
         let len = u16::from_le_bytes([self.byte(), self.byte()]);
         self.take(len.into())
     }
 }
 
-/// A message's metadata, behind a byte that says of which kind.
+/// Decodes the metadata of a message, after a byte that selects its kind.
 pub fn messages(input: &[u8]) {
     let mut input = Input(input);
     let kind = FrameKind::ALL[usize::from(input.byte()) % FrameKind::ALL.len()];
@@ -105,7 +105,7 @@ pub fn messages(input: &[u8]) {
         return;
     };
     assert_eq!(message.kind(), kind);
-    // There is one way to say it, and nothing of it is lost.
+    // Each message has exactly one encoding.
     assert_eq!(message.encode(), meta);
     assert!(meta.len() <= META_MAX);
     match message {
@@ -127,7 +127,7 @@ pub fn messages(input: &[u8]) {
     }
 }
 
-/// What comes over a connection, as it is, and with everything put right that cannot be guessed.
+/// Reads the bytes of a connection, unchanged and with all values repaired that cannot be guessed.
 pub fn frames(input: &[u8]) {
     for bytes in [input.to_vec(), put_right(input)] {
         let (written, read) = run(read_and_write(&bytes));
@@ -136,8 +136,7 @@ pub fn frames(input: &[u8]) {
     }
 }
 
-/// Reads frames up to the first that is refused. Returns those again as they are written, and how much was
-/// read.
+/// Reads frames up to the first rejected one. Returns their re-encoding, and the number of bytes read.
 async fn read_and_write(bytes: &[u8]) -> (Vec<u8>, u64) {
     let mut reader = FrameReader::new(bytes, SharedPhase::default(), STALL);
     let mut written = Vec::new();
@@ -178,7 +177,7 @@ async fn read_and_write(bytes: &[u8]) -> (Vec<u8>, u64) {
     (written, reader.bytes())
 }
 
-/// The same bytes with each frame's magic, number and checksum as they should be.
+/// Returns the bytes with the magic, sequence number and checksum of each frame corrected.
 fn put_right(input: &[u8]) -> Vec<u8> {
     let mut bytes = input.to_vec();
     let mut rest = &mut bytes[..];

@@ -1,5 +1,4 @@
-//! A second host on this machine, as far as CRIU is concerned: a PID namespace of its own, in which
-//! every number is free.
+//! A second host on this machine as far as CRIU is concerned: a PID namespace in which every PID is free.
 
 use crate::criu::await_listener;
 use crate::daemon::{kill_tree, until};
@@ -8,11 +7,11 @@ use crate::pair::{Receiver, receive_command};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// What runs as its process 1: it mounts its `/proc`, and reaps whatever is left to it.
+/// Process 1 of the namespace: mounts `/proc` and `/run`, and reaps orphans.
 const INIT: &str =
     "mount -t proc proc /proc && mount -t tmpfs run /run && while :; do sleep 1000 & wait $!; done";
 
-/// The namespace. Dropped, everything in it is killed.
+/// A PID and mount namespace. Dropping it kills every process in it.
 #[derive(Debug)]
 pub struct Host {
     unshare: Child,
@@ -20,16 +19,16 @@ pub struct Host {
 }
 
 impl Host {
-    /// Starts it.
+    /// Starts the namespace.
     ///
     /// # Panics
-    /// If it does not come up; it takes root.
+    /// If it does not start; this requires root.
     #[must_use]
     pub fn start() -> Self {
         Self::start_in(Command::new("env"))
     }
 
-    /// The same, started through a command whose next argument is a program to become.
+    /// Does the same through a command whose next argument is the program to run.
     ///
     /// # Panics
     /// As [`Host::start`].
@@ -41,15 +40,15 @@ impl Host {
         let unshare = unshare.stdin(null()).stdout(null()).stderr(null()).spawn();
         let unshare = unshare.expect("unshare is there");
         let pid = unshare.id().cast_signed();
-        // It is up when it has come to sleep.
-        let init = until("the host comes up", || match memory::tree(pid)[..] {
+        // The init script has finished its mounts once it runs `sleep`.
+        let init = until("the host starts", || match memory::tree(pid)[..] {
             [_, init, last] if name(last) == "sleep" => Ok(init),
             ref tree => Err(format!("{tree:?}")),
         });
         Self { unshare, init }
     }
 
-    /// A receiver that runs there.
+    /// Starts a receiver in the namespace.
     ///
     /// # Panics
     /// As [`Receiver::start`].
@@ -60,15 +59,15 @@ impl Host {
         Receiver::run(command, port, dir, options)
     }
 
-    /// Waits until somebody listens there on a port.
+    /// Waits until a program in the namespace listens on a port.
     ///
     /// # Panics
-    /// If nobody comes to.
+    /// If no program starts to listen.
     pub fn await_listener(&self, port: u16) {
         await_listener(&format!("/proc/{}/net/tcp", self.init), port);
     }
 
-    /// A command that runs there the program that is its next argument.
+    /// Returns a command that runs its next argument in the namespace.
     #[must_use]
     pub fn enter(&self) -> Command {
         let mut command = Command::new("nsenter");

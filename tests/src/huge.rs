@@ -1,8 +1,9 @@
-//! Huge pages that are set aside.
+//! Reserves huge pages (hugetlb) of the kernel.
 
 use std::fs::{self, File};
 
-/// Huge pages that are set aside are the whole machine's: one test at a time, and given back.
+/// A reservation of huge pages. It is system-wide: a lock admits one test at a time, and dropping it restores
+/// the previous number.
 #[derive(Debug)]
 pub struct HugePages {
     before: String,
@@ -12,13 +13,13 @@ pub struct HugePages {
 const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
 
 impl HugePages {
-    /// Sets aside this many pages of 2 MiB.
+    /// Reserves this many pages of 2 MiB.
     ///
     /// # Panics
-    /// If the kernel has none of that kind.
+    /// If the kernel has no huge pages.
     #[must_use]
     pub fn reserve(pages: usize) -> Self {
-        // A file, for each test may be a process of its own.
+        // A lock file, because each test may run in its own process.
         let lock = std::env::temp_dir().join("pageferry-tests-hugepages.lock");
         let alone = File::create(lock).expect("a lock can be made");
         alone.lock().expect("a file can be locked");

@@ -1,6 +1,6 @@
-//! A reader of CRIU memory images for the tests alone, and the comparison with the truth.
+//! Reads CRIU memory images for the tests, and compares them with the memory of a frozen tree.
 //!
-//! It shares no code with the receiver: what both got wrong, no test would see.
+//! It shares no code with the receiver: otherwise no test would detect an error common to both.
 
 use crate::memory::{Need, PAGE, Snapshot, Space};
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,7 +14,7 @@ const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 const PARENT: u32 = 1;
 const PRESENT: u32 = 4;
 
-/// How images and truth differ.
+/// A difference between images and memory.
 #[derive(Debug, thiserror::Error)]
 pub enum Mismatch {
     /// A file cannot be read.
@@ -22,7 +22,7 @@ pub enum Mismatch {
     Io {
         /// The file.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// A file breaks the format.
@@ -30,16 +30,16 @@ pub enum Mismatch {
     Malformed {
         /// The file.
         file: String,
-        /// How.
+        /// The violation.
         what: String,
     },
-    /// A process or segment has no image.
+    /// The image of a process or segment is missing.
     #[error("{0} is missing")]
     MissingImage(String),
-    /// A file that belongs to nothing.
+    /// A file belongs to no process or segment.
     #[error("{0} is one too many")]
     ExtraFile(String),
-    /// A populated page is not in the image.
+    /// A populated page is missing from the image.
     #[error("{image}: page {address:#x} is missing")]
     MissingPage {
         /// The image.
@@ -47,7 +47,7 @@ pub enum Mismatch {
         /// Its address or offset.
         address: u64,
     },
-    /// A page of the image holds something else than the process.
+    /// A page of the image differs from the memory of the process.
     #[error("{image}: page {address:#x} differs at byte {offset}")]
     WrongBytes {
         /// The image.
@@ -57,7 +57,7 @@ pub enum Mismatch {
         /// First byte that differs.
         offset: usize,
     },
-    /// A page of the image is where the process has none.
+    /// A page of the image lies outside every mapping of the process.
     #[error("{image}: page {address:#x} is outside of every mapping that is dumped")]
     OutsidePage {
         /// The image.
@@ -67,23 +67,23 @@ pub enum Mismatch {
     },
 }
 
-/// What a comparison that found no difference has seen.
+/// Counts of a comparison that found no difference.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stats {
     /// Processes with an image.
     pub processes: usize,
     /// Segments with an image.
     pub segments: usize,
-    /// Pages that had to be there.
+    /// Required pages.
     pub required: u64,
-    /// Pages that are there and need not be.
+    /// Pages that are present but optional.
     pub optional: u64,
 }
 
 /// One record of a pagemap.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Entry {
-    /// Address of the first page; in a segment, byte offset.
+    /// Address of the first page; in a segment, its byte offset.
     pub address: u64,
     /// Number of pages.
     pub pages: u64,
@@ -94,31 +94,30 @@ pub struct Entry {
 /// A pagemap file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pagemap {
-    /// Which `pages-N.img` holds its pages.
+    /// ID of the `pages-N.img` with its pages.
     pub pages_id: u32,
     /// Its records.
     pub entries: Vec<Entry>,
 }
 
 impl Pagemap {
-    /// Parses a pagemap file strictly: everything that the format leaves open must be as Pageferry
-    /// promises to write it.
+    /// Parses a pagemap file strictly: what the format leaves open must be as Pageferry writes it.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Describes the violation.
     pub fn parse(bytes: &[u8]) -> Result<Self, String> {
         Self::parse_with(bytes, entry)
     }
 
-    /// Parses a pagemap file of any CRIU.
+    /// Parses a pagemap file of any CRIU version.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// Describes the violation.
     pub fn parse_any(bytes: &[u8]) -> Result<Self, String> {
         Self::parse_with(bytes, entry_of_any_criu)
     }
 
-    /// The entries with those joined that touch and are alike: cutting runs in pieces says nothing.
+    /// Returns the entries with adjacent entries of equal flags joined: where runs are split has no meaning.
     #[must_use]
     pub fn runs(&self) -> Vec<Entry> {
         let mut runs: Vec<Entry> = Vec::new();
@@ -166,7 +165,7 @@ impl Pagemap {
         Ok(Self { pages_id, entries })
     }
 
-    /// The file's bytes, as Pageferry promises to write them.
+    /// Encodes the file as Pageferry writes it.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = [COMMON_MAGIC.to_le_bytes(), PAGEMAP_MAGIC.to_le_bytes()].concat();
@@ -187,8 +186,8 @@ impl Pagemap {
     }
 }
 
-/// An entry, if every field is there and sane: both counts and equal, and one way or the other to
-/// find the pages.
+/// Validates a record: every field is present and sane, both page counts are equal, and the pages are either
+/// present or in the parent.
 fn entry(record: Record) -> Option<Entry> {
     let [
         Some(address),
@@ -214,7 +213,7 @@ fn entry(record: Record) -> Option<Entry> {
     })
 }
 
-/// An entry as CRIU itself has written it: until 4.1 without the second count.
+/// Converts a record written by CRIU itself: until 4.1 without the second page count.
 fn entry_of_any_criu(record: Record) -> Option<Entry> {
     let [address, old_count, in_parent, flags, pages] = record;
     Some(Entry {
@@ -294,7 +293,7 @@ fn put_record(bytes: &mut Vec<u8>, fields: &[(u8, u64)]) {
     bytes.extend_from_slice(&body);
 }
 
-/// One image with its pages found, through `parent` links if there are any.
+/// An image whose pages are located, through `parent` links if there are any.
 #[derive(Debug)]
 struct Image {
     name: String,
@@ -302,7 +301,7 @@ struct Image {
     files: Vec<File>,
 }
 
-/// Pages that lie together both in memory and in one pages file.
+/// Pages that are adjacent both in memory and in one pages file.
 #[derive(Debug, Clone, Copy)]
 struct Located {
     address: u64,
@@ -367,7 +366,7 @@ impl Image {
         Ok(image)
     }
 
-    /// Reads a page; whether there is one.
+    /// Reads a page; returns whether the image has it.
     fn page(&self, address: u64, page: &mut [u8; PAGE]) -> Result<bool, Mismatch> {
         let Some((run, skip)) = locate(&self.runs, address) else {
             return Ok(false);
@@ -406,7 +405,7 @@ impl Image {
                 }
             }
         }
-        // The other way round: nothing but that, except zeros where the process has nothing.
+        // In the other direction: the image has no other pages, except zeros where the process has none.
         for run in &self.runs {
             for address in (run.address..)
                 .step_by(PAGE)
@@ -483,11 +482,11 @@ fn pages_name(pages_id: u32) -> String {
     format!("pages-{pages_id}.img")
 }
 
-/// Claims that two directories, of whichever CRIU, have the same memory images: the same entries in
-/// them, up to where runs are cut in pieces, and the same pages. Returns how many images there are.
+/// Checks that two directories, written by any CRIU, have the same memory images: the same entries (runs may be
+/// split differently) and the same pages. Returns the number of images.
 ///
 /// # Errors
-/// The first difference.
+/// Describes the first difference.
 pub fn same(left: &Path, right: &Path) -> Result<usize, String> {
     let images = |dir: &Path| {
         let files = memory_files(dir).map_err(|error| error.to_string())?;
@@ -527,23 +526,23 @@ pub fn same(left: &Path, right: &Path) -> Result<usize, String> {
     Ok(names.len())
 }
 
-/// How the images of processes, of whichever CRIU, stand beside the truth: numbers of pages.
+/// Page counts of a comparison of process images, written by any CRIU, with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Counts {
-    /// That an image must hold.
+    /// Pages that an image must contain.
     pub in_memory: u64,
-    /// That the images hold.
+    /// Pages that the images contain.
     pub in_images: u64,
-    /// That they must hold and do not.
+    /// Required pages that the images lack.
     pub missing: u64,
-    /// That they hold, but with other contents than the memory has.
+    /// Pages whose content differs from memory.
     pub differ: u64,
 }
 
-/// Compares the private memory of processes with the truth to the end, whatever differs.
+/// Compares the private memory of processes with their images, and continues after differences.
 ///
 /// # Errors
-/// What cannot be read.
+/// The first image that cannot be read.
 pub fn count(truth: &Snapshot, dir: &Path) -> Result<Counts, Mismatch> {
     let mut counts = Counts::default();
     let mut page = [0; PAGE];
@@ -568,7 +567,7 @@ pub fn count(truth: &Snapshot, dir: &Path) -> Result<Counts, Mismatch> {
     Ok(counts)
 }
 
-/// Compares the images in a directory with the truth, byte by byte and in both directions.
+/// Compares the images in a directory with memory, byte by byte and in both directions.
 ///
 /// # Errors
 /// The first difference.
@@ -586,7 +585,7 @@ pub fn compare(truth: &Snapshot, dir: &Path) -> Result<Stats, Mismatch> {
     for (name, space) in processes.clone().chain(segments.clone()) {
         let empty = space.runs.iter().all(|run| run.need == Need::Optional);
         if !left.remove(&name) {
-            // Restore takes a segment that has no image for an empty one.
+            // A restore treats a missing segment image as an empty segment.
             if empty && name.starts_with("pagemap-shmem-") {
                 continue;
             }
@@ -594,7 +593,7 @@ pub fn compare(truth: &Snapshot, dir: &Path) -> Result<Stats, Mismatch> {
         }
         let pages = pages_name(read_pagemap(dir, &name, Pagemap::parse)?.pages_id);
         if !left.remove(&pages) {
-            // There is none, or another image has taken it: a file has one owner.
+            // The file is missing, or belongs to another image: a file has one owner.
             return Err(Mismatch::MissingImage(format!("{pages} of {name}")));
         }
         Image::open(dir, &name, Pagemap::parse)?.compare(space, &mut stats)?;
@@ -609,8 +608,8 @@ pub fn compare(truth: &Snapshot, dir: &Path) -> Result<Stats, Mismatch> {
     }
 }
 
-/// The files in a directory that are ours to account for: pagemaps and pages, under these names or
-/// as leftovers of writing them.
+/// Lists the files in a directory that the comparison accounts for: pagemaps and pages files, including
+/// temporary ones that were left behind.
 fn memory_files(dir: &Path) -> Result<BTreeSet<String>, Mismatch> {
     let unreadable = |source| Mismatch::Io {
         path: dir.into(),
@@ -633,10 +632,10 @@ fn memory_files(dir: &Path) -> Result<BTreeSet<String>, Mismatch> {
     Ok(names)
 }
 
-/// Writes a snapshot as a flat directory of images: what a perfect receiver would leave.
+/// Writes a snapshot as a flat directory of images, as a correct receiver would.
 ///
 /// # Errors
-/// Those of the file system.
+/// Errors of the file system.
 pub fn write(truth: &Snapshot, dir: &Path) -> io::Result<()> {
     let processes = truth
         .processes
@@ -664,10 +663,10 @@ pub fn write(truth: &Snapshot, dir: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The pagemaps in a directory, by file name.
+/// Reads the pagemaps in a directory, by file name.
 ///
 /// # Errors
-/// The first that cannot be read.
+/// The first file that cannot be read.
 pub fn pagemaps(dir: &Path) -> Result<BTreeMap<String, Pagemap>, Mismatch> {
     let names = memory_files(dir)?.into_iter();
     names
@@ -680,7 +679,7 @@ pub fn pagemaps(dir: &Path) -> Result<BTreeMap<String, Pagemap>, Mismatch> {
 mod tests {
     use super::*;
 
-    /// As CRIU 4.x documents them: see criu-formats.md, with both counts set.
+    /// Bytes as CRIU 4.x documents them (criu-formats.md), with both page counts set.
     const HAND_MADE: &[u8] = &[
         0x19, 0x43, 0x56, 0x54, 0x25, 0x40, 0x08, 0x56, // magic words
         2, 0, 0, 0, 0x08, 7, // pages_id 7
@@ -689,7 +688,7 @@ mod tests {
     ];
 
     #[test]
-    fn hand_made_bytes_are_read_and_written() {
+    fn documented_bytes_are_parsed_and_encoded() {
         let pagemap = Pagemap::parse(HAND_MADE).unwrap();
         let entry = Entry {
             address: 0x55ea_e1c2_5000,
@@ -702,7 +701,7 @@ mod tests {
     }
 
     #[test]
-    fn every_prefix_but_whole_records_is_refused() {
+    fn prefixes_other_than_whole_records_are_rejected() {
         for length in 0..HAND_MADE.len() {
             assert_eq!(
                 Pagemap::parse(&HAND_MADE[..length]).is_ok(),
@@ -713,7 +712,7 @@ mod tests {
     }
 
     #[test]
-    fn insane_entries_are_refused() {
+    fn invalid_entries_are_rejected() {
         let parse = |records: &[&[(u8, u64)]]| {
             let mut bytes = HAND_MADE[..14].to_vec();
             for fields in records {
@@ -787,7 +786,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_and_what_differs_is_counted() {
+    fn missing_and_different_pages_are_counted() {
         let dir = tempfile::tempdir().unwrap();
         write(
             &one_process(&[(0x1000, 1), (0x2000, 2), (0x4000, 0)]),
@@ -805,7 +804,7 @@ mod tests {
     }
 
     #[test]
-    fn zeros_are_accepted_where_the_process_has_nothing() {
+    fn zeros_are_accepted_where_the_process_has_no_page() {
         let dir = tempfile::tempdir().unwrap();
         write(&one_process(&[(0x1000, 1), (0x4000, 0)]), dir.path()).unwrap();
         let stats = compare(&one_process(&[(0x1000, 1)]), dir.path()).unwrap();

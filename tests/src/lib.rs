@@ -8,7 +8,7 @@
 //! let victim = Victim::start("heap=64 children=2 dirty=10");
 //! let pair = Pair::start(&[]);
 //! let report = pair.send(victim.pid(), &["--then", "stop"]).expect_report();
-//! let truth = Snapshot::take(&Frozen::already(victim.pid()).unwrap()).unwrap();
+//! let truth = Snapshot::take(&Frozen::from_stopped(victim.pid()).unwrap()).unwrap();
 //! images::compare(&truth, &report.last_round()).unwrap();
 //! ```
 #![forbid(unsafe_code)]

@@ -1,44 +1,48 @@
-//! A link that is cut at a certain step of the conversation.
+//! A TCP proxy that pauses or cuts a connection at a chosen frame of the protocol.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, RwLock, mpsc};
 
-/// A step of a migration: its name, the number of its frame in the protocol, whether the receiver says it,
-/// and the round from which on the first such frame is meant.
+/// A step of a migration: its name, the kind of its frame in the protocol, whether the receiver sends it, and
+/// the first round in which a frame of this kind counts.
 pub type Step = (&'static str, u8, bool, u32);
 
-/// A link that passes frames on, until that step of the connection; then it says so, waits until it
-/// may go on, and is cut if it is to be. Later connections pass freely.
+/// A proxy that forwards frames until the chosen step. It then reports the step, waits for a decision, and
+/// either continues or cuts the connection. Later connections are forwarded without a pause.
 #[derive(Debug)]
 pub struct Link {
-    /// Where it takes connections.
+    /// Address that accepts connections.
     pub address: SocketAddr,
-    /// Says that the step is reached.
-    pub reached: mpsc::Receiver<()>,
-    /// Whether it goes on then; it is cut otherwise.
-    pub go_on: mpsc::Sender<bool>,
-    /// Whether later connections are let through.
-    pub open: Arc<AtomicBool>,
+    reached: mpsc::Receiver<()>,
+    decision: mpsc::Sender<Decision>,
+    open: Arc<AtomicBool>,
+}
+
+/// What happens to the connection at the step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Decision {
+    Forward,
+    Cut,
 }
 
 impl Link {
-    /// To that receiver; the step is before or `after` the frame has passed.
+    /// Starts a proxy to this receiver. It pauses before the frame is forwarded, or `after` that.
     ///
     /// # Panics
-    /// If there is no port for it.
+    /// If no port is free.
     #[must_use]
-    pub fn to(receiver: SocketAddr, step: Step, after: bool) -> Self {
+    pub fn start(receiver: SocketAddr, step: Step, after: bool) -> Self {
         let (_, kind, from_receiver, round) = step;
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
         let address = listener.local_addr().expect("it listens");
         let (reach, reached) = mpsc::channel();
-        let (go_on, may_go_on) = mpsc::channel();
+        let (decision, decisions) = mpsc::channel();
         let open = Arc::new(AtomicBool::new(true));
         let is_open = Arc::clone(&open);
         std::thread::spawn(move || {
-            let mut watch = Some((reach, may_go_on));
+            let mut watch = Some((reach, decisions));
             let current = Arc::new(AtomicU32::new(0));
             let gate = Arc::new(RwLock::new(()));
             for sender in listener.incoming().flatten() {
@@ -69,15 +73,55 @@ impl Link {
         Self {
             address,
             reached,
-            go_on,
+            decision,
             open,
         }
     }
+
+    /// Waits until the step is reached.
+    ///
+    /// # Panics
+    /// If the connection ends before that.
+    pub fn await_step(&self) {
+        let reached = self.reached.recv();
+        reached.expect("the connection reaches the step before it ends");
+    }
+
+    /// Continues the paused connection.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn forward(&self) {
+        self.decide(Decision::Forward);
+    }
+
+    /// Cuts the paused connection.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn cut(&self) {
+        self.decide(Decision::Cut);
+    }
+
+    fn decide(&self, decision: Decision) {
+        let decided = self.decision.send(decision);
+        decided.expect("the connection is paused");
+    }
+
+    /// Refuses later connections.
+    pub fn close(&self) {
+        self.open.store(false, Ordering::SeqCst);
+    }
+
+    /// Accepts later connections again.
+    pub fn reopen(&self) {
+        self.open.store(true, Ordering::SeqCst);
+    }
 }
 
-type Watch = (mpsc::Sender<()>, mpsc::Receiver<bool>);
+type Watch = (mpsc::Sender<()>, mpsc::Receiver<Decision>);
 
-/// Passes frames on; at the one watched for, as above.
+/// Forwards frames in one direction; pauses at the watched one.
 fn pass(
     mut from: &TcpStream,
     mut to: &TcpStream,
@@ -96,26 +140,26 @@ fn pass(
         let rest = number(&frame, 8) + number(&frame, 12);
         frame.resize(32 + rest as usize, 0);
         from.read_exact(&mut frame[32..])?;
-        // A round's beginning says which it is; what the other side says of it comes later.
+        // RoundBegin carries the number of the round; later frames of either direction belong to it.
         if frame[4] == 3 {
             current.store(number(&frame, 32), Ordering::SeqCst);
         }
         let here = frame[4] == kind && current.load(Ordering::SeqCst) >= round;
-        let Some((reach, may_go_on)) = watch.take_if(|_| here) else {
+        let Some((reach, decisions)) = watch.take_if(|_| here) else {
             let _open = gate.read();
             to.write_all(&frame)?;
             continue;
         };
-        // Nothing passes in the other direction either, until it is known how it goes on.
+        // The other direction pauses as well until the decision.
         let _closed = gate.write();
         if after {
             to.write_all(&frame)?;
         }
         reach.send(()).map_err(io::Error::other)?;
-        match may_go_on.recv() {
-            Ok(true) if !after => to.write_all(&frame)?,
-            Ok(true) => {}
-            Ok(false) | Err(_) => {
+        match decisions.recv() {
+            Ok(Decision::Forward) if !after => to.write_all(&frame)?,
+            Ok(Decision::Forward) => {}
+            Ok(Decision::Cut) | Err(_) => {
                 to.shutdown(Shutdown::Both)?;
                 return from.shutdown(Shutdown::Both);
             }

@@ -1,6 +1,6 @@
-//! The truth about a frozen tree: which pages its images must hold, and their bytes.
+//! Reads the memory of a frozen tree: which pages its images must contain, and their bytes.
 //!
-//! The rules are those of CRIU's dump. They are read from `/proc` alone, with nothing of the sender's.
+//! The rules are those of a CRIU dump. Everything is read from `/proc`, with no code of the sender.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, Whence, lseek};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 /// Bytes in a page.
 pub const PAGE: usize = 4096;
-/// The longest run, in bytes: what is compared and reported at a time.
+/// Longest run, in bytes: the unit of comparisons and reports.
 const RUN: usize = 1024 * PAGE;
 
 // Bits of /proc/PID/pagemap.
@@ -23,35 +23,35 @@ const SWAPPED: u64 = 1 << 62;
 const FILE_OR_SHARED: u64 = 1 << 61;
 const GUARD: u64 = 1 << 58;
 const FRAME: u64 = (1 << 55) - 1;
-/// Bit of /proc/kpageflags: the kernel's one page of zeros.
+/// Bit of /proc/kpageflags: the kernel's zero page.
 const KPF_ZERO_PAGE: u64 = 1 << 24;
 
-/// Whether an image must hold a page.
+/// Whether an image must contain a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
-    /// It must, with these bytes.
+    /// The image must contain the page, with these bytes.
     Required,
-    /// It may, with these bytes: the zero page, or a page that is its file's.
+    /// The image may contain the page, with these bytes: the zero page, or an unmodified page of a file.
     Optional,
 }
 
-/// Neighbouring pages of the same need.
+/// Adjacent pages with the same need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Run {
-    /// Address of the first; in a segment, byte offset.
+    /// Address of the first page; in a segment, its byte offset.
     pub start: u64,
-    /// Whether an image must hold them.
+    /// Whether an image must contain them.
     pub need: Need,
     /// Their contents.
     pub bytes: Vec<u8>,
 }
 
-/// What one image must hold: a process's private memory, or a shared segment.
+/// Expected content of one image: private memory of a process, or a shared segment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Space {
-    /// The pages that have contents, ascending.
+    /// Pages with content, in ascending order.
     pub runs: Vec<Run>,
-    /// Where pages may be, ascending. One outside of `runs` is of zeros.
+    /// Ranges in which the image may have pages, in ascending order. A page outside `runs` must be zeros.
     pub allowed: Vec<Range<u64>>,
 }
 
@@ -73,7 +73,7 @@ impl Space {
         }
     }
 
-    /// The contents that a page must have, if it has any.
+    /// Returns the required content of a page, if it has any.
     #[must_use]
     pub fn page(&self, address: u64) -> Option<&[u8]> {
         let next = self.runs.partition_point(|run| run.start <= address);
@@ -82,7 +82,7 @@ impl Space {
         run.bytes.get(offset..offset + PAGE)
     }
 
-    /// Whether a page may be here.
+    /// Returns whether the image may have a page at this address.
     #[must_use]
     pub fn allows(&self, address: u64) -> bool {
         let next = self.allowed.partition_point(|range| range.start <= address);
@@ -93,46 +93,46 @@ impl Space {
 /// The memory of a tree at one moment.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Snapshot {
-    /// Private memory of each process that lives, by the PID that image names carry: the one in the
-    /// root's PID namespace.
+    /// Private memory of each living process, by the PID that image names contain: the one in the PID
+    /// namespace of the root.
     pub processes: BTreeMap<u32, Space>,
     /// Shared segments, by inode number.
     pub segments: BTreeMap<u64, Space>,
 }
 
-/// A tree all of whose tasks are stopped.
+/// A tree whose threads are all stopped.
 #[derive(Debug, Default)]
 pub struct Frozen {
     pids: Vec<i32>,
-    /// Those that we stopped, and let run on.
+    /// Processes that this guard stopped and will resume.
     ours: Vec<i32>,
 }
 
 impl Frozen {
-    /// Stops a tree with SIGSTOP; dropping the guard lets it run on.
+    /// Stops a tree with SIGSTOP; dropping the guard resumes it.
     ///
     /// # Errors
-    /// `TimedOut` if a task does not stop.
+    /// `TimedOut` if a thread does not stop.
     pub fn stop(root: i32) -> io::Result<Self> {
         for _ in 0..40 {
             let mut frozen = Self::default();
             if frozen.stop_tree(root, Instant::now() + Duration::from_millis(500)) {
                 return Ok(frozen);
             }
-            // A parent in vfork waits for a child that we stopped: let both go, and try again.
+            // A parent in vfork waits for its child, which is stopped: resume both, and try again.
         }
         let what = format!("the tree of {root} does not stop");
         Err(io::Error::new(io::ErrorKind::TimedOut, what))
     }
 
-    /// Parents first: what is stopped has no more children.
+    /// Stops parents first: a stopped process creates no more children.
     fn stop_tree(&mut self, pid: i32, deadline: Instant) -> bool {
         if !lives(pid) {
             return true;
         }
         if !is_stopped(pid) {
             self.ours.push(pid);
-            // It may end before it stops, which the loop sees.
+            // It may exit before it stops, which the loop below detects.
             let _ = kill(Pid::from_raw(pid), Signal::SIGSTOP);
         }
         while !is_stopped(pid) {
@@ -151,11 +151,11 @@ impl Frozen {
             .all(|child| self.stop_tree(child, deadline))
     }
 
-    /// Takes a tree that somebody else has stopped, and leaves it so.
+    /// Accepts a tree that is stopped already, and leaves it stopped.
     ///
     /// # Errors
     /// `WouldBlock` names a process that runs.
-    pub fn already(root: i32) -> io::Result<Self> {
+    pub fn from_stopped(root: i32) -> io::Result<Self> {
         let pids: Vec<i32> = tree(root).into_iter().filter(|&pid| lives(pid)).collect();
         match pids.iter().find(|&&pid| !is_stopped(pid)) {
             Some(pid) => {
@@ -169,7 +169,7 @@ impl Frozen {
         }
     }
 
-    /// The living processes, the root first.
+    /// Returns the living processes, the root first.
     #[must_use]
     pub fn pids(&self) -> &[i32] {
         &self.pids
@@ -189,10 +189,10 @@ impl Snapshot {
     /// Reads the memory of a frozen tree.
     ///
     /// # Errors
-    /// Those of `/proc`; shared segments need root or `CAP_CHECKPOINT_RESTORE`.
+    /// Errors of `/proc`; shared segments require root or `CAP_CHECKPOINT_RESTORE`.
     pub fn take(frozen: &Frozen) -> io::Result<Self> {
         let mut snapshot = Self::default();
-        // Where the root's PID namespace counts.
+        // Depth of the root's PID namespace.
         let depth = match frozen.pids.first() {
             Some(&root) => namespaced_pids(root)?.len() - 1,
             None => return Err(io::Error::new(io::ErrorKind::NotFound, "no process lives")),
@@ -215,7 +215,7 @@ impl Snapshot {
                 }
             }
             snapshot.processes.insert(vpid, space);
-            // A memfd need not be mapped.
+            // A memfd may be open without being mapped.
             for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
                 let path = entry?.path();
                 let target = fs::read_link(&path)?;
@@ -247,7 +247,7 @@ impl Snapshot {
             for start in (data.cast_unsigned()..hole.cast_unsigned()).step_by(PAGE) {
                 page.fill(0);
                 read_up_to(&file, &mut page, start)?;
-                // hugetlbfs calls everything data.
+                // hugetlbfs reports every range as data.
                 let hugetlb = metadata.blksize() > PAGE as u64;
                 let optional = hugetlb && page == [0; PAGE];
                 let need = if optional {
@@ -268,7 +268,7 @@ struct Process {
     pid: i32,
     memory: File,
     pagemap: File,
-    /// Root's alone.
+    /// Readable by root only.
     kpageflags: Option<File>,
 }
 
@@ -324,7 +324,7 @@ impl Process {
         }
         match self.memory.read_exact_at(page, at) {
             Ok(()) => {}
-            // A swap entry may be a marker with no page behind it, a file shorter than its mapping.
+            // A swap entry may be a marker without a page; a file may be shorter than its mapping.
             Err(_) if entry & PRESENT == 0 => return Ok(()),
             Err(e) => {
                 let what = format!("cannot read {at:#x} of process {}: {e}", self.pid);
@@ -341,8 +341,8 @@ impl Process {
         Ok(())
     }
 
-    /// Whether a page that holds zeros may be the kernel's zero page. Without the right to look, it
-    /// may; and so it may if it is not present: a marker looks like swap.
+    /// Returns whether a page of zeros may be the kernel's zero page. It may be if the page flags cannot be
+    /// read, or if the page is not present: a marker looks like swap.
     fn may_be_zero_page(&self, entry: u64) -> bool {
         let frame = entry & FRAME;
         let mut flags = [0; 8];
@@ -357,20 +357,20 @@ impl Process {
 }
 
 enum Kind {
-    /// Pages of its own go into its image.
+    /// Private pages go into the image of the process.
     Private,
-    /// So does every page, whatever the page table says.
+    /// Every page goes into the image, whatever the page table says.
     Whole,
     /// Part of a shared segment.
     Segment,
-    /// The kernel's, or a file's that is no part of the dump.
+    /// Not dumped: memory of the kernel, or of an ordinary file.
     Foreign,
 }
 
 struct Mapping {
     range: Range<u64>,
     kind: Kind,
-    /// A page that is not its own may have contents all the same.
+    /// Maps a file: pages that are not private have content as well.
     of_file: bool,
 }
 
@@ -409,7 +409,7 @@ fn malformed(pid: i32, what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// Fills the buffer as far as the file goes.
+/// Fills the buffer up to the end of the file.
 fn read_up_to(file: &File, mut buffer: &mut [u8], mut at: u64) -> io::Result<()> {
     while !buffer.is_empty() {
         let n = file.read_at(buffer, at)?;
@@ -422,10 +422,10 @@ fn read_up_to(file: &File, mut buffer: &mut [u8], mut at: u64) -> io::Result<()>
     Ok(())
 }
 
-/// Its PIDs, from the outermost PID namespace that we see it in to its own.
+/// Returns the PIDs of a process, from the outermost visible PID namespace to its own.
 ///
 /// # Errors
-/// If it is gone.
+/// If the process does not exist.
 pub fn namespaced_pids(pid: i32) -> io::Result<Vec<u32>> {
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
@@ -461,15 +461,15 @@ fn children(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// The state letter of a thread.
+/// Returns the state letter of a thread.
 fn state(pid: i32, tid: i32) -> Option<char> {
     let stat = fs::read(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
-    // The name may hold anything, but ends with the last parenthesis.
+    // The name may contain any byte; the last parenthesis ends it.
     let after_name = stat.iter().rposition(|&byte| byte == b')')? + 2;
     stat.get(after_name).map(|&byte| char::from(byte))
 }
 
-/// Whether a process has not ended; a zombie has.
+/// Returns whether a process has not exited; a zombie has.
 #[must_use]
 pub fn lives(pid: i32) -> bool {
     threads(pid)
@@ -477,8 +477,8 @@ pub fn lives(pid: i32) -> bool {
         .any(|tid| state(pid, tid).is_some_and(|state| !matches!(state, 'Z' | 'X')))
 }
 
-/// Waits until none of these processes lives; whether that came to be. Nothing but `/proc` tells of
-/// processes that are not our children.
+/// Waits up to 10 seconds until none of these processes lives; returns whether that happened. Polls `/proc`,
+/// the only source of information about processes that are not children.
 #[must_use]
 pub fn await_end(pids: &[i32]) -> bool {
     let deadline = Instant::now() + Duration::from_secs(10);
@@ -491,7 +491,7 @@ pub fn await_end(pids: &[i32]) -> bool {
     true
 }
 
-/// Whether every thread that lives is stopped, by a signal or by a tracer.
+/// Returns whether every living thread is stopped, by a signal or a tracer.
 #[must_use]
 pub fn is_stopped(pid: i32) -> bool {
     let states: Vec<char> = threads(pid)
@@ -502,7 +502,7 @@ pub fn is_stopped(pid: i32) -> bool {
     !states.is_empty() && states.iter().all(|state| matches!(state, 'T' | 't'))
 }
 
-/// A process and all its descendants, each parent before its children.
+/// Returns a process and all its descendants, each parent before its children.
 #[must_use]
 pub fn tree(root: i32) -> Vec<i32> {
     let mut pids = vec![root];
@@ -544,7 +544,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_has_the_kind_that_a_dump_gives_it() {
+    fn mapping_kind_matches_a_dump() {
         let kind = |line| mapping(line).unwrap().kind;
         assert!(matches!(kind("1000-2000 rw-p 0 00:00 0 "), Kind::Private));
         assert!(matches!(

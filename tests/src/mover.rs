@@ -1,4 +1,4 @@
-//! Ways to move a [`Service`] from host A to host B, its address with it.
+//! Ways to move a [`Service`] and its address from host A to host B.
 
 use crate::criu::{Criu, merge};
 use crate::host::Host;
@@ -14,27 +14,27 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// How long a move may take.
+/// Timeout of a move.
 const PATIENCE: Duration = Duration::from_secs(900);
 
-/// A service that runs at host B. Dropped, it is killed.
+/// A service that runs on host B. Dropping it kills it.
 #[derive(Debug)]
 pub struct Moved {
-    /// For how long the mover says that nothing ran, ms.
+    /// Time in which no copy ran, as the mover reports it, in milliseconds.
     pub downtime_ms: f64,
-    /// The same by phases, if it tells.
+    /// The downtime by phase, if the mover reports it.
     pub phases: String,
-    /// Of all of it, s.
+    /// Duration of the whole move, in seconds.
     pub seconds: f64,
     _receiver: Option<Receiver>,
     _host: Host,
     _dir: TempDir,
 }
 
-/// Moves it with `send --migrate` and `receive --restore`.
+/// Moves a service with `send --migrate` and `receive --restore`.
 ///
 /// # Panics
-/// If it fails.
+/// If the move fails.
 #[must_use]
 pub fn pageferry(net: &Net, criu: &Criu, service: &mut dyn Service, options: &[&str]) -> Moved {
     let (host, dir) = (Host::start_in(net.enter("B")), tempdir());
@@ -49,14 +49,14 @@ pub fn pageferry(net: &Net, criu: &Criu, service: &mut dyn Service, options: &[&
     send.args(["--migrate", "--json", "--criu", path]);
     send.args(service.options()).args(options);
     let send = Program::start(send.arg(tree[0].to_string()));
-    // Little memory is filled before the process is said to run.
+    // A small process may be filled before the receiver reports that it runs.
     let filled = Cell::new(false);
-    let heard = |line: &str, what: &str| {
+    let is_event = |line: &str, what: &str| {
         filled.set(filled.get() || log::event(line) == Some("memory_filled"));
         assert_ne!(log::event(line), Some("lazy_restore_failed"), "{line}");
         (log::event(line) == Some(what)).then_some(())
     };
-    let runs = |line: &str| heard(line, "restored");
+    let runs = |line: &str| is_event(line, "restored");
     receiver.program().await_stderr_within(PATIENCE, runs);
     net.route_to_b();
     let sent: Sent = send.finish_within(PATIENCE).into();
@@ -65,7 +65,7 @@ pub fn pageferry(net: &Net, criu: &Criu, service: &mut dyn Service, options: &[&
     service.daemon().child().wait().expect("it is our child");
     assert!(!tree.iter().any(|&pid| memory::lives(pid)), "{tree:?}");
     if !filled.get() {
-        let all = |line: &str| heard(line, "memory_filled");
+        let all = |line: &str| is_event(line, "memory_filled");
         receiver.program().await_stderr_within(PATIENCE, all);
     }
     let (downtime_ms, phases) = downtime(&report);
@@ -79,10 +79,10 @@ pub fn pageferry(net: &Net, criu: &Criu, service: &mut dyn Service, options: &[&
     }
 }
 
-/// Moves it with `criu dump`, its memory into `criu page-server`, and `criu restore`.
+/// Moves a service with `criu dump`, with its memory sent to `criu page-server`, and `criu restore`.
 ///
 /// # Panics
-/// If it fails.
+/// If the move fails.
 #[must_use]
 pub fn plain_criu(net: &Net, criu: &Criu, service: &mut dyn Service) -> Moved {
     let (host, dir, state) = (Host::start_in(net.enter("B")), tempdir(), tempdir());
@@ -111,7 +111,7 @@ pub fn plain_criu(net: &Net, criu: &Criu, service: &mut dyn Service) -> Moved {
         .args(["restore", "-v1", "-d", "-D"]);
     restore.arg(dir.path()).args(service.options());
     restore.arg("-o").arg(state.path().join("restore.log"));
-    // What it restores would keep a pipe of ours open.
+    // A restored process would inherit a pipe and keep it open.
     let null = Stdio::null;
     restore.stdin(null()).stdout(null()).stderr(null());
     let restored = restore.status().expect("it is there");
@@ -132,7 +132,7 @@ fn tempdir() -> TempDir {
     tempfile::tempdir().expect("a temporary directory can be made")
 }
 
-/// What a report says of the downtime: all of it, and each phase.
+/// Returns the total downtime of a report, in milliseconds, and a text with each phase.
 fn downtime(report: &Report) -> (f64, String) {
     let phases = report.totals["handover"].as_object();
     let phases = phases.expect("it was a move").iter();

@@ -1,23 +1,23 @@
-//! Two hosts and a client in network namespaces, and a service's address that moves between the hosts.
+//! Two hosts and a client in network namespaces, and a service address that moves between the hosts.
 
 use crate::daemon::output;
 use std::process::{Command, Stdio};
 
-/// The address of whatever service there is. Both hosts have it; the router says who is meant.
+/// Address of the service. Both hosts have it; the router decides which one receives the packets.
 pub const SERVICE: &str = "10.78.9.10";
 
-/// Host B's own address.
+/// Address of host B itself.
 pub const B: &str = "10.78.1.2";
 
-/// Hosts A and B, a client C, and a router between them. All gone when dropped.
+/// Hosts A and B, a client C, and a router between them. Dropping it deletes the namespaces.
 #[derive(Debug)]
 pub struct Net(String);
 
 impl Net {
-    /// Sets it up, the service at A, with every wire this fast (as `tc` writes it: `1gbit`).
+    /// Sets up the network with the service at A and each link at this rate (in the notation of `tc`: `1gbit`).
     ///
     /// # Panics
-    /// If it cannot be set up; it takes root.
+    /// If the setup fails; it requires root.
     #[must_use]
     pub fn up(rate: &str) -> Self {
         let net = Self(format!("pf{}", std::process::id()));
@@ -38,7 +38,7 @@ impl Net {
                     "{ip} address add 10.78.{number}.{last}/24 dev {wire}"
                 ));
                 run(&format!("{ip} link set {wire} up"));
-                // The kernel has a token bucket built in more often than netem.
+                // The token bucket is more often built into kernels than netem.
                 run(&format!(
                     "ip netns exec {namespace} tc qdisc replace dev {wire} root \
                      tbf rate {rate} burst 1mb latency 50ms"
@@ -62,7 +62,7 @@ impl Net {
         format!("{}{host}", self.0)
     }
 
-    /// A command that runs, in the network of A, B or C, the program that is its next argument.
+    /// Returns a command that runs its next argument in the network of A, B or C.
     #[must_use]
     pub fn enter(&self, host: &str) -> Command {
         let mut command = Command::new("nsenter");
@@ -70,7 +70,7 @@ impl Net {
         command
     }
 
-    /// The option of `nsenter` that leads there.
+    /// Returns the option of `nsenter` that enters the network of a host.
     #[must_use]
     pub fn option(&self, host: &str) -> String {
         format!("--net=/run/netns/{}", self.name(host))
@@ -80,26 +80,26 @@ impl Net {
         self.route("10.78.0.2");
     }
 
-    /// Moves the service's address to B.
+    /// Moves the service address to B.
     ///
     /// # Panics
-    /// If it fails.
+    /// If a command fails.
     pub fn route_to_b(&self) {
         self.route(B);
     }
 
-    /// Takes the wire to A, B or C down: what is on it is lost, and nobody there is told.
+    /// Takes the link to A, B or C down: packets in flight are lost, and no host is notified.
     ///
     /// # Panics
-    /// If it fails.
+    /// If a command fails.
     pub fn cut(&self, host: &str) {
         run(&format!("ip -n {} link set to{host} down", self.name("R")));
     }
 
-    /// Takes it up again.
+    /// Takes the link up again.
     ///
     /// # Panics
-    /// If it fails.
+    /// If a command fails.
     pub fn mend(&self, host: &str) {
         run(&format!("ip -n {} link set to{host} up", self.name("R")));
     }

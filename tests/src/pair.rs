@@ -12,45 +12,45 @@ use tempfile::TempDir;
 /// One round, as `send --json` reports it.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Round {
-    /// Its number.
+    /// Number of the round.
     pub round: u64,
-    /// What sort of round it was.
+    /// Kind of the round.
     pub kind: String,
-    /// How long the tree stood still for it, milliseconds.
+    /// Time for which the tree was frozen, in milliseconds.
     pub frozen_ms: f64,
-    /// Pages looked at.
+    /// Pages examined.
     pub scanned_pages: u64,
-    /// Pages sent with their contents.
+    /// Pages sent with their content.
     pub sent_pages: u64,
-    /// Pages that were written but hold what the receiver has.
+    /// Pages written since the last round whose content the receiver has already.
     pub unchanged_pages: u64,
-    /// Pages of zeros, which need no contents.
+    /// Pages of zeros, sent without content.
     pub zero_pages: u64,
-    /// Bytes of page contents, before compression.
+    /// Bytes of page contents before compression.
     pub bytes_raw: u64,
     /// Bytes on the wire.
     pub bytes_wire: u64,
-    /// How long it took.
+    /// Duration, in seconds.
     pub seconds: f64,
 }
 
-/// What `send --json` prints.
+/// Report printed by `send --json`.
 ///
-/// Only the rounds are typed here, so that a test sees when the program's words change.
+/// Only the rounds are typed; tests name the other fields, so that a changed name fails a test.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct Report {
     /// The rounds, oldest first.
     pub rounds: Vec<Round>,
-    /// Everything else it says.
+    /// All other fields.
     #[serde(flatten)]
     pub totals: serde_json::Map<String, serde_json::Value>,
 }
 
 impl Report {
-    /// Where the last round has its images, over those of the rounds before.
+    /// Returns the directory of the last round, the newest of its chain.
     ///
     /// # Panics
-    /// If it names no directory or has no round.
+    /// If the report has no directory or no round.
     #[must_use]
     pub fn last_round(&self) -> PathBuf {
         let directory = self.totals.get("directory").and_then(|it| it.as_str());
@@ -59,24 +59,24 @@ impl Report {
     }
 }
 
-/// A run of `send` that is over.
+/// A finished run of `send`.
 #[derive(Debug)]
 pub struct Sent {
-    /// Its exit status.
+    /// Exit status.
     pub status: ExitStatus,
-    /// Its report, if standard output holds one.
+    /// The report, if standard output contains one.
     pub report: Option<Report>,
-    /// Standard output as it was.
+    /// Standard output.
     pub stdout: String,
     /// Standard error.
     pub stderr: String,
 }
 
 impl Sent {
-    /// The report of a run that must have succeeded.
+    /// Returns the report of a run that must have succeeded.
     ///
     /// # Panics
-    /// If it did not, with what the program said.
+    /// If it failed, with its standard error.
     #[must_use]
     pub fn expect_report(self) -> Report {
         assert!(
@@ -88,6 +88,17 @@ impl Sent {
         let text = self.stdout;
         self.report
             .unwrap_or_else(|| panic!("send printed no report but {text:?}"))
+    }
+
+    /// Asserts the exit code of a run that must have failed, and that its standard error contains these words.
+    ///
+    /// # Panics
+    /// If not.
+    pub fn assert_failed(&self, code: i32, words: &[&str]) {
+        assert_eq!(self.status.code(), Some(code), "{}", self.stderr);
+        for word in words {
+            assert!(self.stderr.contains(word), "{word}: {}", self.stderr);
+        }
     }
 }
 
@@ -102,7 +113,7 @@ impl From<Finished> for Sent {
     }
 }
 
-/// A `send` that runs.
+/// A running `send`.
 #[derive(Debug)]
 pub struct Send(Program);
 
@@ -119,12 +130,12 @@ impl Send {
         Self(Program::start(&mut command))
     }
 
-    /// The running program: to watch or kill.
+    /// Returns the running program, to observe or kill it.
     pub fn program(&mut self) -> &mut Program {
         &mut self.0
     }
 
-    /// Waits until it ends.
+    /// Waits until it exits.
     ///
     /// # Panics
     /// If it hangs.
@@ -133,17 +144,17 @@ impl Send {
         self.0.finish().into()
     }
 
-    /// The same, for one that is to take long.
+    /// Does the same with a longer timeout.
     ///
     /// # Panics
-    /// If it takes longer than this.
+    /// If it runs longer than that.
     #[must_use]
     pub fn finish_within(self, patience: Duration) -> Sent {
         self.0.finish_within(patience).into()
     }
 }
 
-/// A `receive` that listens.
+/// A `receive` that accepts connections.
 #[derive(Debug)]
 pub struct Receiver {
     program: Program,
@@ -151,17 +162,17 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    /// Starts `receive --listen 0 --dir DIR OPTIONS`, and waits until it says `listening on
-    /// ADDRESS` on standard error; the binary is `$PAGEFERRY_RECEIVE` or the workspace's.
+    /// Starts `receive --listen 0 --dir DIR OPTIONS`, and waits until it reports its address; the binary is
+    /// `$PAGEFERRY_RECEIVE` or the workspace's.
     ///
     /// # Panics
-    /// If the binary is not built, or does not come to listen.
+    /// If the binary is not built, or does not start to listen.
     #[must_use]
     pub fn start(dir: &Path, options: &[&str]) -> Self {
         Self::listen("0", dir, options)
     }
 
-    /// The same on a given port, such as one that a predecessor has left.
+    /// Does the same on a given port, such as that of a predecessor.
     ///
     /// # Panics
     /// As [`Receiver::start`].
@@ -170,7 +181,7 @@ impl Receiver {
         Self::run(receive_command(), port, dir, options)
     }
 
-    /// The same by another command that ends up as `receive`.
+    /// Does the same through another command that executes `receive`.
     ///
     /// # Panics
     /// As [`Receiver::start`].
@@ -185,18 +196,18 @@ impl Receiver {
         Self { program, address }
     }
 
-    /// Where it listens.
+    /// Returns the address on which it accepts connections.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The running program: to watch or kill.
+    /// Returns the running program, to observe or kill it.
     pub fn program(&mut self) -> &mut Program {
         &mut self.program
     }
 
-    /// Waits until it ends by itself.
+    /// Waits until it exits by itself.
     ///
     /// # Panics
     /// If it hangs.
@@ -206,7 +217,7 @@ impl Receiver {
     }
 }
 
-/// The program `send`: `$PAGEFERRY_SEND` or the workspace's.
+/// Returns the command `send`: `$PAGEFERRY_SEND` or the workspace's.
 ///
 /// # Panics
 /// If it is not built.
@@ -215,7 +226,7 @@ pub fn send_command() -> Command {
     Command::new(binary("PAGEFERRY_SEND", "send"))
 }
 
-/// The program `receive`: `$PAGEFERRY_RECEIVE` or the workspace's.
+/// Returns the command `receive`: `$PAGEFERRY_RECEIVE` or the workspace's.
 ///
 /// # Panics
 /// If it is not built.
@@ -231,7 +242,7 @@ pub fn listening_on(line: &str) -> Option<SocketAddr> {
     rest.split_whitespace().next()?.parse().ok()
 }
 
-/// A receiver with a directory of its own.
+/// A receiver with its own directory.
 #[derive(Debug)]
 pub struct Pair {
     receiver: Receiver,
@@ -240,7 +251,7 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Starts a receiver with these options that writes to a new directory.
+    /// Starts a receiver with these options and a new directory.
     ///
     /// # Panics
     /// As [`Receiver::start`].
@@ -256,19 +267,19 @@ impl Pair {
         }
     }
 
-    /// Where the images go.
+    /// Returns the directory of the images.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// Where the receiver listens.
+    /// Returns the address of the receiver.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.receiver.address
     }
 
-    /// Waits until the receiver ends by itself; the images are in `images` of the directory.
+    /// Waits until the receiver exits by itself; `images` in the returned directory contains the images.
     ///
     /// # Panics
     /// If it hangs.
@@ -277,7 +288,7 @@ impl Pair {
         (self._root, self.receiver.finish())
     }
 
-    /// The receiver.
+    /// Returns the receiver.
     pub fn receiver(&mut self) -> &mut Receiver {
         &mut self.receiver
     }
@@ -291,7 +302,7 @@ impl Pair {
         Send::start(self.receiver.address, pid, options)
     }
 
-    /// Sends a tree.
+    /// Sends a tree, and waits until `send` exits.
     ///
     /// # Panics
     /// As [`Send::start`], or if it hangs.
@@ -306,14 +317,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_port_is_read_from_any_log_line() {
+    fn address_is_read_from_a_log_line() {
         let line = " INFO receive: listening on 127.0.0.1:4711 dir=/x";
         assert_eq!(listening_on(line), "127.0.0.1:4711".parse().ok());
         assert_eq!(listening_on("listening on nothing"), None);
     }
 
     #[test]
-    fn a_report_keeps_what_it_does_not_know() {
+    fn report_keeps_unknown_fields() {
         let text = r#"{"rounds": [{"round": 0, "kind": "full", "frozen_ms": 0.3, "scanned_pages": 9,
             "sent_pages": 5, "unchanged_pages": 3, "zero_pages": 1, "bytes_raw": 20480,
             "bytes_wire": 900, "seconds": 0.01, "later": true}], "downtime_ms": 4.5}"#;

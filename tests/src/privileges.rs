@@ -1,4 +1,4 @@
-//! The programs under test as other users than root, and with few capabilities.
+//! Runs the programs under test as users other than root, and with few capabilities.
 
 use crate::pair::{receive_command, send_command};
 use std::fs;
@@ -7,18 +7,18 @@ use std::path::Path;
 use std::process::Command;
 use tempfile::TempDir;
 
-/// A user without rights.
+/// The user `nobody`, without privileges.
 pub const NOBODY: u32 = 65534;
 
-/// Another one.
-pub const SOMEBODY: u32 = 1;
+/// The user `daemon`, without privileges.
+pub const DAEMON: u32 = 1;
 
-/// The programs where every user may run them.
+/// Copies of the programs that every user may execute.
 #[derive(Debug)]
 pub struct Public(TempDir);
 
 impl Public {
-    /// Copies them there.
+    /// Copies the programs.
     ///
     /// # Panics
     /// If they are not built.
@@ -26,7 +26,7 @@ impl Public {
     pub fn copy() -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory can be made");
         open_to_all(dir.path());
-        // By a program of its own: a child of another thread's would keep a file that we write busy.
+        // `cp` writes the copies: while this process writes one, a child forked by another thread would keep it busy.
         let mut copy = Command::new("cp");
         copy.args([send_command(), receive_command()].map(|it| it.get_program().to_owned()));
         let copied = copy.arg(dir.path()).status().expect("cp is there");
@@ -34,8 +34,8 @@ impl Public {
         Self(dir)
     }
 
-    /// Runs one of them as this user, with these capabilities (as `setpriv` calls them) and no other: none that
-    /// it could get back, either.
+    /// Returns a command that runs one of the programs as this user, with exactly these capabilities (in the
+    /// notation of `setpriv`) and no means to regain others.
     #[must_use]
     pub fn run(&self, name: &str, user: u32, capabilities: &[&str]) -> Command {
         let mut command = as_user(user, capabilities);
@@ -44,8 +44,7 @@ impl Public {
     }
 }
 
-/// A command that runs as this user, with these capabilities and no other, the program that is its next
-/// argument.
+/// Returns a command that runs its next argument as this user, with exactly these capabilities.
 #[must_use]
 pub fn as_user(user: u32, capabilities: &[&str]) -> Command {
     let only = capabilities
@@ -65,10 +64,10 @@ pub fn as_user(user: u32, capabilities: &[&str]) -> Command {
     command
 }
 
-/// Lets every user write to a directory.
+/// Makes a directory writable for every user.
 ///
 /// # Panics
-/// If it is not ours.
+/// If this process does not own it.
 pub fn open_to_all(dir: &Path) {
     let all = fs::Permissions::from_mode(0o777);
     fs::set_permissions(dir, all).expect("it is ours");

@@ -1,4 +1,4 @@
-//! Child programs whose output is read as it comes, and which cannot outlive the test.
+//! Child programs whose output is read while they run, and which cannot outlive the test.
 
 use crate::log;
 use crate::usage::{self, Usage};
@@ -9,10 +9,10 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long anything may take before a test calls it hung.
+/// Timeout after which a test considers a program hung.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
-/// The lines of a pipe, collected by a thread so that waiting for one can have a deadline.
+/// Lines of a pipe, collected by a thread so that a reader can have a deadline.
 #[derive(Debug)]
 pub(crate) struct Lines(mpsc::Receiver<String>);
 
@@ -36,7 +36,7 @@ impl Lines {
         Self(receiver)
     }
 
-    /// The next line; `Ok(None)` at the end; `Err` once the deadline has passed.
+    /// Returns the next line, `Ok(None)` at the end, or `Err` after the deadline.
     pub(crate) fn next(&self, deadline: Instant) -> Result<Option<String>, DeadlinePassed> {
         match self
             .0
@@ -48,7 +48,7 @@ impl Lines {
         }
     }
 
-    /// Everything up to the end, which must come before the deadline.
+    /// Appends all lines up to the end, which must come before the deadline.
     fn rest(&self, into: &mut String, deadline: Instant) -> Result<(), DeadlinePassed> {
         while let Some(line) = self.next(deadline)? {
             into.push_str(&line);
@@ -71,16 +71,16 @@ pub struct Program {
     log: String,
 }
 
-/// How a program ended and what it said.
+/// Exit status and output of a program.
 #[derive(Debug)]
 pub struct Finished {
-    /// Its exit status.
+    /// Exit status.
     pub status: ExitStatus,
-    /// All of its standard output.
+    /// Standard output.
     pub stdout: String,
-    /// All of its standard error.
+    /// Standard error.
     pub stderr: String,
-    /// What it took of the machine.
+    /// Resources used.
     pub usage: Usage,
 }
 
@@ -109,36 +109,36 @@ impl Program {
         }
     }
 
-    /// Its process ID.
+    /// Returns the process ID.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
     }
 
-    /// Sends it SIGKILL.
+    /// Sends SIGKILL.
     pub fn kill(&mut self) {
-        // Fails only if it has ended, which is as well.
+        // Fails only if the program has exited.
         let _ = self.child.kill();
     }
 
-    /// The same, and waits until it is gone, with its port and its locks.
+    /// Sends SIGKILL, and waits until the program has exited and released its port and locks.
     ///
     /// # Panics
-    /// If it is not our child.
-    pub fn end(&mut self) {
+    /// If it is not a child of this process.
+    pub fn kill_and_wait(&mut self) {
         self.kill();
         self.child.wait().expect("it is our child");
     }
 
-    /// Waits for a line on standard error that `wanted` makes something of.
+    /// Waits for a line on standard error for which `wanted` returns a value.
     ///
     /// # Panics
-    /// If there is none before the program or our patience ends.
+    /// If the program exits or [`PATIENCE`] passes before that.
     pub fn await_stderr<T>(&mut self, wanted: impl Fn(&str) -> Option<T>) -> T {
         self.await_stderr_within(PATIENCE, wanted)
     }
 
-    /// The same with another patience.
+    /// Does the same with another timeout.
     ///
     /// # Panics
     /// As [`Program::await_stderr`].
@@ -171,7 +171,7 @@ impl Program {
         self.await_event_within(PATIENCE, name)
     }
 
-    /// Does the same with another deadline.
+    /// Does the same with another timeout.
     ///
     /// # Panics
     /// As [`Program::await_stderr`].
@@ -193,16 +193,16 @@ impl Program {
         });
     }
 
-    /// Forgets what it has said on standard error up to now, so that what is awaited next is new.
+    /// Discards the standard error received so far, so that the next awaited line is new.
     pub fn skip_stderr(&mut self) {
         let now = Instant::now();
         while let Ok(Some(_)) = self.stderr.next(now) {}
     }
 
-    /// Waits until it ends.
+    /// Waits until the program exits.
     ///
     /// # Panics
-    /// If it takes longer than `patience`.
+    /// If it runs longer than `patience`.
     #[must_use]
     pub fn finish_within(mut self, patience: Duration) -> Finished {
         let deadline = Instant::now() + patience;
@@ -225,10 +225,10 @@ impl Program {
         }
     }
 
-    /// Waits until it ends.
+    /// Waits until the program exits.
     ///
     /// # Panics
-    /// If it takes longer than [`PATIENCE`].
+    /// If it runs longer than [`PATIENCE`].
     #[must_use]
     pub fn finish(self) -> Finished {
         self.finish_within(PATIENCE)
@@ -242,16 +242,16 @@ impl Drop for Program {
     }
 }
 
-/// Finds a binary of the workspace: named by an environment variable, or beside the test's own.
+/// Finds a binary of the workspace: named by an environment variable, or next to the test's own.
 ///
 /// # Panics
-/// If it has not been built.
+/// If it is not built.
 pub(crate) fn binary(variable: &str, name: &str) -> PathBuf {
     if let Some(path) = std::env::var_os(variable) {
         return path.into();
     }
     let exe = std::env::current_exe().expect("a test knows its own path");
-    // target/PROFILE/deps/TEST: the same profile's directory comes first.
+    // target/PROFILE/deps/TEST: the directory of the same profile comes first.
     exe.ancestors()
         .skip(1)
         .take(3)

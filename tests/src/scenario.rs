@@ -1,5 +1,6 @@
-//! What most tests do: send a victim, leave it stopped, and compare what arrived with what it holds.
+//! The common scenario: send a victim, leave it stopped, and compare the images with its memory.
 
+use crate::daemon::until;
 use crate::images::{self, Stats};
 use crate::memory::{Frozen, Snapshot};
 use crate::pair::{Pair, Report, receive_command};
@@ -7,9 +8,9 @@ use crate::program::{Finished, Program};
 use crate::victim::Victim;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-/// Runs `receive` with these arguments to its end.
+/// Runs `receive` with these arguments until it exits.
 ///
 /// # Panics
 /// If it is not built, or hangs.
@@ -22,10 +23,10 @@ pub fn receive(arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> Finished {
     Program::start(&mut command).finish()
 }
 
-/// Claims that `receive verify` finds nothing wrong with a chain.
+/// Asserts that `receive verify` finds no problem in a chain.
 ///
 /// # Panics
-/// If it does.
+/// If it finds one.
 pub fn assert_verified(dir: &Path) {
     let verified = receive(&[&"verify", &dir]);
     assert!(verified.status.success(), "{}", verified.stderr);
@@ -40,11 +41,11 @@ pub fn flatten(dir: &Path, out: &Path) {
     assert!(flattened.status.success(), "{}", flattened.stderr);
 }
 
-/// Whether this kernel has a tracker; if not, says so by name. Where `PAGEFERRY_ALL_TRACKERS` is
-/// set (in the VM), it must.
+/// Returns whether this kernel supports a tracker; reports a skipped test if not. With
+/// `PAGEFERRY_ALL_TRACKERS` (set in the VM) the kernel must support it.
 ///
 /// # Panics
-/// If it must, and has not.
+/// If it must and does not.
 #[must_use]
 pub fn has_tracker(tracker: &str) -> bool {
     let victim = Victim::start("heap=1");
@@ -60,20 +61,53 @@ pub fn has_tracker(tracker: &str) -> bool {
     !missing
 }
 
-/// Claims that the last round that `report` tells of is the memory of the stopped tree under `root`,
-/// byte by byte.
+/// Asserts that the last round of `report` equals the memory of the stopped tree under `root`, byte by byte.
 ///
 /// # Panics
-/// If it is not.
+/// If it does not.
 pub fn assert_arrived(root: i32, report: &Report) -> Stats {
-    let frozen = Frozen::already(root).expect("the tree is stopped");
+    let frozen = Frozen::from_stopped(root).expect("the tree is stopped");
     let truth = Snapshot::take(&frozen).expect("the tree's memory can be read");
     let round = report.last_round();
     assert_verified(&round);
     compare_chain(&truth, &round)
 }
 
-/// Claims that the chain that ends in `round`, of whichever CRIU, holds the truth.
+/// Asserts that the last round of `report` equals the memory of the stopped victim, resumes the victim, and
+/// asserts that it is unharmed.
+///
+/// # Panics
+/// If not.
+pub fn assert_arrived_unharmed(victim: &mut Victim, report: &Report) {
+    assert_arrived(victim.pid(), report);
+    resume(victim.pid());
+    victim.assert_unharmed();
+}
+
+/// Returns the directories of migrations in a receiver's `--dir`.
+///
+/// # Panics
+/// If it cannot be read.
+#[must_use]
+pub fn migrations(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).expect("the directory exists");
+    let paths = entries.map(|entry| entry.expect("it can be read").path());
+    paths.filter(|path| path.is_dir()).collect()
+}
+
+/// Returns the directory of the one migration in a receiver's `--dir`, once it exists.
+///
+/// # Panics
+/// If there is not exactly one within 60 seconds.
+#[must_use]
+pub fn the_migration(dir: &Path) -> PathBuf {
+    until("there is one migration", || match &migrations(dir)[..] {
+        [migration] => Ok(migration.clone()),
+        all => Err(format!("{all:?}")),
+    })
+}
+
+/// Asserts that the chain that ends in `round`, written by any CRIU, equals the snapshot.
 ///
 /// # Panics
 /// If it does not.
@@ -84,16 +118,15 @@ pub fn compare_chain(truth: &Snapshot, round: &Path) -> Stats {
     images::compare(truth, &flat).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Lets a tree that was left stopped go on.
-pub fn go_on(root: i32) {
+/// Resumes a tree that was left stopped.
+pub fn resume(root: i32) {
     for pid in crate::memory::tree(root) {
-        // One that has ended meanwhile needs nothing.
+        // A process that has exited meanwhile needs no signal.
         let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
     }
 }
 
-/// Sends a victim with these options, and claims that what arrived is what it holds, and that it
-/// goes on unharmed.
+/// Sends a victim with these options, asserts that the images equal its memory, and that it resumes unharmed.
 ///
 /// # Panics
 /// If not.
@@ -102,8 +135,6 @@ pub fn assert_sent(victim: &mut Victim, options: &[&str]) -> Report {
     let report = pair
         .send(victim.pid(), &[&["--then", "stop"], options].concat())
         .expect_report();
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(victim, &report);
     report
 }

@@ -1,4 +1,4 @@
-//! Databases with data in them and clients that load them.
+//! Databases with content, and clients that put load on them.
 
 use crate::daemon::{Daemon, answered, output, until};
 use std::fs;
@@ -17,16 +17,16 @@ pub struct Redis {
 }
 
 impl Redis {
-    /// Starts it, and waits until it answers.
+    /// Starts redis, and waits until it answers.
     ///
     /// # Panics
-    /// If it does not come up.
+    /// If it does not start.
     #[must_use]
     pub fn start() -> Self {
         Self::start_in(Command::new("env"), &["--port", "0"])
     }
 
-    /// The same through a command whose next argument is a program to become, with more options.
+    /// Does the same with more options, through a command whose next argument is the program to run.
     ///
     /// # Panics
     /// As [`Redis::start`].
@@ -43,13 +43,13 @@ impl Redis {
         redis
     }
 
-    /// Its process ID.
+    /// Returns the process ID.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.daemon.pid()
     }
 
-    /// The process.
+    /// Returns the process.
     pub fn daemon(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
@@ -60,12 +60,12 @@ impl Redis {
         command
     }
 
-    /// What it answers.
+    /// Runs `redis-cli`, and returns the reply.
     ///
     /// # Errors
-    /// What `redis-cli` said if it failed.
+    /// Returns its standard error if it fails.
     pub fn cli(&self, words: &[&str]) -> Result<String, String> {
-        // Without -e, what redis refuses counts as done.
+        // Without -e, redis-cli reports success even if redis rejects the command.
         output(self.client("redis-cli").arg("-e").args(words))
     }
 
@@ -79,7 +79,7 @@ impl Redis {
     /// Sets this many keys to 2 KiB each.
     ///
     /// # Panics
-    /// If it fails.
+    /// If that fails.
     pub fn fill(&self, keys: u32) {
         let keys = keys.to_string();
         let options = ["-t", "set", "-n", &keys, "-d", "2048", "-P", "16"];
@@ -87,10 +87,10 @@ impl Redis {
         assert!(filled.expect("it was just there").success());
     }
 
-    /// Sets keys to a page of words each, until it has so many MiB of them.
+    /// Sets keys to a page of words each, until they fill this many MiB.
     ///
     /// # Panics
-    /// If it does not take them.
+    /// If redis rejects one.
     pub fn fill_with_text(&self, mib: u32) {
         let (mut state, mut words) = (1_u64, Vec::new());
         let mut random = || {
@@ -109,7 +109,7 @@ impl Redis {
         for key in 0..mib * 256 {
             let mut text = String::with_capacity(4000);
             while text.len() < 3900 {
-                // Some words are frequent.
+                // Words have different frequencies.
                 let most = 1 + random() % 4096;
                 text += &words[(random() % most) as usize];
                 text.push(' ');
@@ -125,16 +125,16 @@ impl Redis {
         }
     }
 
-    /// A connection to it.
+    /// Opens a connection.
     ///
     /// # Panics
-    /// If it takes none.
+    /// If redis does not accept it.
     #[must_use]
     pub fn connect(&self) -> UnixStream {
         UnixStream::connect(self.dir.path().join("redis.sock")).expect("redis listens")
     }
 
-    /// Clients that read and write until they are dropped.
+    /// Starts clients that read and write until they are dropped.
     #[must_use]
     pub fn load(&self) -> Daemon {
         Daemon::start(&mut self.benchmark(&["-t", "set,get,lpush", "-l", "-d", "100"]))
@@ -152,32 +152,32 @@ pub struct Postgres {
 /// MiB of the database for each unit of pgbench's scale.
 const MIB_OF_SCALE: u32 = 15;
 
-/// What the logs of a steady load begin with.
+/// Prefix of the names of the steady load's logs.
 const LOAD_LOG: &str = "load";
 
 const POSTGRES: &str = "/usr/lib/postgresql/15/bin";
 
 impl Postgres {
-    /// Makes a database and starts it in an IPC namespace of its own, as CRIU wants its System V
+    /// Creates a database and starts PostgreSQL in its own IPC namespace, which CRIU requires for its System V
     /// segment.
     ///
     /// # Panics
-    /// If it does not come up.
+    /// If it does not start.
     #[must_use]
     pub fn start() -> Self {
         Self::start_in(&Command::new("env"), "", 64, 5)
     }
 
-    /// The same through a command whose next argument is a program to become, listening on `address`
-    /// too and trusting whoever comes from there, with so many MiB of shared buffers and pgbench's
-    /// tables at this scale.
+    /// Does the same through a command whose next argument is the program to run. PostgreSQL also listens on
+    /// `address` and trusts every client there; it has this many MiB of shared buffers and pgbench's tables at
+    /// this scale.
     ///
     /// # Panics
     /// As [`Postgres::start`].
     #[must_use]
     pub fn start_in(through: &Command, address: &str, shared_mib: u32, scale: u32) -> Self {
         let dir = tempfile::tempdir().expect("a temporary directory can be made");
-        // PostgreSQL does not run as root.
+        // PostgreSQL refuses to run as root.
         let user = nix::unistd::User::from_name("postgres")
             .expect("the user database can be read")
             .expect("the package makes this user; run scripts/setup");
@@ -215,7 +215,7 @@ impl Postgres {
         postgres
     }
 
-    /// The same with tables that just fit into its shared buffers, and are in them.
+    /// Does the same with tables that just fit into the shared buffers and are loaded into them.
     ///
     /// # Panics
     /// As [`Postgres::start`].
@@ -229,13 +229,13 @@ impl Postgres {
         postgres
     }
 
-    /// The process ID of its postmaster.
+    /// Returns the process ID of the postmaster.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.daemon.pid()
     }
 
-    /// The postmaster.
+    /// Returns the postmaster.
     pub fn daemon(&mut self) -> &mut Daemon {
         &mut self.daemon
     }
@@ -244,17 +244,17 @@ impl Postgres {
         client(&self.user, self.dir.path(), program)
     }
 
-    /// What a query yields.
+    /// Runs a query with `psql`, and returns the result.
     ///
     /// # Errors
-    /// What `psql` said if it failed.
+    /// Returns its standard error if it fails.
     pub fn sql(&self, query: &str) -> Result<String, String> {
         let mut psql = self.client("psql");
         psql.args(["-d", "postgres", "-Atc", query]);
         output(psql.stdout(Stdio::piped()).stderr(Stdio::piped()))
     }
 
-    /// Four clients that book until they are dropped; returns once they do.
+    /// Starts four clients that run transactions until they are dropped; returns once they do.
     #[must_use]
     pub fn load(&self) -> Daemon {
         let mut pgbench = self.client("pgbench");
@@ -265,7 +265,8 @@ impl Postgres {
         load
     }
 
-    /// Four clients that book so many times a second until they are dropped, and log it ([`Self::load_log`]).
+    /// Starts four clients that run this many transactions a second until they are dropped, and log them
+    /// ([`Self::load_log`]).
     #[must_use]
     pub fn steady_load(&self, rate: u32) -> Daemon {
         let mut pgbench = self.client("pgbench");
@@ -286,7 +287,7 @@ impl Postgres {
         Daemon::start(pgbench.arg("postgres"))
     }
 
-    /// What pgbench has logged of that: a line for each transaction. It comes in blocks.
+    /// Returns pgbench's log of the steady load: a line for each transaction, flushed in blocks.
     #[must_use]
     pub fn load_log(&self) -> String {
         let files = fs::read_dir(self.dir.path())
@@ -298,10 +299,10 @@ impl Postgres {
             .collect()
     }
 
-    /// Claims that what pgbench keeps consistent is so.
+    /// Asserts that pgbench's invariant holds.
     ///
     /// # Panics
-    /// If it does not come to be.
+    /// If it does not within 60 seconds.
     pub fn assert_balanced(&self) {
         let sums = "select (select sum(abalance) from pgbench_accounts) = \
                     (select sum(delta) from pgbench_history)";

@@ -1,5 +1,5 @@
-//! Programs that work, at a steady rate, while they are moved to another host, and find out what it did
-//! to them: each knows the longest time for which nothing happened, and whether all is right.
+//! Services under a steady load that are moved to another host and observe the effect: each measures its longest
+//! pause and checks its data.
 
 use crate::daemon::{Daemon, until};
 use crate::net::{Net, SERVICE};
@@ -10,34 +10,34 @@ use std::path::PathBuf;
 use std::process::Command;
 use tempfile::TempDir;
 
-/// One of them, at host A.
+/// A service, started on host A.
 pub trait Service {
-    /// The root of what is to be moved.
+    /// Returns the root of the tree to move.
     fn daemon(&mut self) -> &mut Daemon;
 
-    /// What CRIU has to be told of it.
+    /// Returns the CRIU options that the service needs.
     fn options(&self) -> &'static [&'static str];
 
-    /// Waits until it has done some more work; how long nothing happened at most, ms, up to then.
+    /// Waits until the service has done more work; returns its longest pause so far, in milliseconds.
     ///
     /// # Panics
-    /// If it does not work any more, or something is wrong.
+    /// If it does no more work, or reports an error.
     fn pause(&mut self) -> u64;
 
-    /// Looks whether everything it knows is right.
+    /// Checks all data of the service.
     ///
     /// # Panics
-    /// If not.
+    /// If some are wrong.
     fn check(&mut self);
 }
 
-/// The names that [`start`] knows.
+/// Names that [`start`] accepts.
 pub const NAMES: [&str; 4] = ["redis", "postgresql", "jvm", "python"];
 
-/// Starts one of [`NAMES`] that has about `mib` MiB of memory; returns when it works.
+/// Starts one of [`NAMES`] with about `mib` MiB of memory; returns once it works.
 ///
 /// # Panics
-/// If it does not come to work, or has another name.
+/// If it does not start to work, or the name is unknown.
 #[must_use]
 pub fn start(name: &str, net: &Net, mib: u32) -> Box<dyn Service> {
     match name {
@@ -49,15 +49,15 @@ pub fn start(name: &str, net: &Net, mib: u32) -> Box<dyn Service> {
     }
 }
 
-/// A redis with clients that come over the network.
+/// A redis whose clients connect over the network.
 struct Redis {
     server: servers::Redis,
     client: Program,
 }
 
-/// Four connections, each of which writes a key and reads another, a thousand times a second in all; what
-/// is read must be what was last acknowledged, or what redis was filled with. It says how many operations it has done, and the longest
-/// it has waited for one, ms.
+/// Four connections, each of which writes a key and reads another, a thousand operations a second in total. A
+/// value that is read must be the last acknowledged one, or the initial one. Prints the number of operations and
+/// the longest latency, in milliseconds.
 const REDIS_CLIENT: &str = r#"
 import random, socket, sys, time
 host, keys, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -70,7 +70,7 @@ def name(key): return b'key:%d' % key
 def first(key): return (b'value:%d' % key).ljust(size, b'\0')
 def value(key, version): return b'%d/%d ' % (key, version) * 64
 acked = {}
-done, longest, told, begin = 0, 0, 0, time.monotonic()
+done, longest, reported, begin = 0, 0, 0, time.monotonic()
 while True:
     for connection, answers in connections:
         key, before = random.randrange(keys), time.monotonic()
@@ -88,13 +88,13 @@ while True:
         longest = max(longest, now - before)
     # No rush after a pause to make up for it.
     begin = max(begin, now - done / 1000)
-    if now - told > 0.2:
-        told = now
+    if now - reported > 0.2:
+        reported = now
         print(done, int(longest * 1000), file=sys.stderr, flush=True)
     time.sleep(max(0, begin + done / 1000 - now))
 "#;
 
-/// Bytes of a value at first.
+/// Initial size of a value, in bytes.
 const VALUE: u32 = 4000;
 
 impl Redis {
@@ -127,13 +127,13 @@ impl Service for Redis {
     }
 
     fn check(&mut self) {
-        // Keys of every age it will have read.
+        // By then it has read keys of every age.
         await_work(&mut self.client, 10_000);
     }
 }
 
-/// Waits until a program that tells how far it is has come `more` steps further; the longest pause of
-/// which it tells, ms.
+/// Waits until a program that prints its progress has advanced by `more` steps; returns the longest pause that it
+/// prints, in milliseconds.
 fn await_work(program: &mut Program, more: u64) -> u64 {
     program.skip_stderr();
     let mut next = || {
@@ -152,7 +152,7 @@ fn await_work(program: &mut Program, more: u64) -> u64 {
     }
 }
 
-/// A PostgreSQL whose shared buffers are full, with pgbench over the network.
+/// A PostgreSQL whose shared buffers are full, with pgbench as a client over the network.
 struct Pgbench {
     postgres: Postgres,
     client: Program,
@@ -177,7 +177,7 @@ impl Pgbench {
         pgbench
     }
 
-    /// What it has logged of each transaction: number, latency in µs.
+    /// Returns pgbench's log of each transaction: its number, and its latency in µs.
     fn log(&self) -> String {
         let files = fs::read_dir(self.logs.path())
             .expect("it is ours")
@@ -197,7 +197,7 @@ impl Service for Pgbench {
     }
 
     fn pause(&mut self) -> u64 {
-        // Its log comes in blocks.
+        // pgbench flushes its log in blocks.
         let lines = self.log().lines().count();
         until("pgbench works", || match self.log().lines().count() {
             count if count > lines + 500 => Ok(()),
@@ -213,7 +213,7 @@ impl Service for Pgbench {
 
     fn check(&mut self) {
         self.pause();
-        // No connection was lost, or it would have one client less.
+        // A lost connection would leave one client less.
         let clients = "select count(*) from pg_stat_activity where application_name = 'pgbench'";
         assert_eq!(
             self.postgres.sql(clients).as_deref().map(str::trim),
@@ -232,14 +232,14 @@ impl Service for Pgbench {
     }
 }
 
-/// A program that up to a thousand times a second writes into one block of its memory, and finds some
-/// others to be as they should. It goes by the wall clock: CRIU has the others stand still meanwhile.
+/// A program that writes to one block of its memory up to a thousand times a second, and checks some others. It
+/// uses the wall clock: CRIU stops the other clocks during a dump.
 struct Ticking {
     daemon: Daemon,
     dir: TempDir,
 }
 
-/// Its lines: ticks, the longest time between two of them, ms, and how often all was looked at.
+/// Prints lines: ticks, the longest time between two ticks in ms, and the number of complete sweeps.
 const PYTHON: &str = "
 import random, sys, time, zlib
 count, log = int(sys.argv[1]) * 16, open(sys.argv[2], 'w')
@@ -337,8 +337,8 @@ impl Ticking {
         self.dir.path().join("log")
     }
 
-    /// What it said last.
-    fn told(&self) -> Result<[u64; 3], String> {
+    /// Returns the numbers of the last line.
+    fn last_line(&self) -> Result<[u64; 3], String> {
         let text = fs::read_to_string(self.log()).unwrap_or_default();
         assert!(!text.contains("WRONG"), "{text}");
         let whole = text.rsplit_once('\n').unwrap_or_default().0;
@@ -347,10 +347,10 @@ impl Ticking {
         numbers.try_into().map_err(|_| "nothing yet".to_owned())
     }
 
-    /// Waits until one of the numbers that it tells is so much higher.
+    /// Waits until one of the numbers has grown by `more`.
     fn await_more(&self, which: usize, more: u64) -> u64 {
-        let first = until("it ticks", || self.told());
-        until("it goes on", || match self.told()? {
+        let first = until("the program ticks", || self.last_line());
+        until("the program continues", || match self.last_line()? {
             now if now[which] >= first[which] + more => Ok(now[1]),
             now => Err(format!("{now:?}")),
         })
@@ -371,7 +371,7 @@ impl Service for Ticking {
     }
 
     fn check(&mut self) {
-        // The sweep under way began before.
+        // A sweep in progress began before the call.
         self.await_more(2, 2);
     }
 }

@@ -1,19 +1,19 @@
-//! What a program took of the machine.
+//! Resources used by a program.
 
 use std::io;
 use std::process::{Child, ExitStatus};
 use wait4::Wait4;
 
-/// Of a program that is over, and of its children for which it has waited.
+/// Resources of a program that has exited, and of the children it has waited for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Usage {
-    /// Time on processors, seconds.
+    /// Processor time, in seconds.
     pub cpu: f64,
-    /// Most memory that one of its processes had at once, bytes.
+    /// Largest peak memory of one of its processes, in bytes.
     pub peak_rss: u64,
 }
 
-/// Waits until a child is over.
+/// Waits until a child exits.
 ///
 /// # Errors
 /// `ECHILD` if it was waited for before.

@@ -1,6 +1,6 @@
-//! The victim program: a migration target that knows what its memory must hold.
+//! The victim program: a migration target that checks its own memory.
 //!
-//! Its features and commands are listed in `victim/victim.c`.
+//! `victim/victim.c` lists its features and commands.
 
 use crate::memory;
 use crate::program::{DeadlinePassed, Lines, PATIENCE};
@@ -20,41 +20,41 @@ use tempfile::TempDir;
 #[derive(Debug)]
 pub struct Victim {
     child: Child,
-    talk: Option<(ChildStdin, Lines)>,
+    pipes: Option<(ChildStdin, Lines)>,
     report: ReportFile,
     skipped: Vec<String>,
     _dir: TempDir,
 }
 
-/// What threads of the victim saw go wrong, and how often system calls were interrupted.
+/// Errors that threads of the victim detected, and counts of interrupted system calls.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Errors {
-    /// Things that must never happen.
+    /// Errors that must never happen.
     pub errors: u64,
-    /// `EINTR` from calls that every plain stop restarts; CRIU's restore does not.
+    /// `EINTR` from calls that the kernel restarts after any plain stop; a restore by CRIU does not.
     pub interrupted: u64,
-    /// `EINTR` from calls where signal(7) allows it after a stop.
+    /// `EINTR` from calls for which signal(7) allows it after a stop.
     pub eintr: u64,
-    /// The first of the errors.
+    /// The first error.
     pub first: String,
 }
 
 /// A region of the victim's memory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Region {
-    /// The process that has it.
+    /// The process that owns it.
     pub pid: i32,
-    /// Its first address; 0 if it is not mapped.
+    /// First address; 0 if it is not mapped.
     pub start: u64,
-    /// Its length, bytes.
+    /// Length in bytes.
     pub length: u64,
-    /// The feature that made it.
+    /// Feature that created it.
     pub kind: String,
-    /// Inode number of the shared segment or file, else 0.
+    /// Inode number of the shared segment or file, otherwise 0.
     pub inode: u64,
 }
 
-/// The victim: `$PAGEFERRY_VICTIM`, or the one that was built with this crate.
+/// Returns the path of the victim: `$PAGEFERRY_VICTIM`, or the one built with this crate.
 #[must_use]
 pub fn path() -> PathBuf {
     std::env::var_os("PAGEFERRY_VICTIM")
@@ -66,7 +66,7 @@ impl Victim {
     /// Starts a victim with these words as its features (and options), and waits until it is ready.
     ///
     /// # Panics
-    /// If it does not get ready.
+    /// If it does not become ready.
     #[must_use]
     pub fn start(features: &str) -> Self {
         let (mut command, dir) = command(&[]);
@@ -76,7 +76,7 @@ impl Victim {
         let lines = Lines::of(child.stdout.take().expect("is a pipe"));
         let mut victim = Self {
             child,
-            talk: Some((stdin, lines)),
+            pipes: Some((stdin, lines)),
             report: ReportFile::new(dir.path().join("report")),
             skipped: Vec::new(),
             _dir: dir,
@@ -85,20 +85,20 @@ impl Victim {
         victim
     }
 
-    /// Starts a victim as CRIU wants it: a session of its own and no pipe to anybody outside. It
-    /// is asked by signal and answers in a file, and so is a restored copy of it.
+    /// Starts a victim as CRIU requires: in its own session, without pipes to other processes. A signal requests a
+    /// check, and it reports the result in a file; so does a restored copy.
     ///
     /// # Panics
-    /// If it does not get ready.
+    /// If it does not become ready.
     #[must_use]
     pub fn detached(features: &str) -> Self {
         Self::detached_in(&[], features)
     }
 
-    /// The same, started through a program that becomes it, such as `unshare --ipc`.
+    /// Does the same through a program that executes it, such as `unshare --ipc`.
     ///
     /// # Panics
-    /// If it does not get ready.
+    /// If it does not become ready.
     #[must_use]
     pub fn detached_in(through: &[&str], features: &str) -> Self {
         let (mut command, dir) = command(through);
@@ -107,7 +107,7 @@ impl Victim {
         let child = spawn(command.args(features.split_whitespace()));
         let mut victim = Self {
             child,
-            talk: None,
+            pipes: None,
             report: ReportFile::new(dir.path().join("report")),
             skipped: Vec::new(),
             _dir: dir,
@@ -122,37 +122,37 @@ impl Victim {
             match line.split_once(' ') {
                 Some(("skip", what)) => self.skipped.push(what.into()),
                 Some(("ready", _)) => return,
-                _ => panic!("victim said {line:?} instead of ready"),
+                _ => panic!("victim printed {line:?} instead of ready"),
             }
         }
     }
 
-    fn line(&mut self) -> Result<String, Silence> {
-        match &self.talk {
+    fn line(&mut self) -> Result<String, NoAnswer> {
+        match &self.pipes {
             Some((_, lines)) => lines
                 .next(Instant::now() + PATIENCE)
-                .map_err(|DeadlinePassed| Silence::Hung)?
-                .ok_or(Silence::Dead),
+                .map_err(|DeadlinePassed| NoAnswer::Hung)?
+                .ok_or(NoAnswer::Dead),
             None => self.report.next_line(),
         }
     }
 
-    /// The process ID of its root.
+    /// Returns the process ID of the root.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
     }
 
-    /// The process IDs of its whole tree, the root first.
+    /// Returns the process IDs of the whole tree, the root first.
     #[must_use]
     pub fn tree(&self) -> Vec<i32> {
         memory::tree(self.pid())
     }
 
-    /// Stops its whole tree by signal.
+    /// Stops the whole tree with SIGSTOP.
     ///
     /// # Panics
-    /// If it does not come to stop.
+    /// If it does not stop.
     pub fn stop(&self) {
         let tree = self.tree();
         for &pid in &tree {
@@ -166,19 +166,18 @@ impl Victim {
         });
     }
 
-    /// Lets its whole tree go on.
-    pub fn go_on(&self) {
-        crate::scenario::go_on(self.pid());
+    /// Resumes the whole tree.
+    pub fn resume(&self) {
+        crate::scenario::resume(self.pid());
     }
 
-    /// What it cannot do here, such as `hugetlb: Cannot allocate memory`.
+    /// Returns the features that are not available here, such as `hugetlb: Cannot allocate memory`.
     #[must_use]
     pub fn skipped(&self) -> &[String] {
         &self.skipped
     }
 
-    /// Gives a command and returns the answer. An answer that comes in several lines keeps its
-    /// line ends.
+    /// Sends a command and returns the answer. An answer of several lines keeps its line ends.
     ///
     /// # Panics
     /// If there is no answer, or the victim is detached.
@@ -187,19 +186,19 @@ impl Victim {
             .unwrap_or_else(|e| panic!("victim, asked to {command}: {e}"))
     }
 
-    /// Gives a command to a victim that may have died.
+    /// Sends a command to a victim that may have died.
     ///
     /// # Errors
-    /// [`Silence`] if there is no answer.
+    /// [`NoAnswer`] if there is no answer.
     ///
     /// # Panics
     /// If the victim is detached.
-    pub fn try_ask(&mut self, command: &str) -> Result<String, Silence> {
+    pub fn try_ask(&mut self, command: &str) -> Result<String, NoAnswer> {
         let (stdin, _) = self
-            .talk
+            .pipes
             .as_mut()
             .expect("a detached victim takes no commands");
-        writeln!(stdin, "{command}").map_err(|_| Silence::Dead)?;
+        writeln!(stdin, "{command}").map_err(|_| NoAnswer::Dead)?;
         let mut answer = String::new();
         loop {
             let line = self.line()?;
@@ -211,10 +210,10 @@ impl Victim {
         }
     }
 
-    /// Gives a command that is answered `ok NUMBER`.
+    /// Sends a command that is answered with `ok NUMBER`.
     ///
     /// # Panics
-    /// If it is answered otherwise.
+    /// If the answer is another.
     pub fn count(&mut self, command: &str) -> u64 {
         let answer = self.ask(command);
         answer
@@ -223,7 +222,7 @@ impl Victim {
             .unwrap_or_else(|| panic!("victim, asked to {command}: {answer}"))
     }
 
-    /// Changes this many pages of each process; returns how many pages of the tree it changed.
+    /// Changes this many pages of each process; returns the number of pages changed in the tree.
     ///
     /// # Panics
     /// If the victim does not answer.
@@ -231,22 +230,22 @@ impl Victim {
         self.count(&format!("mutate {pages}"))
     }
 
-    /// Has every process check its memory; returns how many pages were right.
+    /// Requests a check by every process; returns the number of correct pages.
     ///
     /// # Errors
-    /// The victim's words about the first page that is wrong, or thread that saw an error.
+    /// The victim's description of the first wrong page, or of the first error of a thread.
     ///
     /// # Panics
     /// If the victim does not answer.
     pub fn check(&mut self) -> Result<u64, String> {
-        let answer = match &self.talk {
+        let answer = match &self.pipes {
             Some(_) => self.ask("check"),
             None => self.report.check(self.child.id().cast_signed()),
         };
         verdict(&answer)
     }
 
-    /// What its threads have seen.
+    /// Returns the errors that its threads have detected.
     ///
     /// # Panics
     /// If the victim does not answer.
@@ -266,20 +265,20 @@ impl Victim {
         }
     }
 
-    /// Claims that the victim is unharmed: its memory is right, no thread saw an error, and no
-    /// call was interrupted that a stop must not interrupt.
+    /// Asserts that the victim is unharmed: its memory is correct, no thread detected an error, and no call was
+    /// interrupted that a stop must not interrupt.
     ///
     /// # Panics
     /// If it is harmed.
     pub fn assert_unharmed(&mut self) {
         self.check().expect("the victim is unharmed");
-        if self.talk.is_some() {
+        if self.pipes.is_some() {
             let errors = self.errors();
             assert_eq!((errors.errors, errors.interrupted), (0, 0), "{errors:?}");
         }
     }
 
-    /// Its regions, and those of its children.
+    /// Returns its regions, and those of its children.
     ///
     /// # Panics
     /// If the victim does not answer.
@@ -293,22 +292,22 @@ impl Victim {
             .collect()
     }
 
-    /// Starts it anew in the same process (`execve`), with the same features and no children.
+    /// Executes the program again in the same process (`execve`), with the same features and no children.
     ///
     /// # Panics
-    /// If it does not get ready again.
+    /// If it does not become ready again.
     pub fn exec(&mut self) {
-        self.exec_so("exec");
+        self.exec_with("exec");
     }
 
-    /// The same by another command: `exec-by-thread`, or `exec-other` for another program, which says back
-    /// what it is told.
+    /// Does the same with another command: `exec-by-thread`, or `exec-other` for another program, which echoes its
+    /// input.
     ///
     /// # Panics
-    /// If it does not get ready again.
-    pub fn exec_so(&mut self, command: &str) {
+    /// If it does not become ready again.
+    pub fn exec_with(&mut self, command: &str) {
         let (stdin, _) = self
-            .talk
+            .pipes
             .as_mut()
             .expect("a detached victim takes no commands");
         writeln!(stdin, "{command}").expect("the victim is alive");
@@ -316,19 +315,19 @@ impl Victim {
         self.await_ready();
     }
 
-    /// The file that it answers SIGUSR1 in.
+    /// Returns the file in which it answers SIGUSR1.
     pub fn report(&mut self) -> &mut ReportFile {
         &mut self.report
     }
 
-    /// Reaps the root once it has ended, for a tree that the sender has killed.
+    /// Reaps the root of a tree that the sender kills.
     ///
     /// # Panics
-    /// If it does not end.
+    /// If the tree does not exit.
     pub fn await_end(&mut self) {
-        if let Some((stdin, lines)) = self.talk.take() {
+        if let Some((stdin, lines)) = self.pipes.take() {
             drop(stdin);
-            // The pipe ends with the last process of the tree.
+            // The pipe is closed by the last process of the tree.
             let deadline = Instant::now() + PATIENCE;
             while lines.next(deadline).expect("the tree ends").is_some() {}
         }
@@ -336,13 +335,13 @@ impl Victim {
     }
 }
 
-/// Why a victim gave no answer.
+/// Reason for a missing answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Silence {
-    /// Nothing came in time.
+pub enum NoAnswer {
+    /// No answer before the deadline.
     #[error("hangs")]
     Hung,
-    /// It is gone.
+    /// The victim has exited.
     #[error("is dead")]
     Dead,
 }
@@ -401,7 +400,7 @@ impl Drop for Victim {
     }
 }
 
-/// The file in which a victim without stdin answers, line by line.
+/// The file to which a victim without stdin appends its answers, line by line.
 #[derive(Debug)]
 pub struct ReportFile {
     path: PathBuf,
@@ -415,13 +414,13 @@ impl ReportFile {
         Self { path, read: 0 }
     }
 
-    /// The file.
+    /// Returns the path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Asks a victim, which may be a restored copy, to check itself; returns its answer.
+    /// Requests a check by a victim, which may be a restored copy; returns its answer.
     ///
     /// # Panics
     /// If there is no answer.
@@ -431,17 +430,17 @@ impl ReportFile {
             let line = self
                 .next_line()
                 .unwrap_or_else(|e| panic!("victim {pid}: {e}"));
-            // Errors of its threads are counted in the answer.
+            // The answer counts the errors of threads.
             if !line.starts_with("ERROR") {
                 return line;
             }
         }
     }
 
-    /// As [`Victim::check`], for the process `pid`.
+    /// Does the same as [`Victim::check`], for the process `pid`.
     ///
     /// # Errors
-    /// The victim's words about what is wrong.
+    /// The victim's description of the error.
     ///
     /// # Panics
     /// If there is no answer.
@@ -449,18 +448,18 @@ impl ReportFile {
         verdict(&self.check(pid))
     }
 
-    /// The next line, once there is one.
+    /// Returns the next line, once there is one.
     ///
     /// # Errors
-    /// [`Silence::Hung`] if none comes.
+    /// [`NoAnswer::Hung`] if none comes.
     ///
     /// # Panics
     /// If the directory of the file cannot be watched.
-    pub fn next_line(&mut self) -> Result<String, Silence> {
+    pub fn next_line(&mut self) -> Result<String, NoAnswer> {
         let deadline = Instant::now() + PATIENCE;
         let notify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
             .expect("inotify is there");
-        // Watched before it is read, so that no line is missed between.
+        // Watched before it is read, so that no line is missed in between.
         let dir = self.path.parent().expect("a file is in a directory");
         notify
             .add_watch(dir, AddWatchFlags::IN_MODIFY | AddWatchFlags::IN_CREATE)
@@ -473,11 +472,11 @@ impl ReportFile {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Silence::Hung);
+                return Err(NoAnswer::Hung);
             }
             let mut fds = [PollFd::new(notify.as_fd(), PollFlags::POLLIN)];
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
-            // Whatever it tells: the loop looks again.
+            // Whatever the event is, the loop reads the file again.
             let _ = poll(&mut fds, timeout);
             let _ = notify.read_events();
         }
@@ -497,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn a_region_is_parsed() {
+    fn region_is_parsed() {
         let line = "pid=7 id=10001 start=0x7f00 length=4096 kind=memfd inode=12";
         let region = parse_region(line).unwrap();
         assert_eq!((region.start, region.inode), (0x7f00, 12));

@@ -1,10 +1,10 @@
-//! Our images are CRIU's: `crit` decodes them, and `criu restore` brings a process back from a
-//! chain of our rounds and CRIU's own state images of the same frozen moment.
+//! Images by Pageferry are images of CRIU: `crit` decodes them, and `criu restore` restores a process from a
+//! chain of rounds and CRIU's own state images of the same frozen moment.
 
 use pageferry_tests::criu::{Criu, await_gone, merge};
 use pageferry_tests::daemon::until;
 use pageferry_tests::memory::{is_stopped, lives};
-use pageferry_tests::scenario::{assert_arrived, go_on};
+use pageferry_tests::scenario::{assert_arrived, resume};
 use pageferry_tests::{Pair, Victim};
 use std::fs;
 use std::process::Command;
@@ -43,7 +43,7 @@ fn crit_decodes_every_image() {
             let entries = json["entries"].as_array().unwrap();
             assert!(!entries.is_empty(), "{name}");
             if kind == 2 {
-                // The head, and then what the process has.
+                // The head, then the entries of the process.
                 assert!(entries[0]["pages_id"].is_u64());
                 assert!(entries[1]["nr_pages"].as_u64().unwrap() > 0);
             }
@@ -60,7 +60,7 @@ fn crit_decodes_every_image() {
 }
 
 #[test]
-fn criu_restores_from_a_chain_of_our_rounds() {
+fn criu_restores_a_chain_of_rounds() {
     for criu in Criu::all("restore from a chain of our rounds") {
         for features in [
             "heap=16 text=2 zero=1 sparse=32 protnone=1 readonly=1 fileprivate=2 dirty=20",
@@ -77,7 +77,7 @@ fn criu_restores_from_a_chain_of_our_rounds() {
             let round = report.last_round();
             assert!(round.join("parent").exists());
 
-            // CRIU's part, of the very moment that our last round was taken in.
+            // State images by CRIU, of the moment in which the last round was read.
             let state = tempfile::tempdir().unwrap();
             criu.run("dump", state.path(), &["-t", &pid.to_string()])
                 .unwrap();
@@ -86,7 +86,7 @@ fn criu_restores_from_a_chain_of_our_rounds() {
             merge(state.path(), &round);
 
             let _restored = criu.restore(&round, pid, &[]).unwrap();
-            // CRIU has sent the signal; that it has come to its end nobody tells.
+            // CRIU has sent the signal; only polling shows when the process has exited.
             until(
                 "it is stopped, as when it was dumped",
                 || match is_stopped(pid) {
@@ -94,7 +94,7 @@ fn criu_restores_from_a_chain_of_our_rounds() {
                     false => Err(format!("it lives: {}", lives(pid))),
                 },
             );
-            go_on(pid);
+            resume(pid);
             let verdict = victim.report().verdict(pid);
             let pages = verdict.unwrap_or_else(|error| panic!("{features}: {error}"));
             assert!(pages > 1000, "{pages}");

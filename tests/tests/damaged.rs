@@ -1,5 +1,5 @@
-//! A whole migration as it crosses the wire, and everything that can happen to its bytes on the way: each is
-//! noticed, at either end, and nothing comes of it but an end.
+//! Damages every part of a complete migration on the wire: sender and receiver detect all damage, and it has no
+//! effect but to end the session.
 
 use cap::Cap;
 use pageferry_common::criu::session::{self, Options};
@@ -35,15 +35,15 @@ use tokio::runtime::Builder;
 #[global_allocator]
 static MEMORY: Cap<System> = Cap::new(System, usize::MAX);
 
-/// What both ends may have at once, bytes: their buffers, and all that is small.
+/// Maximum memory of both ends at a time, in bytes: their buffers, and small allocations.
 const MEMORY_MAX: usize = 48 << 20;
 
 const PAGE: usize = PAGE_SIZE as usize;
 
-/// Of pages, every byte of so many is damaged; of all else, every one.
+/// Number of bytes to damage among the pages of a frame; of everything else, every byte is damaged.
 const SAMPLE: usize = 509;
 
-/// Nothing waits: what is cut off ends.
+/// Never reached: a cut connection ends instead of stalling.
 const STALL: Duration = Duration::from_secs(60);
 
 const CLAIM: Claim = Claim {
@@ -52,10 +52,10 @@ const CLAIM: Claim = Claim {
     token: Token([2; 32]),
 };
 
-/// What one round has of one image: runs of pages, each with what is said of them, in chunks.
+/// Content of one image in one round: runs of pages with their kinds, by chunk.
 type Image = (ImageId, Option<&'static str>, &'static [&'static [Run]]);
 
-/// First page, pages, kind.
+/// First page, number of pages, kind.
 type Run = (u64, u64, EntryKind);
 
 use EntryKind::{Copy as Again, Data, Parent, Zero};
@@ -89,7 +89,7 @@ const ROUNDS: [&[Image]; 2] = [
     ],
 ];
 
-/// The chunks of an image, and their pages.
+/// Returns the chunks of an image, and their pages.
 fn chunks(image: &Image) -> impl Iterator<Item = (Chunk, Vec<u8>)> {
     image.2.iter().map(|runs| {
         let entry = |&(page, pages, kind): &Run| Entry {
@@ -105,7 +105,7 @@ fn chunks(image: &Image) -> impl Iterator<Item = (Chunk, Vec<u8>)> {
     })
 }
 
-/// What both ends count of a round.
+/// Returns the totals of a round.
 fn totals(round: &[Image]) -> Totals {
     let (mut totals, mut all) = (Totals::default(), RoundDigest::default());
     for image in round {
@@ -130,16 +130,16 @@ fn state() -> (StateName, Vec<u8>) {
     (StateName::new("core-7.img").unwrap(), vec![7; 100])
 }
 
-/// One frame as it crosses the wire.
+/// One frame on the wire.
 #[derive(Clone)]
 struct Frame {
     bytes: Vec<u8>,
-    /// Where its pages begin.
+    /// Offset of its pages.
     data: usize,
 }
 
 impl Frame {
-    /// Where it is damaged, and cut.
+    /// Returns the offsets at which it is damaged and cut.
     fn places(&self) -> impl Iterator<Item = usize> {
         let last = self.bytes.len() - 1;
         let pages = (self.data..self.bytes.len()).step_by(SAMPLE);
@@ -148,7 +148,7 @@ impl Frame {
             .chain((last > self.data).then_some(last))
     }
 
-    /// The same as a frame of another number.
+    /// Returns the same frame with another sequence number.
     fn renumbered(&self, seq: usize) -> Self {
         let mut bytes = self.bytes.clone();
         bytes[16..24].copy_from_slice(&(seq as u64).to_le_bytes());
@@ -164,7 +164,7 @@ impl Frame {
 struct Recording(Vec<Frame>);
 
 impl Recording {
-    fn say(&mut self, message: &Message) {
+    fn send(&mut self, message: &Message) {
         self.frame(message.kind(), false, &message.encode(), &[]);
     }
 
@@ -178,62 +178,62 @@ impl Recording {
     }
 }
 
-/// What a sender says that compresses every other chunk; and asks for files, if so.
-fn said(files: bool) -> Vec<Frame> {
-    let mut said = Recording::default();
-    said.say(&Message::Hello {
+/// Returns the frames of a sender that compresses every other chunk, and that asks for missing files if `files`.
+fn sender_frames(files: bool) -> Vec<Frame> {
+    let mut frames = Recording::default();
+    frames.send(&Message::Hello {
         version: wire::VERSION,
         page_size: PAGE_SIZE as u32,
         features: wire::FEATURE_ZSTD,
         claim: CLAIM,
     });
     if files {
-        said.say(&Message::File(program()));
-        said.say(&Message::Check);
+        frames.send(&Message::File(program()));
+        frames.send(&Message::Check);
     }
     for ((round, images), kind) in (1..).zip(ROUNDS).zip(KINDS) {
         let uptime_us = 1;
-        said.say(&Message::RoundBegin {
+        frames.send(&Message::RoundBegin {
             round,
             kind,
             uptime_us,
         });
         for image in images {
-            said.say(&Message::ImageOpen(image.0));
+            frames.send(&Message::ImageOpen(image.0));
             if let Some(name) = image.1 {
-                said.say(&Message::Memfd(MemfdName::new(name).unwrap()));
+                frames.send(&Message::Memfd(MemfdName::new(name).unwrap()));
             }
             for (number, (chunk, pages)) in chunks(image).enumerate() {
                 let meta = Message::Chunk(chunk).encode();
                 let small = zstd::bulk::compress(&pages, 1).unwrap();
                 let compressed = number % 2 == 1;
                 let data = if compressed { &small } else { &pages };
-                said.frame(FrameKind::Chunk, compressed, &meta, data);
-                said.say(&Message::Working);
+                frames.frame(FrameKind::Chunk, compressed, &meta, data);
+                frames.send(&Message::Working);
             }
         }
-        said.say(&Message::RoundEnd(totals(images)));
+        frames.send(&Message::RoundEnd(totals(images)));
     }
     let (name, image) = state();
     for (piece, last) in [(&image[..50], false), (&image[50..], true)] {
         let (name, piece) = (name.clone(), piece.to_vec());
-        said.say(&Message::State { name, last, piece });
+        frames.send(&Message::State { name, last, piece });
     }
-    said.say(&Message::Finish);
-    said.0
+    frames.send(&Message::Finish);
+    frames.0
 }
 
-/// Does everything to the first frames of one direction that can happen to them; `hear` is told what was done,
-/// what is left, and whether whoever hears it must notice.
-fn damage(frames: &[Frame], first: usize, mut hear: impl FnMut(&str, &[Frame], bool)) {
+/// Damages the first frames of one direction in every way. Calls `deliver` with the damage, the remaining frames,
+/// and whether the other end must detect it.
+fn damage(frames: &[Frame], first: usize, mut deliver: impl FnMut(&str, &[Frame], bool)) {
     for (number, frame) in frames[..first].iter().enumerate() {
         let mut so_far = frames[..=number].to_vec();
         for at in frame.places() {
             so_far[number] = frame.clone();
             so_far[number].bytes[at] ^= 1 << (at % 8);
-            hear(&format!("byte {at} of frame {number}"), &so_far, true);
+            deliver(&format!("byte {at} of frame {number}"), &so_far, true);
             so_far[number].bytes.truncate(at);
-            hear(&format!("cut at {at} of frame {number}"), &so_far, true);
+            deliver(&format!("cut at {at} of frame {number}"), &so_far, true);
         }
     }
     for number in 0..first {
@@ -244,7 +244,7 @@ fn damage(frames: &[Frame], first: usize, mut hear: impl FnMut(&str, &[Frame], b
         late.swap(number, next.min(frames.len() - 1));
         for (what, order, noticed) in [
             ("without", [&frames[..number], after].concat(), true),
-            // After the end nobody listens.
+            // After the last frame, the other end no longer reads.
             (
                 "twice",
                 [&frames[..next], &frames[number..]].concat(),
@@ -258,11 +258,11 @@ fn damage(frames: &[Frame], first: usize, mut hear: impl FnMut(&str, &[Frame], b
             ),
         ] {
             let name = format!("{what}: frame {number}");
-            hear(&name, &order, noticed);
-            // By somebody who knows how to number them.
+            deliver(&name, &order, noticed);
+            // By an attacker who corrects the sequence numbers.
             let order = order.iter().enumerate();
             let order: Vec<_> = order.map(|(seq, frame)| frame.renumbered(seq)).collect();
-            hear(&(name + ", numbered anew"), &order, false);
+            deliver(&(name + ", renumbered"), &order, false);
         }
     }
 }
@@ -272,7 +272,7 @@ fn assert_little_memory() {
     assert!(most < MEMORY_MAX, "{most} bytes");
 }
 
-/// The files of memory in each round, and what is in them.
+/// Returns the memory files of each round with their content.
 fn memory_in(home: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut files = BTreeMap::new();
     for round in 1..=ROUNDS.len() {
@@ -290,8 +290,8 @@ fn memory_in(home: &Path) -> BTreeMap<String, Vec<u8>> {
     files
 }
 
-/// What a receiver makes of some bytes: how it ended, the complete rounds, and the memory in them.
-fn heard(
+/// Returns what a receiver does with these bytes: its result, the complete rounds, and their memory.
+fn received(
     frames: &[Frame],
     restorer: Option<&Restorer>,
 ) -> (Result<(), Failure>, usize, BTreeMap<String, Vec<u8>>) {
@@ -326,14 +326,14 @@ fn heard(
     (result, rounds, memory_in(&store.home(&CLAIM)))
 }
 
-/// Damages the first frames of a session; how many damages must have been noticed, at least.
+/// Damages the first frames of a session; at least `least` damages must be detected.
 fn damaged_sessions(frames: &[Frame], first: usize, least: usize, restorer: Option<&Restorer>) {
-    let (result, rounds, whole) = heard(frames, restorer);
+    let (result, rounds, whole) = received(frames, restorer);
     result.unwrap();
     assert_eq!((rounds, whole.len()), (2, 8));
     let (mut refused, mut taken) = (0, 0);
     damage(frames, first, |what, frames, noticed| {
-        let (result, _, memory) = heard(frames, restorer);
+        let (result, _, memory) = received(frames, restorer);
         match result {
             Ok(()) => taken += 1,
             Err(_) => refused += 1,
@@ -345,27 +345,27 @@ fn damaged_sessions(frames: &[Frame], first: usize, least: usize, restorer: Opti
             }
         }
     });
-    // Most that is done by somebody who numbers frames anew makes no sense either.
+    // Most damages by an attacker who corrects the sequence numbers are detected as well.
     assert!(refused >= least && taken < least / 10, "{refused} {taken}");
     assert_little_memory();
 }
 
 #[test]
-fn whatever_happens_to_a_session_is_noticed_and_leaves_whole_rounds() {
-    let frames = said(false);
+fn damaged_session_is_detected_and_leaves_complete_rounds() {
+    let frames = sender_frames(false);
     damaged_sessions(&frames, frames.len(), 2000, None);
 }
 
 #[test]
-fn so_it_is_where_files_are_compared() {
+fn damaged_file_comparison_is_detected() {
     let Some(criu) = Criu::stable("damage to a session that compares files") else {
         return;
     };
     let criu = session::Criu::find(Some(criu.path())).unwrap();
     let lazy = false;
-    // Hello, what is asked for, and the end of that.
+    // Hello, the list of files, and its end.
     damaged_sessions(
-        &said(true),
+        &sender_frames(true),
         3,
         300,
         Some(&Restorer {
@@ -376,32 +376,32 @@ fn so_it_is_where_files_are_compared() {
     );
 }
 
-/// What a receiver answers.
-fn answered() -> Vec<Frame> {
+/// Returns the answers of a receiver.
+fn receiver_frames() -> Vec<Frame> {
     let mut answers = Recording::default();
-    answers.say(&Message::Welcome {
+    answers.send(&Message::Welcome {
         version: wire::VERSION,
         features: wire::FEATURE_RESTORE,
         rounds: 0,
         directory: "somewhere".to_owned(),
     });
     let what = "it is missing".to_owned();
-    answers.say(&Message::Lacks { what });
-    answers.say(&Message::Checked);
+    answers.send(&Message::Lacks { what });
+    answers.send(&Message::Checked);
     for (round, images) in (1..).zip(ROUNDS) {
         let totals = totals(images);
-        answers.say(&Message::RoundAck { round, totals });
+        answers.send(&Message::RoundAck { round, totals });
     }
-    answers.say(&Message::Restored);
-    answers.say(&Message::Running);
-    answers.say(&Message::FinishAck);
+    answers.send(&Message::Restored);
+    answers.send(&Message::Running);
+    answers.send(&Message::FinishAck);
     answers.0
 }
 
-/// Answers one sender, each of its questions by the next of these, and goes when there are no more.
+/// Accepts one sender, answers each of its requests with the next answer, and closes after the last.
 fn answer(listener: TcpListener, answers: Vec<Frame>) {
     let (mut stream, _) = listener.accept().unwrap();
-    // It comes once only.
+    // The sender connects once only.
     drop(listener);
     let mut answers = answers.into_iter().peekable();
     for seq in 0.. {
@@ -420,7 +420,7 @@ fn answer(listener: TcpListener, answers: Vec<Frame>) {
             | FrameKind::Restore
             | FrameKind::Commit
             | FrameKind::Finish => 1,
-            // One file, and the end.
+            // One file, and the end of the list.
             FrameKind::Check => 2,
             _ => 0,
         };
@@ -432,22 +432,22 @@ fn answer(listener: TcpListener, answers: Vec<Frame>) {
     }
 }
 
-/// How a move ended for who sends.
+/// How a move ended for the sender.
 #[derive(Debug, PartialEq, Eq)]
 enum End {
-    /// Before anything was decided: the target goes on.
+    /// Before the commit: the target resumes.
     Early,
     /// The copy may run.
     InDoubt,
-    /// The copy does not run, it was said.
+    /// The receiver reports that the copy does not run.
     Refused,
-    /// The copy runs, and what comes after it is lost.
+    /// The copy runs; the frames after that are lost.
     Late,
     Good,
 }
 
-/// Moves with a scripted receiver.
-fn moved(pool: &BufferPool, answers: &[Frame]) -> End {
+/// Moves a process to a scripted receiver.
+fn move_process(pool: &BufferPool, answers: &[Frame]) -> End {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let to = listener.local_addr().unwrap().to_string();
     let answers = answers.to_vec();
@@ -507,30 +507,30 @@ fn moved(pool: &BufferPool, answers: &[Frame]) -> End {
 }
 
 #[test]
-fn whatever_happens_to_the_answers_is_noticed_and_never_taken_for_a_word_on_the_copy() {
-    let answers = answered();
+fn damaged_answers_are_detected_and_never_decide_which_copy_runs() {
+    let answers = receiver_frames();
     let pool = BufferPool::new(1);
-    assert_eq!(moved(&pool, &answers), End::Good);
+    assert_eq!(move_process(&pool, &answers), End::Good);
     let running = answers.len() - 2;
     let mut in_doubt = 0;
-    damage(&answers, answers.len(), |what, heard, noticed| {
-        let end = moved(&pool, heard);
+    damage(&answers, answers.len(), |what, received, noticed| {
+        let end = move_process(&pool, received);
         if noticed {
             assert_ne!(end, End::Good, "{what}: not noticed");
         }
-        // Nobody refused.
+        // No answer was a refusal.
         assert_ne!(end, End::Refused, "{what}");
         if matches!(end, End::Late | End::Good) {
             let as_it_was = |(ours, theirs): (&Frame, &Frame)| ours.bytes == theirs.bytes;
-            let mut all = answers[..=running].iter().zip(heard);
+            let mut all = answers[..=running].iter().zip(received);
             assert!(
                 all.all(as_it_was),
-                "{what}: it was not said that the copy runs"
+                "{what}: the sender does not report that the copy runs"
             );
         }
         in_doubt += usize::from(end == End::InDoubt);
     });
-    // Every byte of one answer, flipped and cut.
+    // Each byte of one answer, flipped and cut.
     assert!(in_doubt >= 2 * HEADER_LEN, "{in_doubt}");
     assert_little_memory();
 }

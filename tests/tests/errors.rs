@@ -1,6 +1,5 @@
-//! What cannot be is said in a line, with what to do about it, and has its exit code.
+//! Errors: one line with what to do about it, and an exit code.
 
-use pageferry_tests::pair::Sent;
 use pageferry_tests::scenario::receive;
 use pageferry_tests::{Pair, Receiver, Send, Victim};
 use std::fs;
@@ -8,13 +7,6 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
-
-fn assert_said(sent: &Sent, code: i32, words: &[&str]) {
-    assert_eq!(sent.status.code(), Some(code), "{}", sent.stderr);
-    for word in words {
-        assert!(sent.stderr.contains(word), "{word}: {}", sent.stderr);
-    }
-}
 
 fn program(name: &str) -> std::path::PathBuf {
     let exe = std::env::current_exe().unwrap();
@@ -32,25 +24,26 @@ fn stderr(output: &Output) -> String {
 }
 
 #[test]
-fn a_target_that_is_not_there() {
+fn missing_target_exits_3() {
     let pair = Pair::start(&[]);
-    assert_said(&pair.send(i32::MAX, &[]), 3, &["process 2147483647", "PID"]);
+    pair.send(i32::MAX, &[])
+        .assert_failed(3, &["process 2147483647", "PID"]);
 }
 
 #[test]
-fn a_receiver_that_is_not_there() {
+fn missing_receiver_exits_1() {
     let victim = Victim::start("heap=1");
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);
     let sent = Send::start(address, victim.pid(), &[]).finish();
-    assert_said(&sent, 1, &["cannot connect to", "receive --listen"]);
+    sent.assert_failed(1, &["cannot connect to", "receive --listen"]);
 }
 
 #[test]
-fn a_target_that_a_debugger_has() {
+fn traced_target_is_refused_until_the_tracer_detaches() {
     let mut victim = Victim::start("heap=1");
-    // strace is a debugger as far as the kernel is concerned; so is another send.
+    // To the kernel strace is a debugger; so is another `send`.
     let mut strace = Command::new("strace");
     strace.args(["-q", "-o", "/dev/null", "-p", &victim.pid().to_string()]);
     let mut strace = strace.spawn().expect("strace is there: run scripts/setup");
@@ -63,7 +56,7 @@ fn a_target_that_a_debugger_has() {
     }
     let pair = Pair::start(&[]);
     let sent = pair.send(victim.pid(), &[]);
-    assert_said(&sent, 1, &["traced already", "(strace)", "detach"]);
+    sent.assert_failed(1, &["traced already", "(strace)", "detach"]);
     strace.kill().unwrap();
     strace.wait().unwrap();
     let _ = pair.send(victim.pid(), &[]).expect_report();
@@ -71,7 +64,7 @@ fn a_target_that_a_debugger_has() {
 }
 
 #[test]
-fn somebody_elses_target() {
+fn target_of_another_user_requires_cap_sys_ptrace() {
     let victim = Victim::start("heap=1");
     let mut pair = Pair::start(&[]);
     let to = pair.receiver().address().to_string();
@@ -92,22 +85,19 @@ fn somebody_elses_target() {
 }
 
 #[test]
-fn its_own_tree() {
+fn own_process_tree_is_refused() {
     let pair = Pair::start(&[]);
     let own = std::process::id().cast_signed();
-    assert_said(
-        &pair.send(own, &[]),
-        2,
-        &["contains this program", "outside"],
-    );
+    pair.send(own, &[])
+        .assert_failed(2, &["contains this program", "outside"]);
 }
 
 #[test]
-fn memory_in_the_clear_beyond_this_host() {
+fn plaintext_beyond_loopback_requires_insecure() {
     let victim = Victim::start("heap=1");
     let elsewhere: SocketAddr = "192.0.2.1:7700".parse().unwrap();
     let sent = Send::start(elsewhere, victim.pid(), &[]).finish();
-    assert_said(&sent, 2, &["in the clear", "--insecure"]);
+    sent.assert_failed(2, &["in the clear", "--insecure"]);
     let dir = tempfile::tempdir().unwrap();
     let refused = receive(&[&"--listen", &"0.0.0.0:0", &"--dir", &dir.path()]);
     assert_eq!(refused.status.code(), Some(2));
@@ -115,7 +105,7 @@ fn memory_in_the_clear_beyond_this_host() {
 }
 
 #[test]
-fn a_tracker_that_the_kernel_lacks() {
+fn missing_tracker_is_reported_with_the_kernel_option() {
     let victim = Victim::start("heap=1");
     let pair = Pair::start(&[]);
     let sent = pair.send(victim.pid(), &["--tracker", "soft-dirty"]);
@@ -123,20 +113,19 @@ fn a_tracker_that_the_kernel_lacks() {
         eprintln!("SKIPPED: this kernel has soft-dirty");
         return;
     }
-    assert_said(&sent, 1, &["CONFIG_MEM_SOFT_DIRTY", "--tracker auto"]);
+    sent.assert_failed(1, &["CONFIG_MEM_SOFT_DIRTY", "--tracker auto"]);
 }
 
 #[test]
-fn a_receiver_that_refuses() {
+fn refusal_by_the_receiver_exits_4() {
     let victim = Victim::start("heap=1");
     let mut pair = Pair::start(&[]);
-    // Its directory goes away under it.
+    // Its directory is removed.
     let dir = pair.dir().to_owned();
     pair.receiver();
     fs::remove_dir_all(&dir).unwrap();
     let sent = pair.send(victim.pid(), &[]);
-    assert_said(
-        &sent,
+    sent.assert_failed(
         4,
         &[
             "the receiver refused",
@@ -147,7 +136,7 @@ fn a_receiver_that_refuses() {
 }
 
 #[test]
-fn a_disk_that_is_full() {
+fn full_disk_exits_4_and_leaves_no_incomplete_round() {
     let mut victim = Victim::start("heap=48 dirty=10");
     let root = tempfile::tempdir().unwrap();
     let mount = |arguments: &[&str]| {
@@ -167,13 +156,13 @@ fn a_disk_that_is_full() {
         .unwrap();
     drop(receiver);
     mount(&["umount"]);
-    assert_said(&sent, 4, &["No space left on device", "the target runs"]);
+    sent.assert_failed(4, &["No space left on device", "the target runs"]);
     assert!(torn.stdout.is_empty());
     victim.assert_unharmed();
 }
 
 #[test]
-fn ports_and_directories_that_cannot_be_used() {
+fn unusable_ports_and_directories_exit_4() {
     let mut pair = Pair::start(&[]);
     let port = pair.receiver().address().port().to_string();
     let dir = tempfile::tempdir().unwrap();
@@ -206,7 +195,7 @@ fn ports_and_directories_that_cannot_be_used() {
 }
 
 #[test]
-fn images_that_are_none() {
+fn directory_without_rounds_exits_1() {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("x"), "").unwrap();
     let out = dir.path().join("out");
@@ -224,7 +213,7 @@ fn images_that_are_none() {
 }
 
 #[test]
-fn one_migration_and_its_result() {
+fn once_exits_0_and_prints_a_report() {
     let victim = Victim::start("heap=1");
     let dir = tempfile::tempdir().unwrap();
     let receiver = Receiver::start(dir.path(), &["--once", "--json"]);

@@ -1,4 +1,4 @@
-//! Every input that the fuzzer has kept, and every one that ever broke something, is asked about again.
+//! Runs every input that the fuzzer has kept, including every one that ever caused a failure.
 
 use cap::Cap;
 use pageferry_tests::fuzz::{OF_FILES, OF_PEERS, Target};
@@ -25,15 +25,15 @@ fn ask(targets: &[Target]) {
     }
 }
 
-/// One test, for memory is the whole program's.
+/// A single test, because memory is measured for the whole program.
 #[test]
-fn the_corpus_breaks_nothing_and_takes_little_memory() {
+fn corpus_causes_no_failure_and_little_memory_use() {
     ask(&OF_PEERS);
-    // A receiver's buffer, another to decompress into, and all that is small.
+    // One buffer of a receiver, another to decompress into, and small allocations.
     let most = MEMORY.max_allocated();
     assert!(most < 24 << 20, "{most} bytes");
     ask(&OF_FILES);
-    // Room for an index of all the runs that there may be.
+    // Enough for an index of the maximum number of runs.
     let most = MEMORY.max_allocated();
     assert!(most < 256 << 20, "{most} bytes");
 }

@@ -1,5 +1,5 @@
-//! `receive serve-pages`: a process is restored before its memory is there, and `criu lazy-pages`
-//! fetches that from us.
+//! `receive serve-pages`: a process is restored without its memory, which `criu lazy-pages` fetches from the
+//! receiver.
 
 use pageferry_tests::criu::{Criu, await_gone, merge};
 use pageferry_tests::daemon::until;
@@ -12,7 +12,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-/// Bytes that the pages files in a directory take on the disk.
+/// Returns the bytes that pages files in a directory occupy on disk.
 fn pages_on_disk(dir: &Path) -> u64 {
     let files = std::fs::read_dir(dir).unwrap().map(Result::unwrap);
     let pages = files.filter(|file| file.file_name().to_string_lossy().starts_with("pages-"));
@@ -32,7 +32,7 @@ fn serve_pages(dir: &Path) -> (Program, SocketAddr) {
     (server, address)
 }
 
-/// What the server says at the end: how many pages it has given.
+/// Returns the number of pages served, from the log.
 fn pages_given(finished: &Finished) -> u64 {
     let mut done = log::lines(&finished.stderr, "page_client_done");
     let line = done.find(|line| log::field(line, "complete") == Some("true"));
@@ -43,7 +43,7 @@ fn pages_given(finished: &Finished) -> u64 {
 }
 
 #[test]
-fn a_process_is_restored_before_its_memory_is_there() {
+fn process_is_restored_before_its_memory_arrives() {
     for criu in Criu::all("restore with lazy pages") {
         for features in [
             "heap=32 threads=3 dirty=20",
@@ -83,14 +83,14 @@ fn a_process_is_restored_before_its_memory_is_there() {
             let served = server.finish();
             assert!(served.status.success(), "{}", served.stderr);
             assert!(pages_given(&served) * 4096 > all / 2, "{}", served.stderr);
-            // Everything is there now, and stays right without anybody's help.
+            // All pages are present now, and stay correct without a server.
             victim.report().verdict(pid).unwrap();
         }
     }
 }
 
 #[test]
-fn who_wants_what_is_not_there_is_sent_away() {
+fn request_for_missing_pages_ends_the_client() {
     let victim = Victim::start("heap=1");
     let pair = Pair::start(&[]);
     let report = pair.send(victim.pid(), &["--rounds", "1"]).expect_report();

@@ -1,5 +1,5 @@
-//! What a receiver takes of its peers is limited, whatever they do; who reaches a limit is told which, and
-//! nobody else comes to harm.
+//! A receiver limits the resources of its peers. It reports the limit to a peer that reaches one, and no other
+//! peer is harmed.
 
 use pageferry_common::criu::page_server::{self, Command, PageLocation, Width};
 use pageferry_common::digest::{RoundDigest, digest};
@@ -10,7 +10,7 @@ use pageferry_common::wire::{
 };
 use pageferry_common::{CHUNK_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token};
 use pageferry_tests::daemon::until;
-use pageferry_tests::scenario::{assert_arrived, go_on};
+use pageferry_tests::scenario::{assert_arrived, resume};
 use pageferry_tests::{Pair, Victim};
 use std::fs;
 use std::io::{self, Read, Write};
@@ -20,28 +20,28 @@ use std::sync::{Arc, LazyLock};
 use std::thread;
 use std::time::Duration;
 
-/// A peer that says what it likes.
+/// A scripted peer.
 struct Peer {
     stream: TcpStream,
-    said: u64,
-    heard: u64,
+    sent: u64,
+    received: u64,
     totals: Totals,
     digest: RoundDigest,
 }
 
 impl Peer {
-    /// Connects, and says nothing yet.
+    /// Connects without sending anything.
     fn connect(to: SocketAddr) -> io::Result<Self> {
         Ok(Self {
             stream: TcpStream::connect(to)?,
-            said: 0,
-            heard: 0,
+            sent: 0,
+            received: 0,
             totals: Totals::default(),
             digest: RoundDigest::default(),
         })
     }
 
-    /// The beginning of a migration that nobody else has.
+    /// Returns the Hello of a new migration.
     fn hello() -> Message {
         static MIGRATIONS: AtomicU32 = AtomicU32::new(1);
         let mut id = [0; 16];
@@ -59,33 +59,33 @@ impl Peer {
         }
     }
 
-    /// Connects, and is welcome with a migration that nobody else has.
+    /// Connects, and is welcomed with a new migration.
     fn greet(to: SocketAddr) -> io::Result<Self> {
         let mut peer = Self::connect(to)?;
-        peer.say(&Self::hello())?;
-        match peer.hear()? {
+        peer.send(&Self::hello())?;
+        match peer.recv()? {
             Message::Welcome { .. } => Ok(peer),
             other => Err(io::Error::other(format!("{other:?}"))),
         }
     }
 
     fn frame(&mut self, kind: FrameKind, meta: &[u8], zstd: bool, data: &[u8]) -> io::Result<()> {
-        let header = Header::encode(kind, zstd, self.said, meta, data.len());
-        self.said += 1;
+        let header = Header::encode(kind, zstd, self.sent, meta, data.len());
+        self.sent += 1;
         self.stream.write_all(&[&header, meta, data].concat())
     }
 
-    fn say(&mut self, message: &Message) -> io::Result<()> {
+    fn send(&mut self, message: &Message) -> io::Result<()> {
         self.frame(message.kind(), &message.encode(), false, &[])
     }
 
-    /// The next message but "still working".
-    fn hear(&mut self) -> io::Result<Message> {
+    /// Receives the next message, except those that only report progress.
+    fn recv(&mut self) -> io::Result<Message> {
         loop {
             let mut header = [0; HEADER_LEN];
             self.stream.read_exact(&mut header)?;
-            let decoded = Header::decode(&header, self.heard).map_err(io::Error::other)?;
-            self.heard += 1;
+            let decoded = Header::decode(&header, self.received).map_err(io::Error::other)?;
+            self.received += 1;
             let mut meta = vec![0; decoded.meta_len];
             self.stream.read_exact(&mut meta)?;
             match Message::decode(decoded.kind, &meta).map_err(io::Error::other)? {
@@ -97,7 +97,7 @@ impl Peer {
 
     fn begin(&mut self, round: u32) -> io::Result<()> {
         (self.totals, self.digest) = Default::default();
-        self.say(&Message::RoundBegin {
+        self.send(&Message::RoundBegin {
             round,
             kind: RoundKind::PreDump,
             uptime_us: 1,
@@ -107,10 +107,10 @@ impl Peer {
     fn open(&mut self, image: ImageId) -> io::Result<()> {
         self.totals.images += 1;
         self.digest.open(image);
-        self.say(&Message::ImageOpen(image))
+        self.send(&Message::ImageOpen(image))
     }
 
-    /// A chunk without pages.
+    /// Sends a chunk without pages.
     fn entries(&mut self, entries: Vec<Entry>) -> io::Result<()> {
         self.totals.count(&entries);
         let digest = digest(&[]);
@@ -121,8 +121,8 @@ impl Peer {
 
     fn end(&mut self) -> io::Result<()> {
         self.totals.digest = self.digest.value();
-        self.say(&Message::RoundEnd(self.totals))?;
-        match self.hear()? {
+        self.send(&Message::RoundEnd(self.totals))?;
+        match self.recv()? {
             Message::RoundAck { .. } => Ok(()),
             other => Err(io::Error::other(format!("{other:?}"))),
         }
@@ -134,7 +134,8 @@ fn entry(page: u64, pages: u64, kind: EntryKind) -> Entry {
     Entry { range, kind }
 }
 
-/// As many entries as a chunk may have, none of which can be joined with another: the `number`th such.
+/// Returns as many entries as a chunk may have, none of which can be joined with another; `number` selects one of
+/// several such lists.
 fn scattered(number: u64, kind: EntryKind) -> Vec<Entry> {
     let first = 1 + number * 2 * CHUNK_ENTRIES_MAX as u64;
     let pages = (0..CHUNK_ENTRIES_MAX as u64).map(|index| first + 2 * index);
@@ -142,7 +143,7 @@ fn scattered(number: u64, kind: EntryKind) -> Vec<Entry> {
 }
 
 #[test]
-fn a_sender_is_told_which_limit_it_has_reached_and_the_target_runs_on() {
+fn reached_limit_is_named_and_the_target_runs_on() {
     let mut victim = Victim::start("heap=8 children=1 dirty=20");
     for limit in [
         ["--max-rounds", "1"],
@@ -153,15 +154,15 @@ fn a_sender_is_told_which_limit_it_has_reached_and_the_target_runs_on() {
         let pair = Pair::start(&limit);
         let sent = pair.send(victim.pid(), &["--rounds", "2"]);
         assert_eq!(sent.status.code(), Some(4), "{limit:?}: {}", sent.stderr);
-        for said in [limit[0], "the target runs"] {
-            assert!(sent.stderr.contains(said), "{said}: {}", sent.stderr);
+        for word in [limit[0], "the target runs"] {
+            assert!(sent.stderr.contains(word), "{word}: {}", sent.stderr);
         }
         victim.assert_unharmed();
     }
 }
 
 #[test]
-fn one_sender_too_many_is_told_so_and_one_who_asks_gets_an_answer() {
+fn surplus_sender_is_refused_and_resolve_is_still_answered() {
     let mut victim = Victim::start("heap=1");
     let pair = Pair::start(&["--max-senders", "1"]);
     let first = Peer::greet(pair.address()).unwrap();
@@ -174,8 +175,8 @@ fn one_sender_too_many_is_told_so_and_one_who_asks_gets_an_answer() {
         root_pid: 9,
         token: Token([9; 32]),
     };
-    asks.say(&Message::Resolve(claim)).unwrap();
-    let answer = asks.hear().unwrap();
+    asks.send(&Message::Resolve(claim)).unwrap();
+    let answer = asks.recv().unwrap();
     assert_eq!(answer, Message::Outcome { running: false });
     drop(first);
     until("the place is free", || {
@@ -186,17 +187,17 @@ fn one_sender_too_many_is_told_so_and_one_who_asks_gets_an_answer() {
 }
 
 #[test]
-fn who_says_too_little_in_time_is_told_or_dropped() {
+fn unauthenticated_connection_is_refused_or_dropped_after_the_timeout() {
     let pair = Pair::start(&["--handshake-timeout", "0.2"]);
-    // The beginning of a greeting.
+    // The beginning of a Hello.
     let mut slow = Peer::connect(pair.address()).unwrap();
     let header = Header::encode(FrameKind::Hello, false, 0, &[0; 62], 0);
     slow.stream.write_all(&header[..20]).unwrap();
-    let Message::Refuse { code, reason } = slow.hear().unwrap() else {
+    let Message::Refuse { code, reason } = slow.recv().unwrap() else {
         panic!("not refused");
     };
     assert_eq!(code, RefuseCode::Silent, "{reason}");
-    // And of a dump by CRIU, which has no words for it.
+    // The beginning of a dump by CRIU, whose protocol has no message for a refusal.
     let mut slow = Peer::connect(pair.address()).unwrap();
     slow.stream.write_all(&[4, 0, 0, 0, 0]).unwrap();
     let mut rest = Vec::new();
@@ -205,7 +206,7 @@ fn who_says_too_little_in_time_is_told_or_dropped() {
 }
 
 #[test]
-fn who_greets_byte_by_byte_is_welcome() {
+fn greeting_byte_by_byte_is_accepted() {
     let pair = Pair::start(&[]);
     let mut slow = Peer::connect(pair.address()).unwrap();
     slow.stream.set_nodelay(true).unwrap();
@@ -214,51 +215,51 @@ fn who_greets_byte_by_byte_is_welcome() {
     let header = Header::encode(hello.kind(), false, 0, &meta, 0);
     for byte in [&header[..], &meta].concat() {
         slow.stream.write_all(&[byte]).unwrap();
-        // Nothing tells when the receiver has looked at what is there so far.
+        // Nothing shows when the receiver has read the bytes so far.
         thread::sleep(Duration::from_millis(1));
     }
-    let answer = slow.hear().unwrap();
+    let answer = slow.recv().unwrap();
     assert!(matches!(answer, Message::Welcome { .. }), "{answer:?}");
 }
 
-/// Plays one hostile part, and says so when it is at it; ends when the receiver has had enough.
+/// One hostile behaviour. It reports when it has reached its point, and returns when the receiver ends it.
 type Part = fn(SocketAddr, &dyn Fn()) -> io::Result<()>;
 
-/// Those that take a place.
+/// Behaviours that occupy a slot.
 const SENDERS: [(&str, Part); 8] = [
-    ("greets and is silent", |to, at_it| {
+    ("greets and is silent", |to, reached| {
         let mut peer = Peer::greet(to)?;
-        at_it();
-        peer.hear().map(drop)
+        reached();
+        peer.recv().map(drop)
     }),
-    ("works forever", |to, at_it| {
+    ("works forever", |to, reached| {
         let mut peer = Peer::greet(to)?;
-        at_it();
+        reached();
         loop {
-            peer.say(&Message::Working)?;
+            peer.send(&Message::Working)?;
         }
     }),
-    ("sends bombs", |to, at_it| {
+    ("sends bombs", |to, reached| {
         let mut peer = Peer::greet(to)?;
         peer.begin(1)?;
         peer.open(ImageId::Process(7))?;
         let entries = vec![entry(1, (CHUNK_SIZE as u64) / PAGE_SIZE, EntryKind::Data)];
         let meta = Message::Chunk(Chunk { entries, digest: 0 }).encode();
         peer.frame(FrameKind::Chunk, &meta, true, &BOMB)?;
-        at_it();
-        peer.hear().map(drop)
+        reached();
+        peer.recv().map(drop)
     }),
-    ("sends nothing but entries", |to, at_it| {
+    ("sends nothing but entries", |to, reached| {
         let mut peer = Peer::greet(to)?;
         peer.begin(1)?;
         peer.open(ImageId::Process(7))?;
         for number in 0.. {
             peer.entries(scattered(number, EntryKind::Zero))?;
-            at_it();
+            reached();
         }
         Ok(())
     }),
-    ("refers to its parent", |to, at_it| {
+    ("refers to its parent", |to, reached| {
         let mut peer = Peer::greet(to)?;
         for round in 1.. {
             peer.begin(round)?;
@@ -268,33 +269,33 @@ const SENDERS: [(&str, Part); 8] = [
                 peer.entries(scattered(number, kind))?;
             }
             peer.end()?;
-            at_it();
+            reached();
         }
         Ok(())
     }),
-    ("has a few pages stand for many", |to, at_it| {
+    ("has a few pages stand for many", |to, reached| {
         let mut peer = Peer::greet(to)?;
         for (round, kind) in [(1, EntryKind::Zero), (2, EntryKind::Copy)] {
             peer.begin(round)?;
             peer.open(ImageId::Process(7))?;
             peer.entries(vec![entry(1, 1 << 30, kind)])?;
-            at_it();
+            reached();
             peer.end()?;
         }
         Ok(())
     }),
-    ("opens images", |to, at_it| {
+    ("opens images", |to, reached| {
         let mut peer = Peer::greet(to)?;
         peer.begin(1)?;
         for id in 0.. {
             peer.open(ImageId::Shmem(id))?;
-            at_it();
+            reached();
         }
         Ok(())
     }),
-    ("is CRIU gone mad", |to, at_it| {
+    ("is CRIU gone mad", |to, reached| {
         let mut peer = Peer::connect(to)?;
-        let say = |peer: &mut Peer, command, page: u64, pages| {
+        let send = |peer: &mut Peer, command, page: u64, pages| {
             let header = page_server::Header {
                 command,
                 pages,
@@ -305,62 +306,62 @@ const SENDERS: [(&str, Part); 8] = [
             header.encode(Width::Wide, &mut bytes);
             peer.stream.write_all(&bytes)
         };
-        say(&mut peer, Command::Open { answered: false }, 0, 0)?;
+        send(&mut peer, Command::Open { answered: false }, 0, 0)?;
         for page in 1.. {
-            say(
+            send(
                 &mut peer,
                 Command::Add(PageLocation::Elsewhere),
                 2 * page,
                 1,
             )?;
-            at_it();
+            reached();
         }
         Ok(())
     }),
 ];
 
-/// Those that never say who they are, each with so many connections at once.
+/// Behaviours that never authenticate, each with its number of simultaneous connections.
 const STRANGERS: [(&str, usize, Part); 3] = [
-    ("says nothing", 20, |to, at_it| {
+    ("says nothing", 20, |to, reached| {
         let mut peer = Peer::connect(to)?;
-        at_it();
+        reached();
         peer.stream.read_to_end(&mut Vec::new()).map(drop)
     }),
-    ("greets at length and never to the end", 8, |to, at_it| {
+    ("greets at length and never to the end", 8, |to, reached| {
         let mut peer = Peer::connect(to)?;
         let header = Header::encode(FrameKind::Hello, false, 0, &[0; META_MAX], 0);
         peer.stream.write_all(&header)?;
         peer.stream.write_all(&[0; META_MAX - 1])?;
-        at_it();
+        reached();
         peer.stream.read_to_end(&mut Vec::new()).map(drop)
     }),
-    ("talks nonsense", 2, |to, at_it| {
+    ("talks nonsense", 2, |to, reached| {
         let mut peer = Peer::connect(to)?;
         peer.stream.write_all(&[0xc5; 1 << 16])?;
-        at_it();
+        reached();
         peer.stream.read_to_end(&mut Vec::new()).map(drop)
     }),
 ];
 
-/// A gigabyte of zeros in a frame of zstd's that wants a window of 2 GiB.
+/// Returns a gigabyte of zeros in a zstd frame that requires a window of 2 GiB.
 static BOMB: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut encoder = zstd::stream::Encoder::new(Vec::new(), 1).unwrap();
     io::copy(&mut io::repeat(0).take(1 << 30), &mut encoder).unwrap();
     let mut frame = encoder.finish().unwrap();
-    // Its exponent less 10, and an eighth.
+    // The exponent minus 10, and an eighth.
     frame[5] = (31 - 10) << 3;
     frame
 });
 
-/// All of them at once, each part again and again, until dropped.
+/// All behaviours at once, each repeated until this is dropped.
 struct Hostile {
     over: Arc<AtomicBool>,
-    /// How often each was at it.
+    /// Number of times that each has reached its point.
     times: Vec<Arc<AtomicU32>>,
 }
 
 impl Hostile {
-    /// Starts them; all are at it when this returns.
+    /// Starts all; returns when each has reached its point.
     fn start(to: SocketAddr) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let senders = SENDERS.iter().map(|&(name, part)| (name, 1, part));
@@ -369,14 +370,14 @@ impl Hostile {
             let times = Arc::new(AtomicU32::new(0));
             for _ in 0..connections {
                 let (over, times) = (Arc::clone(&over), Arc::clone(&times));
-                // Those that wait for an answer may outlive the test: it need not wait for them.
+                // Threads that wait for an answer may outlive the test.
                 thread::spawn(move || {
-                    let at_it = || {
+                    let reached = || {
                         times.fetch_add(1, Ordering::Relaxed);
                     };
                     while !over.load(Ordering::Relaxed) {
-                        // That it is refused, or cut off, is what it came for.
-                        let _ = part(to, &at_it);
+                        // A refusal or a disconnect is the expected result.
+                        let _ = part(to, &reached);
                     }
                 });
             }
@@ -404,7 +405,7 @@ impl Drop for Hostile {
     }
 }
 
-/// Most memory that a process has ever had, bytes.
+/// Returns the peak memory of a process, in bytes.
 fn peak(pid: i32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
@@ -413,8 +414,8 @@ fn peak(pid: i32) -> u64 {
 }
 
 #[test]
-fn hostile_peers_take_no_more_memory_than_stated_and_a_migration_beside_them_arrives() {
-    // Each may have left its place only just when it comes again.
+fn hostile_peers_stay_within_the_stated_memory_while_a_migration_succeeds() {
+    // A behaviour that returns may find its previous slot not yet free.
     let (senders, buffers, images, rounds) = (2 * SENDERS.len() as u64 + 1, 2, 4096, 200);
     let mut pair = Pair::start(&[
         "--max-senders",
@@ -439,9 +440,9 @@ fn hostile_peers_take_no_more_memory_than_stated_and_a_migration_beside_them_arr
     let peak = peak(pair.receiver().program().pid());
     drop(hostile);
     assert_arrived(victim.pid(), &sent.expect_report());
-    go_on(victim.pid());
+    resume(victim.pid());
     victim.assert_unharmed();
-    // As docs/security.md states it.
+    // As docs/security.md promises.
     let (kib, mib) = (1 << 10, 1 << 20);
     let sender = buffers * 4 * mib + 6 * mib + images * 128 + rounds * 12 * kib;
     let stated = 32 * mib + (senders + 64) * 256 * kib + senders * sender;

@@ -1,5 +1,5 @@
-//! `send --migrate`: the process goes on at the receiver, its data intact, and whatever fails at
-//! whatever step, exactly one copy of it runs.
+//! `send --migrate`: the process continues at the receiver with its data intact, and whichever step fails,
+//! exactly one copy of it runs.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -19,15 +19,14 @@ use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::Ordering;
 
-/// Every process of a victim, here and on other hosts of this machine, each with its number where it
-/// is, which is that of `tree` everywhere; whether it can run.
+/// Returns the processes of a victim on all hosts of this machine, each with its PID in the namespace in which it
+/// runs (the same as in `tree`) and whether it can run.
 fn copies(tree: &[i32]) -> Vec<(i32, bool)> {
     let program = fs::canonicalize(pageferry_tests::victim::path()).unwrap();
     let pids = fs::read_dir("/proc").unwrap().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    // Not by what is in its memory, such as its command line: that may not be there yet.
+    // By its executable: during a restore its memory, such as the command line, may be incomplete.
     pids.filter(|pid| {
         let exe = fs::read_link(format!("/proc/{pid}/exe"));
         let numbers = memory::namespaced_pids(*pid).unwrap_or_default();
@@ -40,17 +39,17 @@ fn copies(tree: &[i32]) -> Vec<(i32, bool)> {
     .collect()
 }
 
-/// The root of the one copy there is of a tree.
-fn the_one_copy(tree: &[i32]) -> i32 {
-    the_one_copy_but(tree, 0)
+/// Returns the root of the only copy of a tree.
+fn the_only_copy(tree: &[i32]) -> i32 {
+    one_copy_with_stopped(tree, 0)
 }
 
-/// The same of one of which so many processes stand.
-fn the_one_copy_but(tree: &[i32], stand: usize) -> i32 {
+/// Returns the root of the only copy of a tree, of which `stopped` processes are stopped.
+fn one_copy_with_stopped(tree: &[i32], stopped: usize) -> i32 {
     until("one copy runs", || {
         let copies = copies(tree);
-        let standing = copies.iter().filter(|(_, runs)| !runs).count();
-        match copies.len() == tree.len() && standing == stand {
+        let suspended = copies.iter().filter(|(_, runs)| !runs).count();
+        match copies.len() == tree.len() && suspended == stopped {
             true => Ok(copies[0].0),
             false => Err(format!("{copies:?}")),
         }
@@ -64,10 +63,10 @@ fn migrate(criu: &Criu, to: SocketAddr, pid: i32, options: &[&str]) -> Send {
 }
 
 fn restoring(host: &Host, criu: &Criu, port: &str, dir: &Path) -> Receiver {
-    restoring_so("--restore", host, criu, port, dir)
+    restoring_with("--restore", host, criu, port, dir)
 }
 
-fn restoring_so(how: &str, host: &Host, criu: &Criu, port: &str, dir: &Path) -> Receiver {
+fn restoring_with(how: &str, host: &Host, criu: &Criu, port: &str, dir: &Path) -> Receiver {
     let criu = criu.path().to_str().unwrap();
     host.receiver(port, dir, &[how, "--criu", criu])
 }
@@ -75,9 +74,9 @@ fn restoring_so(how: &str, host: &Host, criu: &Criu, port: &str, dir: &Path) -> 
 fn assert_moved(criu: &Criu, features: &str, how: &str, options: &[&str]) {
     let what = format!("CRIU {:?}: {features} {how} {options:?}", criu.version());
     let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
-    let mut receiver = restoring_so(how, &host, criu, "0", dir.path());
+    let mut receiver = restoring_with(how, &host, criu, "0", dir.path());
     let mut victim = match features.contains("sysv") {
-        // CRIU moves System V segments with their namespace.
+        // CRIU dumps System V segments with their namespace.
         true => Victim::detached_in(&["unshare", "--ipc"], features),
         false => Victim::detached(features),
     };
@@ -87,10 +86,10 @@ fn assert_moved(criu: &Criu, features: &str, how: &str, options: &[&str]) {
     let report = sent.expect_report();
     let handover = &report.totals["handover"];
     assert!(handover["restore_ms"].as_f64().unwrap() > 0.0, "{handover}");
-    // The copy here is gone when send ends.
+    // The local copy is gone when send exits.
     assert!(!tree.iter().any(|&pid| memory::lives(pid)), "{what}");
     victim.await_end();
-    let copy = the_one_copy(&tree);
+    let copy = the_only_copy(&tree);
     let root = memory::tree(copy)[0];
     let pages = victim.report().verdict(root);
     let pages = pages.unwrap_or_else(|error| panic!("{what}: {error}"));
@@ -103,8 +102,8 @@ fn assert_moved(criu: &Criu, features: &str, how: &str, options: &[&str]) {
     }
 }
 
-/// That CRIU was not given all of the memory, or there would be nothing to fill in; and of shared memory
-/// nothing, if there are only segments that CRIU can take as they are.
+/// Asserts that CRIU did not read all of the memory, so that some was left to fill; and no shared memory at all,
+/// if every segment is a memfd, which CRIU can adopt.
 fn assert_ahead_of_memory(report: &pageferry_tests::Report, has_memfds: bool) {
     let home = Path::new(report.totals["directory"].as_str().unwrap());
     let pages = |dir: &str, shared: bool| -> u64 {
@@ -155,20 +154,20 @@ fn processes_of_every_kind_move() {
     }
 }
 
-/// Memory that is moved, given back, mapped, unmapped and forked before it is there.
+/// Pages are moved, discarded, mapped, unmapped and forked before they are filled.
 #[test]
-fn memory_is_filled_while_everything_changes() {
+fn memory_is_filled_while_mappings_change() {
     let Some(criu) = Criu::stable("filling memory that changes") else {
         return;
     };
     for _ in 0..5 {
         let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
-        let mut receiver = restoring_so("--restore=lazy", &host, &criu, "0", dir.path());
+        let mut receiver = restoring_with("--restore=lazy", &host, &criu, "0", dir.path());
         let mut victim = Victim::detached("heap=64 chaos dirty=50");
         let pid = victim.pid();
-        // All of it is equally old then, so that nothing special is filled first.
+        // All pages are of the same round, so that none is filled first.
         let send = migrate(&criu, receiver.address(), pid, &["--max-rounds", "0"]);
-        // The filler gets to run for a fraction of the time.
+        // The filler runs only a fraction of the time.
         let filler = until("memory is filled", || {
             let tree = memory::tree(receiver.program().pid());
             let mut fillers = tree.into_iter().filter(|pid| {
@@ -182,7 +181,7 @@ fn memory_is_filled_while_everything_changes() {
             let signal = |signal| nix::sys::signal::kill(filler, signal).is_ok();
             let ms = std::time::Duration::from_millis;
             let mut stops = 0;
-            // It ends when it is done.
+            // The filler exits when it is done.
             while signal(nix::sys::signal::SIGSTOP) {
                 std::thread::sleep(ms(3));
                 signal(nix::sys::signal::SIGCONT);
@@ -197,23 +196,23 @@ fn memory_is_filled_while_everything_changes() {
         assert!(slow.join().unwrap() > 10);
         victim.await_end();
         // Its children come and go.
-        let copy = the_one_copy(&[pid]);
+        let copy = the_only_copy(&[pid]);
         victim.report().verdict(copy).unwrap();
     }
 }
 
-/// What happens at a step.
+/// Fault injected at a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fault {
-    /// For good.
+    /// Permanently.
     Cut,
-    /// Another connection can be made at once.
+    /// The sender can reconnect at once.
     CutOnce,
     KillSend,
     KillReceive,
 }
 
-/// After one round of a tree that runs, one is sent while CRIU dumps it, and then the last.
+/// After one round of a running tree comes one during CRIU's dump, then the last.
 const DURING: u32 = 2;
 const LAST: u32 = 3;
 
@@ -238,7 +237,7 @@ const STEPS: [Step; 12] = [
 ];
 
 fn kill_receive(receiver: &mut Receiver) {
-    // The program under test is nsenter's child.
+    // The program under test is a child of nsenter.
     let tree = memory::tree(receiver.program().pid());
     pageferry_tests::daemon::kill_one(tree[1]);
     assert!(memory::await_end(&tree[1..2]));
@@ -254,7 +253,7 @@ fn resolve_within(pid: i32, time: &str) -> Finished {
     Program::start(&mut send).finish()
 }
 
-/// One row of the table. Returns whether the process moved.
+/// Injects one fault. Returns whether the process moved.
 fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
     let name = step.0;
     let what = format!(
@@ -267,16 +266,14 @@ fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
     let mut receiver = restoring(&host, criu, &port, dir.path());
     let mut victim = Victim::detached("heap=8 children=1 dirty=20");
     let (pid, tree) = (victim.pid(), victim.tree());
-    let link = Link::to(address, step, after);
+    let link = Link::start(address, step, after);
     let patience = match fault {
         Fault::CutOnce => "60s",
         Fault::Cut | Fault::KillSend | Fault::KillReceive => "0",
     };
     let options = ["--max-rounds", "1", "--reconnect-for", patience];
     let mut send = migrate(criu, link.address, pid, &options);
-    link.reached
-        .recv()
-        .unwrap_or_else(|_| panic!("{what}: it ended before"));
+    link.await_step();
     match fault {
         Fault::Cut | Fault::CutOnce => {}
         Fault::KillSend => send.program().kill(),
@@ -285,8 +282,8 @@ fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
             receiver = restoring(&host, criu, &port, dir.path());
         }
     }
-    // Whoever is dead hears no more of it.
-    link.go_on.send(false).unwrap();
+    // A killed program receives no more frames.
+    link.cut();
     let sent = send.finish();
     if sent.status.code() != Some(0) && record_of(pid).exists() {
         let resolved = resolve(pid);
@@ -294,7 +291,7 @@ fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
         assert!(resolved.status.success(), "{what}: {words:?}");
     }
     assert!(!record_of(pid).exists(), "{what}: {}", sent.stderr);
-    let copy = the_one_copy(&tree);
+    let copy = the_only_copy(&tree);
     let moved = copy != pid;
     if moved {
         victim.await_end();
@@ -305,7 +302,7 @@ fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
     moved
 }
 
-/// Where `send` writes down what is to be decided.
+/// Returns the path of the record that `send` writes before the commit.
 fn record_of(pid: i32) -> PathBuf {
     let run = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| "/run".into(), PathBuf::from);
     run.join(format!("pageferry/{pid}.json"))
@@ -323,7 +320,7 @@ fn fault_at_every_step(fault: Fault) {
                 if after { "after" } else { "before" },
                 step.0
             );
-            // Before the commit it never moves, unless it may try again; from the answer on it has.
+            // Before the commit it never moves, unless send may retry; after the answer it always has.
             match step.1 {
                 _ if fault == Fault::CutOnce => assert!(moved, "{step:?} {after}"),
                 16 => {}
@@ -335,41 +332,41 @@ fn fault_at_every_step(fault: Fault) {
 }
 
 #[test]
-fn the_link_is_cut_at_every_step() {
+fn link_cut_at_any_step_leaves_one_copy_running() {
     fault_at_every_step(Fault::Cut);
 }
 
 #[test]
-fn the_link_is_cut_once_at_every_step_and_the_process_moves_all_the_same() {
+fn link_cut_once_at_any_step_does_not_prevent_the_move() {
     fault_at_every_step(Fault::CutOnce);
 }
 
 #[test]
-fn send_is_killed_at_every_step() {
+fn sender_killed_at_any_step_leaves_one_copy_running() {
     fault_at_every_step(Fault::KillSend);
 }
 
 #[test]
-fn receive_is_killed_at_every_step() {
+fn receiver_killed_at_any_step_leaves_one_copy_running() {
     fault_at_every_step(Fault::KillReceive);
 }
 
 #[test]
-fn interrupted_in_a_hand_over_the_target_runs_on() {
+fn interrupted_hand_over_leaves_the_target_running() {
     let Some(criu) = Criu::stable("a hand-over that is interrupted") else {
         return;
     };
     let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
     let receiver = restoring(&host, &criu, "0", dir.path());
     let mut victim = Victim::detached("heap=512 dirty=1");
-    // CRIU is busy for a while with what it sends into the void.
+    // CRIU is busy for a while sending pages that are discarded.
     let options = ["--state-dump", "plain", "--max-rounds", "1"];
     let mut send = migrate(&criu, receiver.address(), victim.pid(), &options);
     send.program().await_event("round_done");
-    until("CRIU has it", || {
+    until("CRIU traces it", || {
         let status = fs::read_to_string(format!("/proc/{}/status", victim.pid()));
         match status.unwrap_or_default().contains("TracerPid:\t0\n") {
-            true => Err("nobody traces it".to_owned()),
+            true => Err("it is not traced".to_owned()),
             false => Ok(()),
         }
     });
@@ -377,17 +374,17 @@ fn interrupted_in_a_hand_over_the_target_runs_on() {
     nix::sys::signal::kill(program, nix::sys::signal::Signal::SIGINT).unwrap();
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(130), "{}", sent.stderr);
-    assert_eq!(the_one_copy(&[victim.pid()]), victim.pid());
+    assert_eq!(the_only_copy(&[victim.pid()]), victim.pid());
     victim.check().unwrap();
 }
 
-/// The one case that one side cannot decide: the answer is lost, and nobody can be asked.
+/// The one case that one side cannot decide: the answer is lost, and the receiver cannot be asked.
 #[test]
-fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
+fn local_copy_stays_stopped_until_an_unknown_outcome_is_resolved() {
     let Some(criu) = Criu::stable("a hand-over in doubt") else {
         return;
     };
-    // The answer that is lost, or the question.
+    // Either the answer is lost, or the request.
     let steps = [
         (("the answer", 17, true, LAST), true),
         (("the question", 16, false, LAST), false),
@@ -397,14 +394,14 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
         let receiver = restoring(&host, &criu, "0", dir.path());
         let mut victim = Victim::detached("heap=8 children=2 dirty=20");
         let (pid, tree) = (victim.pid(), victim.tree());
-        // Whoever stood before stands afterwards.
+        // A process that was stopped before stays stopped afterwards.
         let signal = |pid, signal| kill(Pid::from_raw(pid), signal).unwrap();
         signal(tree[2], Signal::SIGSTOP);
-        until("it stands", || match memory::is_stopped(tree[2]) {
+        until("it is stopped", || match memory::is_stopped(tree[2]) {
             true => Ok(()),
             false => Err("it runs".to_owned()),
         });
-        let link = Link::to(receiver.address(), step, false);
+        let link = Link::start(receiver.address(), step, false);
         let options = [
             "--max-rounds",
             "1",
@@ -414,20 +411,20 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
             "0",
         ];
         let send = migrate(&criu, link.address, pid, &options);
-        link.reached.recv().unwrap();
-        link.open.store(false, Ordering::SeqCst);
-        link.go_on.send(false).unwrap();
+        link.await_step();
+        link.close();
+        link.cut();
         let sent = send.finish();
         assert_eq!(sent.status.code(), Some(6), "{}", sent.stderr);
         let advice = format!("send --resolve {pid}");
         assert!(sent.stderr.contains(&advice), "{}", sent.stderr);
         assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
-        // As long as the receiver cannot be asked, nothing is decided.
+        // While the receiver cannot be asked, nothing is decided.
         let failed = resolve_within(pid, "1s");
         assert_eq!(failed.status.code(), Some(6), "{}", failed.stderr);
         assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
 
-        link.open.store(true, Ordering::SeqCst);
+        link.reopen();
         let resolved = resolve_within(pid, "60s");
         assert!(resolved.status.success(), "{}", resolved.stderr);
         assert!(
@@ -435,7 +432,7 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
                 .stderr
                 .contains(if moves { "is gone" } else { "goes on here" })
         );
-        let copy = the_one_copy_but(&tree, 1);
+        let copy = one_copy_with_stopped(&tree, 1);
         assert_eq!(copy != pid, moves);
         if moves {
             victim.await_end();
@@ -447,9 +444,9 @@ fn in_doubt_the_copy_here_stays_stopped_until_it_is_resolved() {
     }
 }
 
-/// A receiver that dies between deciding and doing is made good by the next.
+/// A receiver that dies between decision and restore is replaced by its successor.
 #[test]
-fn what_was_committed_and_does_not_run_is_restored_again() {
+fn committed_process_that_does_not_run_is_restored_again() {
     let Some(criu) = Criu::stable("a restore that is made good") else {
         return;
     };
@@ -461,9 +458,9 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
         .finish()
         .expect_report();
     victim.await_end();
-    let copy = the_one_copy(&[pid]);
+    let copy = the_only_copy(&[pid]);
     kill_receive(&mut receiver);
-    // As if it had died just after the decision, and its CRIU had undone the rest.
+    // As if it had died just after the decision, and its CRIU had undone the restore.
     pageferry_tests::daemon::kill_one(copy);
     assert!(memory::await_end(&[copy]));
     let outcome = Path::new(report.totals["directory"].as_str().unwrap()).join("outcome.json");
@@ -471,9 +468,9 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
     let committed = r#"{"committed":{"criu":null,"root":null,"options":0}}"#;
     fs::write(&outcome, committed).unwrap();
     let _receiver = restoring(&host, &criu, "0", dir.path());
-    let copy = the_one_copy(&[pid]);
+    let copy = the_only_copy(&[pid]);
     victim.report().verdict(copy).unwrap();
-    until("it is written down", || {
+    until("the outcome is recorded", || {
         match fs::read_to_string(&outcome) {
             Ok(text) if text.trim() == r#""running""# => Ok(()),
             other => Err(format!("{other:?}")),
@@ -481,9 +478,9 @@ fn what_was_committed_and_does_not_run_is_restored_again() {
     });
 }
 
-/// Neither that it is to run there nor that it never will can be written down: then neither is done, or said.
+/// If the receiver can record neither outcome, it neither runs nor aborts the copy, and reports neither.
 #[test]
-fn an_outcome_that_cannot_be_written_leaves_the_copy_here() {
+fn unwritable_outcome_leaves_the_local_copy() {
     let Some(criu) = Criu::stable("an outcome that cannot be written") else {
         return;
     };
@@ -491,7 +488,7 @@ fn an_outcome_that_cannot_be_written_leaves_the_copy_here() {
     let receiver = restoring(&host, &criu, "0", dir.path());
     let mut victim = Victim::detached("heap=8 children=1 dirty=20");
     let (pid, tree) = (victim.pid(), victim.tree());
-    let link = Link::to(receiver.address(), ("commit", 16, false, LAST), false);
+    let link = Link::start(receiver.address(), ("commit", 16, false, LAST), false);
     let options = [
         "--max-rounds",
         "1",
@@ -501,7 +498,7 @@ fn an_outcome_that_cannot_be_written_leaves_the_copy_here() {
         "0",
     ];
     let send = migrate(&criu, link.address, pid, &options);
-    link.reached.recv().unwrap();
+    link.await_step();
     let homes = fs::read_dir(dir.path()).unwrap().flatten();
     let mut outcomes = homes.map(|home| home.path().join("outcome.json"));
     let outcome = outcomes.find(|path| path.exists()).unwrap();
@@ -513,7 +510,7 @@ fn an_outcome_that_cannot_be_written_leaves_the_copy_here() {
     };
     mount(&["mount", "--bind", outcome]);
     mount(&["mount", "-o", "remount,bind,ro"]);
-    link.go_on.send(true).unwrap();
+    link.forward();
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(6), "{}", sent.stderr);
     assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
@@ -525,14 +522,14 @@ fn an_outcome_that_cannot_be_written_leaves_the_copy_here() {
         "{}",
         resolved.stderr
     );
-    let copy = the_one_copy(&tree);
+    let copy = the_only_copy(&tree);
     assert_eq!(copy, pid);
     victim.report().verdict(copy).unwrap();
 }
 
-/// A CRIU that does not get on with it ends no process, and keeps none waiting.
+/// A CRIU that hangs kills no process, and blocks none.
 #[test]
-fn a_restore_that_hangs_is_given_up() {
+fn hanging_restore_is_aborted() {
     let Some(criu) = Criu::stable("a restore that hangs") else {
         return;
     };
@@ -542,10 +539,10 @@ fn a_restore_that_hangs_is_given_up() {
     let mut receiver = host.receiver("0", dir.path(), &options);
     let mut victim = Victim::detached("heap=8 children=1 dirty=20");
     let (pid, tree) = (victim.pid(), victim.tree());
-    let link = Link::to(receiver.address(), ("restore", 14, false, LAST), false);
+    let link = Link::start(receiver.address(), ("restore", 14, false, LAST), false);
     let send = migrate(&criu, link.address, pid, &["--max-rounds", "1"]);
-    link.reached.recv().unwrap();
-    // The one that waits to restore. (The program under test is nsenter's child.)
+    link.await_step();
+    // The processes of the waiting restore. (The program under test is a child of nsenter.)
     let programs = memory::tree(receiver.program().pid());
     let waiting: Vec<_> = programs[2..].to_vec();
     assert!(!waiting.is_empty());
@@ -553,18 +550,18 @@ fn a_restore_that_hangs_is_given_up() {
         let pid = nix::unistd::Pid::from_raw(pid);
         nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
     }
-    link.go_on.send(true).unwrap();
+    link.forward();
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(4), "{}", sent.stderr);
     let advice = "--restore-timeout";
     assert!(sent.stderr.contains(advice), "{}", sent.stderr);
     assert!(memory::await_end(&waiting));
-    assert_eq!(the_one_copy(&tree), pid);
+    assert_eq!(the_only_copy(&tree), pid);
     victim.report().verdict(pid).unwrap();
 }
 
 #[test]
-fn a_process_moves_encrypted() {
+fn process_moves_over_tls() {
     let Some(criu) = Criu::stable("an encrypted move") else {
         return;
     };
@@ -592,15 +589,15 @@ fn a_process_moves_encrypted() {
     let sent = Program::start(here.args(["--criu", path, &pid.to_string()])).finish();
     assert!(sent.status.success(), "{}", sent.stderr);
     victim.await_end();
-    victim.report().verdict(the_one_copy(&tree)).unwrap();
+    victim.report().verdict(the_only_copy(&tree)).unwrap();
 }
 
 #[test]
-fn a_process_moves_back_and_forth() {
+fn process_moves_back_and_forth() {
     let Some(criu) = Criu::stable("migrations back and forth") else {
         return;
     };
-    // More with PAGEFERRY_MOVES, one after the other.
+    // PAGEFERRY_MOVES sets another number.
     let moves = std::env::var("PAGEFERRY_MOVES").map_or(10, |text| text.parse().unwrap());
     let hosts = [Host::start(), Host::start()];
     let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
@@ -614,7 +611,7 @@ fn a_process_moves_back_and_forth() {
         let to = receivers[number % 2].address();
         let mut send = pageferry_tests::pair::send_command();
         if number > 0 {
-            // Where it is now, its numbers are those of that host.
+            // The process is on that host, in its PID namespace.
             let program = send.get_program().to_owned();
             send = hosts[(number - 1) % 2].enter();
             send.arg(program);
@@ -627,7 +624,7 @@ fn a_process_moves_back_and_forth() {
             victim.await_end();
         }
         let before = copy;
-        copy = the_one_copy(&tree);
+        copy = the_only_copy(&tree);
         assert_ne!(copy, before);
         let verdict = victim.report().verdict(copy);
         verdict.unwrap_or_else(|error| panic!("move {number}: {error}"));
@@ -635,7 +632,7 @@ fn a_process_moves_back_and_forth() {
 }
 
 #[test]
-fn what_cannot_move_is_said_before_anything_is_frozen() {
+fn impossible_move_is_reported_before_anything_is_frozen() {
     let Some(criu) = Criu::stable("migrations that cannot be") else {
         return;
     };
@@ -656,7 +653,7 @@ fn what_cannot_move_is_said_before_anything_is_frozen() {
         "{}",
         refused.stderr
     );
-    // CRIU itself refuses a process that has a terminal, or here a pipe, to somebody outside.
+    // CRIU refuses a process with a terminal, or here a pipe, that it shares with an outside process.
     let mut tied = Victim::start("heap=4 dirty=20");
     let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
     let receiver = restoring(&host, &criu, "0", dir.path());
@@ -671,9 +668,9 @@ fn what_cannot_move_is_said_before_anything_is_frozen() {
     assert_eq!(resolve(tied.pid()).status.code(), Some(1));
 }
 
-/// What the process needs and the destination has not is named before anything is sent, all of it.
+/// All files that the process needs and the destination lacks are reported before anything is sent.
 #[test]
-fn files_that_are_not_there_or_others_are_named() {
+fn missing_and_different_files_are_named() {
     let Some(criu) = Criu::stable("files that are not there") else {
         return;
     };
@@ -729,7 +726,7 @@ fn files_that_are_not_there_or_others_are_named() {
 }
 
 #[test]
-fn other_options_are_for_criu() {
+fn options_after_dashes_are_passed_to_criu() {
     let Some(criu) = Criu::stable("options for CRIU") else {
         return;
     };
@@ -759,5 +756,5 @@ fn other_options_are_for_criu() {
     let sent = migrate(&criu, receiver.address(), victim.pid(), &options).finish();
     assert!(sent.status.success(), "{}", sent.stderr);
     victim.await_end();
-    the_one_copy(&tree);
+    the_only_copy(&tree);
 }

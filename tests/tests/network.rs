@@ -1,5 +1,4 @@
-//! Services that move to another host, with their address, while they work: their clients only see a
-//! pause.
+//! Services move to another host together with their address while they work: their clients only observe a pause.
 
 use pageferry_tests::criu::Criu;
 use pageferry_tests::net::Net;
@@ -14,27 +13,27 @@ fn moves(name: &str) {
         service.check();
         let (version, downtime) = (criu.version(), moved.downtime_ms);
         eprintln!("CRIU {version:?}: downtime {downtime:.0} ms, longest pause {pause} ms");
-        // Nothing ran for so long, so nobody can have seen less.
+        // No copy ran for this long, so every client observed a pause at least as long.
         assert!(pause as f64 + 1.0 >= downtime / 2.0, "{pause} {downtime}");
     }
 }
 
 #[test]
-fn redis() {
+fn redis_moves_with_its_clients() {
     moves("redis");
 }
 
 #[test]
-fn postgresql() {
+fn postgresql_moves_with_its_clients() {
     moves("postgresql");
 }
 
 #[test]
-fn a_jvm() {
+fn jvm_moves() {
     moves("jvm");
 }
 
 #[test]
-fn python() {
+fn python_moves() {
     moves("python");
 }

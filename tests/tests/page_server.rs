@@ -1,5 +1,5 @@
-//! `receive` in the place of `criu page-server`, for the real CRIU: what arrives is what CRIU's own
-//! would have left, and what is restored from it checks itself.
+//! `receive` in place of `criu page-server`, with the real CRIU: the images equal those of CRIU's own server, and
+//! a process restored from them checks itself.
 
 use pageferry_tests::criu::{Criu, await_gone, merge, skip};
 use pageferry_tests::huge::HugePages;
@@ -13,7 +13,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::thread::JoinHandle;
 
-/// Everything that CRIU keeps in a directory of its own.
+/// Directory with everything that CRIU writes, except pages.
 struct State(tempfile::TempDir);
 
 impl State {
@@ -26,7 +26,7 @@ impl State {
     }
 }
 
-/// What dumps and restores are tried with.
+/// Features of the victims to dump and restore.
 const KINDS: [&str; 10] = [
     "heap=16 text=2 zero=1 brk=1 static dirty=20",
     "heap=8 threads=6 spin=1 signals dirty=20",
@@ -40,7 +40,7 @@ const KINDS: [&str; 10] = [
     "heap=4 guard=2 dirty=20",
 ];
 
-/// Whether a CRIU can dump a victim of that kind at all.
+/// Returns whether a CRIU can dump a victim of this kind.
 fn can(criu: &Criu, features: &str) -> bool {
     // Up to 4.1 it takes guard regions for swapped pages, and fails to read them.
     criu.version() >= (4, 2) || !features.contains("guard")
@@ -54,7 +54,7 @@ fn start(features: &str) -> Victim {
     }
 }
 
-/// Listens as a page server that is two: what a client says goes to both, and both must answer alike.
+/// Forwards a client to two page servers, which must answer alike.
 fn tee(left: SocketAddr, right: SocketAddr) -> (SocketAddr, JoinHandle<io::Result<()>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -65,7 +65,7 @@ fn tee(left: SocketAddr, right: SocketAddr) -> (SocketAddr, JoinHandle<io::Resul
             let (mut client, mut left, mut right) =
                 (client.try_clone()?, left.try_clone()?, right.try_clone()?);
             std::thread::spawn(move || {
-                // A status has four bytes, which CRIU wants in one piece.
+                // CRIU reads the four bytes of a status in one call.
                 let (mut answer, mut other) = ([0; 4], [0; 4]);
                 loop {
                     let n = left.read(&mut answer)?;
@@ -98,7 +98,7 @@ fn tee(left: SocketAddr, right: SocketAddr) -> (SocketAddr, JoinHandle<io::Resul
 }
 
 #[test]
-fn a_dump_is_what_crius_own_page_server_would_leave() {
+fn dump_equals_that_of_crius_page_server() {
     for criu in Criu::all("a dump to both page servers") {
         for features in KINDS.iter().filter(|kind| can(&criu, kind)) {
             let victim = start(features);
@@ -121,7 +121,7 @@ fn a_dump_is_what_crius_own_page_server_would_leave() {
     }
 }
 
-/// Dumps a victim through `receive`, restores it from there, and has it check itself.
+/// Dumps a victim through `receive`, restores it, and has it check itself.
 fn assert_restored(criu: &Criu, features: &str) {
     let mut victim = start(features);
     let what = format!("CRIU {:?}: {features}", criu.version());
@@ -148,7 +148,7 @@ fn assert_restored(criu: &Criu, features: &str) {
 }
 
 #[test]
-fn a_victim_of_each_kind_is_restored_from_what_arrived() {
+fn victim_of_every_kind_is_restored_from_a_dump() {
     for criu in Criu::all("restore through our page server") {
         for features in KINDS.iter().filter(|kind| can(&criu, kind)) {
             assert_restored(&criu, features);
@@ -157,7 +157,7 @@ fn a_victim_of_each_kind_is_restored_from_what_arrived() {
 }
 
 #[test]
-fn huge_pages_that_are_set_aside_are_restored() {
+fn hugetlb_pages_are_restored() {
     for criu in Criu::all("huge pages through our page server") {
         let _pages = HugePages::reserve(16);
         assert_restored(&criu, "hugetlb=4 hugeshared=2 heap=4 dirty=20");
@@ -184,7 +184,7 @@ fn redis_is_restored_with_its_data() {
 }
 
 #[test]
-fn postgresql_is_restored_with_its_books_in_balance() {
+fn postgresql_is_restored_with_consistent_tables() {
     for criu in Criu::all("PostgreSQL through our page server") {
         let mut postgres = Postgres::start();
         drop(postgres.load());
@@ -207,7 +207,7 @@ fn postgresql_is_restored_with_its_books_in_balance() {
 }
 
 #[test]
-fn several_dump_at_once() {
+fn concurrent_dumps_do_not_mix() {
     for criu in Criu::all("several dumps at once") {
         let pair = Pair::start(&[]);
         let victims: Vec<_> = (0..4)
@@ -243,20 +243,20 @@ fn several_dump_at_once() {
 
 type Hinder = fn(&Path);
 
-/// How a receiver is kept from keeping a dump.
+/// Ways to prevent a receiver from keeping a dump.
 const HINDRANCES: [(&str, Hinder); 3] = [
     ("the disk is full", |_| {}),
     ("its directory is gone", |dir| {
         fs::remove_dir_all(dir).unwrap()
     }),
-    // Seen at the very end, when all is received.
+    // Detected at the very end, when everything is received.
     ("the name is taken", |dir| {
         fs::create_dir_all(dir.join("criu-1/by another")).unwrap()
     }),
 ];
 
 #[test]
-fn a_dump_that_cannot_be_kept_fails_and_the_target_runs_on() {
+fn unstorable_dump_fails_and_the_target_runs_on() {
     for criu in Criu::all("dumps that fail") {
         for (why, hinder) in HINDRANCES {
             let mut victim = Victim::detached("heap=32 children=1 dirty=20");
@@ -267,8 +267,8 @@ fn a_dump_that_cannot_be_kept_fails_and_the_target_runs_on() {
             let state = State::new();
             let dumped = criu.dump_to(receiver.address(), victim.pid(), state.path(), &[]);
             assert!(dumped.is_err(), "{why}");
-            let said = receiver.program().await_event("connection_ended_early");
-            assert!(said.contains("criu-1"), "{why}: {said}");
+            let line = receiver.program().await_event("connection_ended_early");
+            assert!(line.contains("criu-1"), "{why}: {line}");
             assert!(lives(victim.pid()) && !is_stopped(victim.pid()), "{why}");
             victim.check().unwrap();
             assert!(!dir.join("criu-1/inventory.img").exists());
@@ -278,7 +278,7 @@ fn a_dump_that_cannot_be_kept_fails_and_the_target_runs_on() {
 }
 
 #[test]
-fn a_receiver_killed_in_the_middle_of_a_dump_leaves_the_target_running() {
+fn receiver_killed_during_a_dump_leaves_the_target_running() {
     for criu in Criu::all("a receiver killed in a dump") {
         let mut victim = Victim::detached("heap=256");
         let mut pair = Pair::start(&[]);
@@ -293,7 +293,7 @@ fn a_receiver_killed_in_the_middle_of_a_dump_leaves_the_target_running() {
         victim.check().unwrap();
         let dir = pair.dir().to_owned();
         assert!(!dir.join("criu-1").exists());
-        // The next receiver clears away what is torn.
+        // The next receiver removes the incomplete dump.
         let next = Receiver::start(&dir, &[]);
         assert!(!dir.join(".criu-1.tmp").exists());
         criu.dump_to(next.address(), pid, state.path(), &["--leave-running"])
@@ -302,7 +302,7 @@ fn a_receiver_killed_in_the_middle_of_a_dump_leaves_the_target_running() {
     }
 }
 
-/// A file system of its own, for a test that needs one to be full.
+/// A small file system, for a test that fills it.
 struct SmallDisk(tempfile::TempDir);
 
 impl SmallDisk {
@@ -322,7 +322,7 @@ impl Drop for SmallDisk {
 }
 
 #[test]
-fn the_end_of_a_dump_leaves_nothing_behind() {
+fn finished_dump_leaves_no_temporary_files() {
     let Some(criu) = Criu::stable("what a dump leaves behind") else {
         return;
     };

@@ -1,5 +1,5 @@
-//! Rounds before a real `criu dump --track-mem`: ours as its parent, and CRIU's own through our page
-//! server. All of it takes a kernel with soft-dirty bits, so it runs in the VM.
+//! Rounds before a real `criu dump --track-mem`: rounds by Pageferry as its parent, and pre-dumps by CRIU through
+//! Pageferry's page server. All of it requires a kernel with soft-dirty bits, so it runs in the VM.
 
 use pageferry_tests::criu::{Criu, Restored, await_gone, merge, skip};
 use pageferry_tests::images::{self, Counts, Pagemap};
@@ -9,8 +9,8 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use tempfile::TempDir;
 
-/// CRIU, if it can tell dirty pages here. `scripts/test` runs these tests in the VM too, and says so;
-/// the VM in turn says that it must be able to.
+/// Returns CRIU if it can track dirty pages here. `scripts/test` runs these tests in the VM too, and sets a
+/// variable for that; the VM sets another that requires tracking.
 fn criu_that_tracks(test: &str) -> Option<Criu> {
     let criu = Criu::stable(test)?;
     let dir = tempfile::tempdir().unwrap();
@@ -27,7 +27,7 @@ fn criu_that_tracks(test: &str) -> Option<Criu> {
     None
 }
 
-/// Pages in the images of a dump, and those of them that are said to be in its parent.
+/// Returns the number of pages in the images of a dump, and how many of them are in its parent.
 fn pages_and_in_parent(dump: &Path) -> (u64, u64) {
     let (mut pages, mut in_parent) = (0, 0);
     for file in fs::read_dir(dump).unwrap() {
@@ -55,7 +55,7 @@ const KINDS: [&str; 2] = [
 ];
 
 #[test]
-fn our_rounds_are_the_parent_of_crius_dump() {
+fn pageferry_rounds_are_a_parent_of_a_criu_dump() {
     let Some(criu) = criu_that_tracks("our rounds as parent of a dump") else {
         return;
     };
@@ -74,7 +74,7 @@ fn our_rounds_are_the_parent_of_crius_dump() {
             let dumped = criu.run("dump", &last, &options);
             dumped.unwrap_or_else(|error| panic!("{what}: {error}"));
             let (pages, in_parent) = pages_and_in_parent(&last);
-            // Nobody has reset the bits for uffd: to CRIU nearly everything is dirty then.
+            // Nothing has reset the bits with uffd, so CRIU considers nearly all pages dirty.
             let reset = tracker == "soft-dirty";
             assert_eq!(
                 in_parent > pages / 2,
@@ -91,7 +91,7 @@ fn our_rounds_are_the_parent_of_crius_dump() {
 }
 
 #[test]
-fn crius_own_rounds_are_chained_by_our_page_server() {
+fn criu_pre_dumps_are_chained_by_the_page_server() {
     let Some(criu) = criu_that_tracks("CRIU's rounds through our page server") else {
         return;
     };
@@ -125,14 +125,14 @@ fn crius_own_rounds_are_chained_by_our_page_server() {
     }
 }
 
-/// Where CRIU's pre-dumps of the comparison go.
+/// Destination of CRIU's pre-dumps in the comparison.
 const THROUGH: [&str; 3] = [
     "into local files",
     "through criu page-server",
     "through receive",
 ];
 
-/// Lets CRIU pre-dump a process in `mode`; its images and the directory that they are in.
+/// Pre-dumps a process with CRIU in `mode`; returns the owner of the images, and their directory.
 fn pre_dump(criu: &Criu, pid: i32, mode: &str, through: &str) -> (TempDir, PathBuf) {
     let (state, images) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let pid = pid.to_string();
@@ -163,7 +163,7 @@ fn pre_dump(criu: &Criu, pid: i32, mode: &str, through: &str) -> (TempDir, PathB
     (images, dir)
 }
 
-/// How images stand beside the memory of a process that has done nothing since.
+/// Compares images with the memory of a process that has been idle since.
 fn counts(pid: i32, dir: &Path) -> Counts {
     let truth = Snapshot::take(&Frozen::stop(pid).unwrap()).unwrap();
     images::count(&truth, dir).unwrap()
@@ -179,9 +179,8 @@ fn row(way: &str, counts: Counts) -> String {
     format!("{way:52} {in_memory:>9} {in_images:>9} {missing:>8} {differ:>8}")
 }
 
-/// A process of 256 MiB that does nothing, pre-copied in every way: how many pages of its memory the
-/// images lack, and how many they hold wrong. Nobody else's row can fail this test; in ours, both
-/// must be zero.
+/// Pre-copies an idle process of 256 MiB in every way, and prints how many pages the images lack, and how many
+/// differ from memory. Only the rows of Pageferry can fail this test: there, both must be zero.
 #[test]
 fn pre_dumps_compared() {
     let Some(criu) = criu_that_tracks("a comparison of pre-dumps") else {

@@ -1,17 +1,17 @@
-//! Real programs under load, from Debian's packages: pre-copied while clients use them, then
-//! compared, frozen, with what arrived; and they go on serving.
+//! Programs from Debian packages under load: pre-copied while clients use them, then frozen and compared with
+//! their images; they continue to serve.
 
 use pageferry_tests::daemon::{Daemon, until};
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::memory;
-use pageferry_tests::scenario::{assert_arrived, go_on};
+use pageferry_tests::scenario::{assert_arrived, resume};
 use pageferry_tests::servers::{Postgres, Redis};
 use pageferry_tests::{Pair, Report};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-/// Pre-copies a tree under load and compares its last, frozen round.
+/// Pre-copies a tree under load, and compares its last, frozen round.
 fn assert_precopied(root: i32, options: &[&str]) -> Report {
     let pair = Pair::start(&[]);
     let all = [
@@ -28,14 +28,14 @@ fn assert_precopied(root: i32, options: &[&str]) -> Report {
     .concat();
     let report = pair.send(root, &all).expect_report();
     let stats = assert_arrived(root, &report);
-    go_on(root);
+    resume(root);
     eprintln!("{:?} {stats:?}", report.totals);
     assert!(report.rounds.len() >= 2);
     report
 }
 
 #[test]
-fn redis_under_redis_benchmark() {
+fn redis_under_load_is_precopied() {
     let redis = Redis::start();
     redis.fill(40_000);
     redis.cli(&["set", "known", "value"]).unwrap();
@@ -48,7 +48,7 @@ fn redis_under_redis_benchmark() {
 }
 
 #[test]
-fn postgresql_under_pgbench() {
+fn postgresql_under_load_is_precopied() {
     let postgres = Postgres::start();
     let mut load = postgres.load();
     let report = assert_precopied(postgres.pid(), &[]);
@@ -61,7 +61,7 @@ fn postgresql_under_pgbench() {
 }
 
 #[test]
-fn a_jvm() {
+fn jvm_is_precopied() {
     const PROGRAM: &str = r#"
 import java.util.*;
 public class Churn {
@@ -95,14 +95,14 @@ public class Churn {
     let mut lines = BufReader::new(java.child().stdout.take().unwrap()).lines();
     assert_eq!(lines.next().unwrap().unwrap(), "ready");
     assert_precopied(java.pid(), &[]);
-    // Whatever it had printed before; the last of these come after.
+    // Earlier lines may contain anything; those at the end were printed afterwards.
     for _ in 0..40 {
         assert_eq!(lines.next().unwrap().unwrap(), "right");
     }
 }
 
 #[test]
-fn python() {
+fn python_is_precopied() {
     const PROGRAM: &str = "
 import hashlib, random, sys, threading
 memory = [bytearray(random.randbytes(4096)) for _ in range(8000)]
@@ -146,7 +146,7 @@ for line in sys.stdin:
 }
 
 #[test]
-fn a_tree_in_its_own_pid_namespace() {
+fn tree_in_its_own_pid_namespace_is_sent() {
     let script = "sleep 1000 & wait";
     let unshare = Daemon::start(Command::new("unshare").args([
         "--pid",
@@ -176,7 +176,7 @@ fn a_tree_in_its_own_pid_namespace() {
 }
 
 #[test]
-fn a_target_that_ends_in_the_middle() {
+fn target_that_exits_during_a_send_is_reported() {
     let pair = Pair::start(&[]);
     let sleep = Daemon::start(Command::new("sleep").arg("1000"));
     let mut send = pair.start_send(sleep.pid(), &["--rounds", "100000"]);
@@ -186,10 +186,10 @@ fn a_target_that_ends_in_the_middle() {
     assert_eq!(sent.status.code(), Some(3), "{}", sent.stderr);
 }
 
-/// Sends a Python program three times over that gives back pages of the mapping that `setup` makes
-/// (`memory`, of pages of `page` bytes), and writes to others. Protected pages that are given back
-/// leave markers, which the kernel reports like pages in swap; and a thread may be stopped when it
-/// has made a new page, and has not yet written to it.
+/// Sends a Python program three times that discards pages of the mapping that `setup` creates (`memory`, with
+/// pages of `page` bytes), and writes to others. A protected page that is discarded leaves a marker, which the
+/// kernel reports like a page in swap; and a thread may be stopped after it has allocated a new page, before it
+/// writes to it.
 fn assert_given_back(setup: &str) {
     let program = format!(
         "
@@ -217,7 +217,7 @@ while True:
 }
 
 #[test]
-fn pages_of_a_file_mapping_that_are_given_back() {
+fn discarded_pages_of_a_file_mapping_arrive() {
     assert_given_back(
         "
 file = tempfile.TemporaryFile()
@@ -229,7 +229,7 @@ memory = mmap.mmap(file.fileno(), 8 << 20, flags=mmap.MAP_PRIVATE)",
 }
 
 #[test]
-fn huge_pages_that_are_given_back() {
+fn discarded_huge_pages_arrive() {
     let _pages = HugePages::reserve(128);
     assert_given_back(
         "

@@ -1,5 +1,5 @@
-//! A connection that is lost ends no migration: what was acked stays, what was not is sent again, and
-//! what arrives in the end is what the process holds.
+//! A lost connection does not end a migration: acknowledged rounds are kept, lost ones are sent again, and the
+//! images finally equal the memory of the process.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -9,13 +9,15 @@ use pageferry_tests::link::{Link, Step};
 use pageferry_tests::net::{B, Net};
 use pageferry_tests::pair::{Sent, receive_command, send_command};
 use pageferry_tests::program::Program;
-use pageferry_tests::scenario::{assert_arrived, assert_verified, go_on, has_tracker};
+use pageferry_tests::scenario::{
+    assert_arrived, assert_arrived_unharmed, assert_verified, has_tracker, resume, the_migration,
+};
 use pageferry_tests::{Pair, Receiver, Report, Send, Victim};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-/// Two rounds of a tree that runs, and the last.
+/// Two rounds of a running tree, then the last.
 const ROUNDS: [&str; 6] = [
     "--max-downtime",
     "0ms",
@@ -41,7 +43,7 @@ fn reconnects(report: &Report) -> u64 {
     report.totals["totals"]["reconnects"].as_u64().unwrap()
 }
 
-/// A target of every sort of image, of which little is written.
+/// A target with every kind of image, which writes few pages.
 fn victim() -> Victim {
     Victim::start("heap=24 children=2 shared=2 memfd=2 fileprivate=2 dirty=4")
 }
@@ -56,18 +58,18 @@ fn cut_at_every_step(steps: &[Step], tracker: &str) {
         for after in [false, true] {
             let what = format!("{tracker}, {} ({after})", step.0);
             let pair = Pair::start(&[]);
-            let link = Link::to(pair.address(), step, after);
+            let link = Link::start(pair.address(), step, after);
             let options = [&["--tracker", tracker], &ROUNDS[..]].concat();
             let send = Send::start(link.address, victim.pid(), &options);
-            link.reached.recv().unwrap();
-            link.go_on.send(false).unwrap();
+            link.await_step();
+            link.cut();
             let report = send.finish().expect_report();
-            // After the last ack, there is nothing that it would be good for.
+            // After the last ack there is nothing to reconnect for.
             let over = after && step == STEPS[8];
             assert_eq!(reconnects(&report), u64::from(!over), "{what}");
             assert_arrived(victim.pid(), &report);
-            go_on(victim.pid());
-            // Each round is there once, and what one has, none of the others sends again.
+            resume(victim.pid());
+            // Each round exists once, and later rounds do not repeat the pages of earlier ones.
             let numbers: Vec<_> = report.rounds.iter().map(|round| round.round).collect();
             let expected: Vec<_> = (1..=numbers.len() as u64).collect();
             assert_eq!(numbers, expected, "{what}");
@@ -79,51 +81,40 @@ fn cut_at_every_step(steps: &[Step], tracker: &str) {
 }
 
 #[test]
-fn the_link_is_cut_at_every_step_with_uffd() {
+fn link_cut_at_any_step_loses_no_page_with_uffd() {
     cut_at_every_step(&STEPS, "uffd");
 }
 
 #[test]
-fn the_link_is_cut_at_every_step_with_soft_dirty() {
+fn link_cut_at_any_step_loses_no_page_with_soft_dirty() {
     cut_at_every_step(&STEPS, "soft-dirty");
 }
 
 #[test]
-fn the_link_is_cut_at_every_step_with_content_hashes() {
-    // It has no bits to lose.
+fn link_cut_at_any_step_loses_no_page_with_content_hashes() {
+    // This tracker keeps no bits that could be lost.
     cut_at_every_step(&STEPS[4..8], "hash");
 }
 
 #[test]
-fn who_is_not_to_reconnect_gives_up() {
+fn sender_without_reconnect_fails_at_once() {
     let mut victim = victim();
     let pair = Pair::start(&[]);
-    let link = Link::to(pair.address(), STEPS[5], false);
+    let link = Link::start(pair.address(), STEPS[5], false);
     let options = [&ROUNDS[..], &["--reconnect-for", "0"]].concat();
     let send = Send::start(link.address, victim.pid(), &options);
-    link.reached.recv().unwrap();
-    link.go_on.send(false).unwrap();
+    link.await_step();
+    link.cut();
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(1), "{}", sent.stderr);
     assert!(sent.stderr.contains("the target runs"), "{}", sent.stderr);
     victim.assert_unharmed();
 }
 
-/// The directory of the one migration below `dir`, once there is one.
-fn migration(dir: &Path) -> PathBuf {
-    until("there is a migration", || {
-        let homes = fs::read_dir(dir).map_err(|error| error.to_string())?;
-        let mut homes = homes.flatten().map(|entry| entry.path());
-        homes
-            .find(|path| path.is_dir())
-            .ok_or_else(|| "none yet".to_owned())
-    })
-}
-
-/// Waits until some of a round's pages are written, and no more.
+/// Waits until a round has some of its pages.
 fn await_pages(dir: &Path, round: u32) {
     until("pages of the round arrive", || {
-        let torn = migration(dir).join(format!(".{round}.tmp"));
+        let torn = the_migration(dir).join(format!(".{round}.tmp"));
         let files = fs::read_dir(&torn).map_err(|error| error.to_string())?;
         let pages = files.flatten().any(|file| {
             let pages = file.file_name().to_string_lossy().starts_with("pages-");
@@ -134,9 +125,9 @@ fn await_pages(dir: &Path, round: u32) {
 }
 
 #[test]
-fn a_receiver_that_is_killed_and_started_again_goes_on() {
+fn restarted_receiver_continues_the_migration() {
     let mut victim = Victim::start("heap=64 children=1 shared=2 dirty=20");
-    // Whatever it does when it is killed, the rounds that it had acked are there.
+    // Whatever the receiver does when it is killed, acknowledged rounds are complete.
     let kills = kills(10);
     let mut killed = 0;
     while killed < kills {
@@ -147,12 +138,12 @@ fn a_receiver_that_is_killed_and_started_again_goes_on() {
         send.program().await_round(1);
         for _ in 0..10.min(kills - killed) {
             std::thread::sleep(Duration::from_millis(400).mul_f64(spread(killed)));
-            receiver.program().end();
+            receiver.program().kill_and_wait();
             killed += 1;
-            assert_verified(&migration(dir.path()));
+            assert_verified(&the_migration(dir.path()));
             receiver = Receiver::listen(&port, dir.path(), &[]);
             send.program().await_event("reconnected");
-            assert_verified(&migration(dir.path()));
+            assert_verified(&the_migration(dir.path()));
         }
         send.program().await_event("round_done");
         send.program().kill();
@@ -161,26 +152,24 @@ fn a_receiver_that_is_killed_and_started_again_goes_on() {
 }
 
 #[test]
-fn rounds_of_before_a_restart_are_parents_of_those_after() {
+fn rounds_before_a_restart_are_parents_of_those_after() {
     let mut victim = victim();
     let dir = tempfile::tempdir().unwrap();
     let mut receiver = Receiver::start(dir.path(), &[]);
     let port = receiver.address().port().to_string();
     // Killed in the middle of the second round.
-    let link = Link::to(receiver.address(), STEPS[5], true);
+    let link = Link::start(receiver.address(), STEPS[5], true);
     let send = Send::start(link.address, victim.pid(), &ROUNDS);
-    link.reached.recv().unwrap();
-    receiver.program().end();
+    link.await_step();
+    receiver.program().kill_and_wait();
     let _receiver = Receiver::listen(&port, dir.path(), &[]);
-    link.go_on.send(false).unwrap();
+    link.cut();
     let report = send.finish().expect_report();
     assert_eq!(reconnects(&report), 1);
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(&mut victim, &report);
 }
 
-/// Times for which a link is cut, s: few, or with `PAGEFERRY_LONG` all that are promised.
+/// Times for which a link is down, in seconds: few, or with `PAGEFERRY_LONG` all that the documentation promises.
 fn cuts() -> &'static [u64] {
     match std::env::var_os("PAGEFERRY_LONG") {
         Some(_) => &[1, 2, 5, 10, 20],
@@ -188,7 +177,7 @@ fn cuts() -> &'static [u64] {
     }
 }
 
-/// A `send` at host A and a `receive` at host B, with a real wire between them.
+/// A `send` on host A and a `receive` on host B, connected by a virtual Ethernet link.
 struct Wired {
     net: Net,
     _receiver: Receiver,
@@ -215,35 +204,33 @@ impl Wired {
         }
     }
 
-    /// Waits for the end; claims that what arrived is what there is.
-    fn assert_arrived(self, victim: &mut Victim) -> Report {
+    /// Waits until `send` exits, and asserts that the images equal the memory of the victim.
+    fn finish_and_compare(self, victim: &mut Victim) -> Report {
         let patience = Duration::from_secs(300);
         let report = Sent::from(self.send.finish_within(patience)).expect_report();
-        assert_arrived(victim.pid(), &report);
-        go_on(victim.pid());
-        victim.assert_unharmed();
+        assert_arrived_unharmed(victim, &report);
         report
     }
 }
 
 #[test]
-fn a_link_that_is_down_for_a_while() {
+fn link_outage_delays_the_migration_and_loses_nothing() {
     let mut victim = Victim::start("heap=24 children=1 dirty=10");
     for &seconds in cuts() {
-        // In the first round, in one behind it, and in the last, for which nobody waits long.
+        // In the first round, in a later one, and in the last, for which the sender does not wait long.
         for round in 1..=3 {
             let options = [&ROUNDS[..], &["--timeout", "3s", "--max-frozen", "500ms"]].concat();
             let wired = Wired::start("100mbit", &victim, &["--timeout", "3"], &options);
             await_pages(wired.dir.path(), round);
             wired.net.cut("B");
-            // That is how long it is to be down.
+            // The duration of the outage.
             std::thread::sleep(Duration::from_secs(seconds));
             if round == 3 {
-                // It runs on meanwhile.
+                // The tree runs meanwhile.
                 victim.assert_unharmed();
             }
             wired.net.mend("B");
-            let report = wired.assert_arrived(&mut victim);
+            let report = wired.finish_and_compare(&mut victim);
             eprintln!(
                 "down for {seconds} s in round {round}: {} reconnects, {} rounds",
                 reconnects(&report),
@@ -254,20 +241,19 @@ fn a_link_that_is_down_for_a_while() {
 }
 
 #[test]
-fn a_slow_link() {
+fn slow_link_causes_no_reconnect() {
     let mut victim = Victim::start("heap=4 dirty=1");
     let options = ["--max-downtime", "5s", "--then", "stop"];
     let wired = Wired::start("10mbit", &victim, &["--timeout", "5"], &options);
-    let report = wired.assert_arrived(&mut victim);
+    let report = wired.finish_and_compare(&mut victim);
     assert_eq!(reconnects(&report), 0);
 }
 
-/// A receiver that neither reads nor goes away.
 #[test]
-fn a_link_that_is_waited_for_is_sent_less() {
+fn slow_link_makes_the_sender_compress() {
     let mut victim = Victim::start("heap=8 text=96");
     let wired = Wired::start("100mbit", &victim, &[], &["--then", "stop"]);
-    let report = wired.assert_arrived(&mut victim);
+    let report = wired.finish_and_compare(&mut victim);
     let (raw, wire) = report.rounds.iter().fold((0, 0), |(raw, wire), it| {
         (raw + it.bytes_raw, wire + it.bytes_wire)
     });
@@ -275,7 +261,7 @@ fn a_link_that_is_waited_for_is_sent_less() {
 }
 
 #[test]
-fn a_receiver_that_stalls() {
+fn stalled_receiver_is_reconnected_or_given_up() {
     let mut victim = Victim::start("heap=64 dirty=50");
     for comes_back in [true, false] {
         let dir = tempfile::tempdir().unwrap();
@@ -297,7 +283,7 @@ fn a_receiver_that_stalls() {
             let report = send.finish().expect_report();
             assert_eq!(reconnects(&report), 1);
             assert_arrived(victim.pid(), &report);
-            go_on(victim.pid());
+            resume(victim.pid());
         } else {
             let sent = send.finish();
             assert_eq!(sent.status.code(), Some(1), "{}", sent.stderr);
@@ -308,26 +294,24 @@ fn a_receiver_that_stalls() {
     }
 }
 
-/// In the last round nobody waits long for a receiver that stalls: the tree runs again.
+/// In the last round the sender does not wait long for a receiver that stalls: the tree runs again.
 #[test]
-fn a_frozen_tree_does_not_wait_for_a_receiver_that_stalls() {
+fn frozen_tree_is_thawed_when_the_receiver_stalls() {
     let mut victim = Victim::start("heap=64 dirty=50");
     let dir = tempfile::tempdir().unwrap();
     let mut receiver = Receiver::start(dir.path(), &[]);
     let pid = Pid::from_raw(receiver.program().pid());
-    let link = Link::to(receiver.address(), STEPS[7], false);
+    let link = Link::start(receiver.address(), STEPS[7], false);
     let options = [&ROUNDS[..], &["--max-frozen", "1s"]].concat();
     let mut send = Send::start(link.address, victim.pid(), &options);
-    link.reached.recv().unwrap();
-    // (Its answers stop, and soon the link is full.)
+    link.await_step();
+    // (Its acks stop, and the link soon fills up.)
     kill(pid, Signal::SIGSTOP).unwrap();
-    link.go_on.send(true).unwrap();
+    link.forward();
     send.program().await_event("connection_lost");
     victim.assert_unharmed();
     kill(pid, Signal::SIGCONT).unwrap();
     let report = send.finish().expect_report();
     assert_eq!(reconnects(&report), 1);
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(&mut victim, &report);
 }

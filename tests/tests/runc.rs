@@ -1,4 +1,4 @@
-//! A container, checkpointed by runc with its memory through `receive`, goes on where it was.
+//! A container that runc checkpoints, with its memory sent through `receive`, continues where it was.
 
 use pageferry_tests::Pair;
 use pageferry_tests::criu::Criu;
@@ -8,11 +8,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// It counts, and with each number says a secret that is nowhere but in its memory.
+/// Counts, and prints with each number a secret that exists only in its memory.
 const PROGRAM: &str = "secret=$(od -An -N8 -tx8 /dev/urandom); n=0; \
     while :; do n=$((n + 1)); echo $n $secret >> /log; sleep 0.02; done";
 
-/// A container with a small root of its own; deleted when dropped.
+/// A container with a small root file system. Dropping it deletes it.
 struct Container {
     dir: tempfile::TempDir,
     path: std::ffi::OsString,
@@ -30,7 +30,7 @@ impl Container {
         for name in ["sh", "od", "sleep"] {
             std::os::unix::fs::symlink("busybox", root.join("bin").join(name)).unwrap();
         }
-        // runc takes the first CRIU in PATH.
+        // runc uses the first CRIU in PATH.
         let mut path = criu.path().parent().unwrap().as_os_str().to_owned();
         path.push(":");
         path.push(std::env::var_os("PATH").unwrap_or_default());
@@ -46,7 +46,7 @@ impl Container {
         container
     }
 
-    /// Runs runc in the container's directory; what it runs must keep no file of ours open.
+    /// Runs runc in the container's directory. Its children must inherit no open file.
     fn runc(&self, words: &[&str]) -> Result<(), String> {
         let mut command = Command::new("runc");
         command.arg("--root").arg(self.file("run"));
@@ -63,7 +63,7 @@ impl Container {
         }
     }
 
-    /// Its name, as its directory's: it is that of its cgroups too, which are the whole machine's.
+    /// Returns its name, taken from the unique directory: cgroups are system-wide.
     fn id(&self) -> &str {
         let name = self.dir.path().file_name().and_then(|name| name.to_str());
         name.expect("our paths are text").trim_start_matches('.')
@@ -73,17 +73,17 @@ impl Container {
         self.dir.path().join(name)
     }
 
-    /// What it has said: its last number, and its secret.
-    fn said(&self) -> Result<(u64, String), String> {
+    /// Returns its last number, and its secret.
+    fn last_line(&self) -> Result<(u64, String), String> {
         let log = fs::read_to_string(self.file("rootfs/log")).map_err(|e| e.to_string())?;
         let line = log.lines().last().ok_or("nothing")?;
         let (number, secret) = line.split_once(' ').ok_or("half a line")?;
         Ok((number.parse().map_err(|_| "no number")?, secret.to_owned()))
     }
 
-    /// Waits until it has come beyond a number.
-    fn beyond(&self, number: u64) -> (u64, String) {
-        until("the container counts", || match self.said()? {
+    /// Waits until it has printed a greater number.
+    fn await_greater(&self, number: u64) -> (u64, String) {
+        until("the container counts", || match self.last_line()? {
             (now, secret) if now > number => Ok((now, secret)),
             (now, _) => Err(format!("it is at {now}")),
         })
@@ -101,12 +101,12 @@ fn text(path: &Path) -> &str {
 }
 
 #[test]
-fn a_container_goes_on_where_it_was() {
+fn container_continues_where_it_was() {
     for criu in Criu::all("a container of runc") {
         let container = Container::new(&criu);
         let id = container.id();
         container.runc(&["run", "--detach", id]).unwrap();
-        let (_, secret) = container.beyond(5);
+        let (_, secret) = container.await_greater(5);
         let pair = Pair::start(&[]);
         let (images, server) = (container.file("images"), pair.address().to_string());
         let paths = ["--image-path", text(&images), "--work-path"];
@@ -116,7 +116,7 @@ fn a_container_goes_on_where_it_was() {
         container
             .runc(&[&checkpoint[..], &paths, &[id]].concat())
             .unwrap();
-        let (reached, _) = container.said().unwrap();
+        let (reached, _) = container.last_line().unwrap();
 
         let dump = pair.dir().join("criu-1");
         assert_verified(&dump);
@@ -131,8 +131,8 @@ fn a_container_goes_on_where_it_was() {
         container
             .runc(&[&["restore", "--detach"], &paths[..], &[id]].concat())
             .unwrap();
-        assert_eq!(container.beyond(reached + 5).1, secret);
-        // Every number once, and the secret always the same: it is the same run.
+        assert_eq!(container.await_greater(reached + 5).1, secret);
+        // Each number once, and always the same secret: it is the same execution.
         let log = fs::read_to_string(container.file("rootfs/log")).unwrap();
         let lines: Vec<_> = log.lines().collect();
         for (number, line) in (1..).zip(&lines[..lines.len() - 1]) {

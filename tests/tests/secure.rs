@@ -1,11 +1,11 @@
-//! Nobody reads along, and nobody comes in without a certificate: both ends say in a line why not.
+//! TLS: no third party can read the memory, no peer is accepted without a certificate, and both ends report why.
 
 use pageferry_receiver::tools::certs;
 use pageferry_tests::certs::{Certs, options, strs};
 use pageferry_tests::criu::Criu;
 use pageferry_tests::pair::send_command;
 use pageferry_tests::program::Program;
-use pageferry_tests::scenario::{assert_arrived, assert_verified, go_on, receive};
+use pageferry_tests::scenario::{assert_arrived, assert_verified, receive, resume};
 use pageferry_tests::{Pair, Receiver, Send, Victim};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use std::{fs, thread};
 use time::{Duration, OffsetDateTime};
 
-/// Passes one connection on, and keeps what the client says.
+/// Forwards one connection, and records the bytes of the client.
 fn tap(to: SocketAddr) -> (SocketAddr, JoinHandle<io::Result<Vec<u8>>>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
@@ -24,24 +24,24 @@ fn tap(to: SocketAddr) -> (SocketAddr, JoinHandle<io::Result<Vec<u8>>>) {
         let mut server = TcpStream::connect(to)?;
         let (mut answers, mut back) = (server.try_clone()?, client.try_clone()?);
         let answering = thread::spawn(move || io::copy(&mut answers, &mut back));
-        let (mut said, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
+        let (mut recorded, mut buffer) = (Vec::new(), vec![0; 1 << 16]);
         loop {
             let n = client.read(&mut buffer)?;
             if n == 0 {
                 break;
             }
             server.write_all(&buffer[..n])?;
-            said.extend_from_slice(&buffer[..n]);
+            recorded.extend_from_slice(&buffer[..n]);
         }
         server.shutdown(Shutdown::Write)?;
         answering.join().unwrap()?;
-        Ok(said)
+        Ok(recorded)
     });
     (address, tap)
 }
 
 #[test]
-fn certificates_are_made_for_both_ends() {
+fn certs_creates_certificates_for_both_ends() {
     let certs = Certs::new();
     let mode = |name: &str| {
         let metadata = fs::metadata(certs.dir().join(name)).unwrap();
@@ -58,9 +58,9 @@ fn certificates_are_made_for_both_ends() {
 }
 
 #[test]
-fn memory_arrives_and_nobody_reads_along() {
+fn memory_is_encrypted_on_the_wire() {
     let certs = Certs::new();
-    // Its memory has its own command line, and the rounds' frames begin like this.
+    // The memory contains the process's own command line, and each frame begins with these bytes.
     const PLAIN: &[u8] = b"PFRY";
     for secure in [false, true] {
         let mut victim = Victim::start("heap=16 text=2 dirty=20");
@@ -74,16 +74,16 @@ fn memory_arrives_and_nobody_reads_along() {
         here.extend(["--then", "stop"].map(str::to_owned));
         let report = Send::start(address, victim.pid(), &strs(&here)).finish();
         assert_arrived(victim.pid(), &report.expect_report());
-        go_on(victim.pid());
+        resume(victim.pid());
         victim.assert_unharmed();
-        let said = tap.join().unwrap().unwrap();
-        let plain = said.windows(PLAIN.len()).any(|window| window == PLAIN);
+        let recorded = tap.join().unwrap().unwrap();
+        let plain = recorded.windows(PLAIN.len()).any(|window| window == PLAIN);
         assert_eq!(plain, !secure);
     }
 }
 
-/// The exit code of a sender that is not let in, what it says, and what the receiver says. `host` is what
-/// the receiver is called by the sender.
+/// Returns the exit code of a sender that is refused, its standard error, and the receiver's log line. The sender
+/// connects to the receiver as `host`.
 fn refused(there: &[String], here: &[String], host: &str) -> (i32, String, String) {
     let mut victim = Victim::start("heap=1");
     let dir = tempfile::tempdir().unwrap();
@@ -94,15 +94,15 @@ fn refused(there: &[String], here: &[String], host: &str) -> (i32, String, Strin
     send.args(["--to", &to, &victim.pid().to_string()])
         .args(here);
     let sent = Program::start(&mut send).finish();
-    let said = receiver.program().await_event("connection_refused");
+    let line = receiver.program().await_event("connection_refused");
     victim.assert_unharmed();
     let mut left = fs::read_dir(dir.path()).unwrap().flatten();
     assert!(!left.any(|entry| entry.path().is_dir()));
-    (sent.status.code().unwrap(), sent.stderr, said)
+    (sent.status.code().unwrap(), sent.stderr, line)
 }
 
 #[test]
-fn who_is_not_known_is_told_so_on_both_sides() {
+fn untrusted_peer_is_refused_and_both_ends_report_why() {
     let (certs, others) = (Certs::new(), Certs::new());
     let old = tempfile::tempdir().unwrap();
     let now = OffsetDateTime::now_utc();
@@ -126,7 +126,7 @@ fn who_is_not_known_is_told_so_on_both_sides() {
     let allow = ["--allow", "other"].map(str::to_owned);
     let plain = Vec::new();
     const HERE: &str = "127.0.0.1";
-    for (what, there, here, host, sender_says, receiver_says) in [
+    for (what, there, here, host, in_error, in_log) in [
         (
             "a sender without a certificate",
             receiver.clone(),
@@ -200,15 +200,15 @@ fn who_is_not_known_is_told_so_on_both_sides() {
             "is not among those allowed",
         ),
     ] {
-        let (code, sent, said) = refused(&there, &here, host);
+        let (code, sent, line) = refused(&there, &here, host);
         assert_eq!(code, 4, "{what}: {sent}");
-        assert!(sent.contains(sender_says), "{what}: {sent}");
-        assert!(said.contains(receiver_says), "{what}: {said}");
+        assert!(sent.contains(in_error), "{what}: {sent}");
+        assert!(line.contains(in_log), "{what}: {line}");
     }
 }
 
 #[test]
-fn certificates_that_are_none() {
+fn invalid_certificate_options_exit_2() {
     let certs = Certs::new();
     let victim = Victim::start("heap=1");
     let none = tempfile::NamedTempFile::new().unwrap();
@@ -234,7 +234,7 @@ fn certificates_that_are_none() {
 }
 
 #[test]
-fn crius_own_encryption_is_understood() {
+fn dump_over_crius_own_tls_is_accepted() {
     for criu in Criu::all("a dump over CRIU's TLS") {
         let certs = Certs::new();
         let mut victim = Victim::detached("heap=8 dirty=20");

@@ -1,5 +1,5 @@
-//! Targets that fight back, users that may not, and receivers that run out: what can be sent is sent, byte by
-//! byte; what cannot is said in a line; and the target runs on, unharmed.
+//! Difficult targets, users without permission, and receivers that run out of resources: the images equal the
+//! memory byte by byte, or an error names the reason; and the target runs on, unharmed.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -8,18 +8,20 @@ use pageferry_tests::daemon::until;
 use pageferry_tests::host::Host;
 use pageferry_tests::memory;
 use pageferry_tests::pair::{Sent, receive_command, send_command};
-use pageferry_tests::privileges::{NOBODY, Public, SOMEBODY, as_user, open_to_all};
-use pageferry_tests::scenario::{assert_arrived, assert_sent, assert_verified, go_on};
+use pageferry_tests::privileges::{DAEMON, NOBODY, Public, as_user, open_to_all};
+use pageferry_tests::scenario::{
+    assert_arrived, assert_arrived_unharmed, assert_sent, assert_verified, resume, the_migration,
+};
 use pageferry_tests::{Pair, Program, Receiver, Victim};
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Rounds go on until the plateau shows.
+/// Rounds that continue until they no longer leave fewer dirty pages.
 const MANY_ROUNDS: [&str; 4] = ["--max-downtime", "0ms", "--max-rounds", "4"];
 
-/// What `send` takes for another user's process; the last two for shared memory, and to stop or end it.
+/// Capabilities that `send` needs for processes of other users; the last two for shared memory, and to stop or kill.
 const FOR_OTHERS: [&str; 4] = [
     "sys_ptrace",
     "dac_read_search",
@@ -27,10 +29,10 @@ const FOR_OTHERS: [&str; 4] = [
     "kill",
 ];
 
-/// What a move takes of root, whosever process it is.
+/// Capabilities that a move needs as root, whatever the owner of the process.
 const TO_MOVE: [&str; 4] = ["sys_ptrace", "dac_read_search", "kill", "sys_admin"];
 
-/// What `receive --restore` takes of root.
+/// Capabilities that `receive --restore` needs as root.
 const TO_RESTORE: [&str; 8] = [
     "chown",
     "setgid",
@@ -42,10 +44,10 @@ const TO_RESTORE: [&str; 8] = [
     "sys_time",
 ];
 
-/// For a `send` whose receiver will refuse or be gone.
+/// For a `send` whose receiver refuses or disappears.
 const FAIL_SOON: [&str; 2] = ["--reconnect-for", "0"];
 
-/// Everything of a process that a send must leave as it was.
+/// Returns the fields of a process's status that a send must not change.
 fn status(pid: i32) -> String {
     let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let kept = [
@@ -66,7 +68,8 @@ fn status(pid: i32) -> String {
     text.lines().filter(name).collect::<Vec<_>>().join("\n")
 }
 
-/// That, its descriptors, and whom its files in /proc belong to, which says whether it is dumpable.
+/// Returns these fields, the descriptors, and the owner of the files in /proc, which shows whether a process is
+/// dumpable.
 fn identity(pid: i32) -> (String, Vec<PathBuf>, u32) {
     use std::os::unix::fs::MetadataExt;
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
@@ -76,8 +79,8 @@ fn identity(pid: i32) -> (String, Vec<PathBuf>, u32) {
     (status(pid), descriptors, owner)
 }
 
-/// Sends it by each of these trackers, and claims that it is who it was, and unharmed.
-fn assert_sent_as_it_is(victim: &mut Victim, trackers: &[&str]) {
+/// Sends a victim with each of these trackers, and asserts that its identity is unchanged and that it is unharmed.
+fn assert_sent_unchanged(victim: &mut Victim, trackers: &[&str]) {
     let tree = victim.tree();
     let before: Vec<_> = tree.iter().map(|&pid| identity(pid)).collect();
     for tracker in trackers {
@@ -90,14 +93,7 @@ fn assert_sent_as_it_is(victim: &mut Victim, trackers: &[&str]) {
     }
 }
 
-fn said(sent: &Sent, code: i32, words: &[&str]) {
-    assert_eq!(sent.status.code(), Some(code), "{}", sent.stderr);
-    for word in words {
-        assert!(sent.stderr.contains(word), "{word}: {}", sent.stderr);
-    }
-}
-
-/// `send` run by a command that ends up as it.
+/// Starts `send` through a command that executes it.
 fn start_send(mut send: Command, to: SocketAddr, pid: i32, options: &[&str]) -> Program {
     send.args(["--to", &to.to_string(), &pid.to_string(), "--json"]);
     Program::start(send.args(options))
@@ -113,8 +109,8 @@ fn without<'a>(capabilities: &[&'a str], one: &str) -> Vec<&'a str> {
     rest
 }
 
-/// A victim that has become somebody else's: by a signal to each of its threads, which some calls do not
-/// go on after, so not too many.
+/// Starts a victim that has changed its user ID. glibc does that with a signal to each thread, which interrupts
+/// some calls for good: use few threads.
 fn owned_by(user: u32, dumpable: bool, features: &str) -> Victim {
     let mut victim = Victim::start(features);
     assert_eq!(victim.ask(&format!("setuid {user}")), format!("ok {user}"));
@@ -125,22 +121,22 @@ fn owned_by(user: u32, dumpable: bool, features: &str) -> Victim {
 }
 
 #[test]
-fn a_target_that_has_become_another_user_or_is_not_dumpable() {
-    let mut changed = owned_by(SOMEBODY, false, "heap=8 shared=1 threads=2 dirty=20");
-    assert_sent_as_it_is(&mut changed, &["uffd", "hash"]);
+fn target_with_changed_user_or_not_dumpable_is_sent_unchanged() {
+    let mut changed = owned_by(DAEMON, false, "heap=8 shared=1 threads=2 dirty=20");
+    assert_sent_unchanged(&mut changed, &["uffd", "hash"]);
     let mut others = owned_by(
         NOBODY,
         true,
         "heap=8 memfd=1 memfd_unmapped=1 signals dirty=20",
     );
-    assert_sent_as_it_is(&mut others, &["uffd"]);
+    assert_sent_unchanged(&mut others, &["uffd"]);
     let mut hidden = Victim::start("heap=8 children=1 dirty=20");
     assert_eq!(hidden.ask("dumpable 0"), "ok 0");
-    assert_sent_as_it_is(&mut hidden, &["uffd"]);
+    assert_sent_unchanged(&mut hidden, &["uffd"]);
 }
 
 #[test]
-fn a_target_that_becomes_another_user_in_the_middle() {
+fn target_may_change_its_user_during_a_send() {
     let mut victim = Victim::start("heap=32 shared=1 dirty=50");
     let pair = Pair::start(&[]);
     let mut send = pair.start_send(victim.pid(), &["--rounds", "1000"]);
@@ -149,27 +145,27 @@ fn a_target_that_becomes_another_user_in_the_middle() {
     send.program().skip_stderr();
     send.program().await_event("round_done");
     kill(Pid::from_raw(send.program().pid()), Signal::SIGINT).unwrap();
-    said(&send.finish(), 130, &["interrupted"]);
+    send.finish().assert_failed(130, &["interrupted"]);
     victim.assert_unharmed();
 }
 
 #[test]
-fn a_target_of_a_thousand_threads() {
+fn target_with_a_thousand_threads_is_sent() {
     let mut victim = Victim::start("heap=4 threads=1000 signals dirty=20");
-    assert_sent_as_it_is(&mut victim, &["uffd"]);
+    assert_sent_unchanged(&mut victim, &["uffd"]);
 }
 
 #[test]
-fn a_target_of_ten_thousand_mappings() {
+fn target_with_ten_thousand_mappings_is_sent() {
     let mut victim = Victim::start("heap=4 mappings=10000 dirty=20");
     let maps = fs::read_to_string(format!("/proc/{}/maps", victim.pid())).unwrap();
     assert!(maps.lines().count() > 10_000);
-    assert_sent_as_it_is(&mut victim, &["uffd", "hash"]);
+    assert_sent_unchanged(&mut victim, &["uffd", "hash"]);
 }
 
-/// Every segment is a descriptor of the sender's, and more of them than the usual limit allows.
+/// The sender opens a descriptor for each segment: more than the usual limit.
 #[test]
-fn a_target_of_many_shared_segments() {
+fn target_with_many_shared_segments_needs_descriptors() {
     let mut victim = Victim::start("heap=4 segments=150 dirty=20");
     let pair = Pair::start(&[]);
     let limited = |limit: &str| {
@@ -180,8 +176,7 @@ fn a_target_of_many_shared_segments() {
     };
     let to = pair.address();
     let hard = send_by(limited("100:100"), to, victim.pid(), &["--rounds", "2"]);
-    said(
-        &hard,
+    hard.assert_failed(
         1,
         &["Too many open files", "LimitNOFILE", "the target runs"],
     );
@@ -193,22 +188,18 @@ fn a_target_of_many_shared_segments() {
         &["--max-rounds", "1", "--then", "stop"],
     );
     let report = soft.expect_report();
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(&mut victim, &report);
 }
 
 #[test]
-fn a_target_that_forks_as_fast_as_it_can() {
+fn fork_bomb_is_sent_and_leaves_no_traced_process() {
     let mut victim = Victim::start("heap=8 shared=1 bomb=60 dirty=20");
     let pair = Pair::start(&[]);
     for tracker in ["uffd", "hash"] {
         let options = [&MANY_ROUNDS[..], &["--tracker", tracker, "--then", "stop"]].concat();
         let report = pair.send(victim.pid(), &options).expect_report();
-        assert_arrived(victim.pid(), &report);
-        go_on(victim.pid());
-        victim.assert_unharmed();
-        // Nobody is left traced, or dead and not waited for by whom it belongs to.
+        assert_arrived_unharmed(&mut victim, &report);
+        // No process is left traced, or dead and unreaped.
         let root = victim.pid();
         until("the bomb's children are reaped", || {
             let left = memory::tree(root).into_iter().find(|&pid| {
@@ -220,7 +211,7 @@ fn a_target_that_forks_as_fast_as_it_can() {
     }
 }
 
-/// Pauses the receiver in the middle of the first round, lets the victim call exec, and goes on.
+/// Pauses the receiver in the middle of the first round, has the victim call exec, and resumes the receiver.
 fn exec_in_a_round(command: &str) -> (Victim, Pair, Sent) {
     let mut victim = Victim::start("heap=40 threads=4 dirty=10");
     let mut pair = Pair::start(&["--buffers", "2"]);
@@ -242,7 +233,7 @@ fn exec_in_a_round(command: &str) -> (Victim, Pair, Sent) {
             .map(move |home| home.path().join(name))
             .find(|path| path.exists())
     };
-    // Some of its pages are there, but by far not all, for sockets do not hold as many.
+    // Some of its pages have arrived, but by far not all: the sockets hold only part of them.
     let receiver = Pid::from_raw(pair.receiver().program().pid());
     until("the first round begins", || {
         of_round(".1.tmp")
@@ -259,20 +250,20 @@ fn exec_in_a_round(command: &str) -> (Victim, Pair, Sent) {
         of_round("1").is_none(),
         "the round was over before its middle"
     );
-    victim.exec_so(command);
+    victim.exec_with(command);
     kill(receiver, Signal::SIGCONT).unwrap();
     let sent = send.finish();
     (victim, pair, sent)
 }
 
 #[test]
-fn a_target_that_calls_exec_in_the_middle_of_a_round() {
+fn target_may_call_exec_during_a_round() {
     for command in ["exec", "exec-by-thread", "exec-other"] {
         let (mut victim, _pair, sent) = exec_in_a_round(command);
         let report = sent.expect_report();
         assert!(report.rounds.len() >= 2, "{command}");
         assert_arrived(victim.pid(), &report);
-        go_on(victim.pid());
+        resume(victim.pid());
         match command {
             "exec-other" => assert_eq!(victim.ask("ok here"), "ok here"),
             _ => victim.assert_unharmed(),
@@ -280,10 +271,10 @@ fn a_target_that_calls_exec_in_the_middle_of_a_round() {
     }
 }
 
-/// Without CAP_SYS_ADMIN seccomp cannot be suspended for our one system call, which it would kill the target
-/// for: then contents are compared.
+/// Without CAP_SYS_ADMIN, seccomp cannot be suspended for the injected system call, and would kill the target for
+/// it; so contents are compared instead.
 #[test]
-fn seccomp_that_cannot_be_suspended_is_left_alone() {
+fn seccomp_stays_enabled_without_cap_sys_admin() {
     let mut victim = Victim::start("heap=8 seccomp=strict seccomp=filter dirty=20");
     let before: Vec<_> = victim.tree().into_iter().map(identity).collect();
     assert!(before[1].0.contains("Seccomp:\t1") && before[2].0.contains("Seccomp:\t2"));
@@ -298,15 +289,13 @@ fn seccomp_that_cannot_be_suspended_is_left_alone() {
     let warned = sent.stderr.matches("seccomp filter that stays on").count();
     assert_eq!(warned, 2, "{}", sent.stderr);
     let report = sent.expect_report();
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(&mut victim, &report);
     let after: Vec<_> = victim.tree().into_iter().map(identity).collect();
     assert_eq!(after, before);
 }
 
 #[test]
-fn users_may_send_their_own_processes_and_nobody_elses() {
+fn users_may_send_only_their_own_processes() {
     let programs = Public::copy();
     let dir = tempfile::tempdir().unwrap();
     open_to_all(dir.path());
@@ -334,49 +323,37 @@ fn users_may_send_their_own_processes_and_nobody_elses() {
             let round = Path::new(report.totals["directory"].as_str().unwrap())
                 .join(report.rounds.last().unwrap().round.to_string());
             let truth =
-                memory::Snapshot::take(&memory::Frozen::already(own.pid()).unwrap()).unwrap();
+                memory::Snapshot::take(&memory::Frozen::from_stopped(own.pid()).unwrap()).unwrap();
             pageferry_tests::scenario::compare_chain(&truth, &round);
-            go_on(own.pid());
+            resume(own.pid());
         }
-        _ => said(&sent, 5, &["not permitted to trace", "CAP_SYS_PTRACE"]),
+        _ => sent.assert_failed(5, &["not permitted to trace", "CAP_SYS_PTRACE"]),
     }
     own.assert_unharmed();
     assert_eq!(identity(own.pid()), before);
     for mut other in [
-        // Not dumpable, another's, root's, and one with shared memory.
+        // Not dumpable, of another user, of root, and one with shared memory.
         owned_by(NOBODY, false, "--alone heap=1"),
-        owned_by(SOMEBODY, true, "--alone heap=1"),
+        owned_by(DAEMON, true, "--alone heap=1"),
         Victim::start("--alone heap=1"),
     ] {
         let before = identity(other.pid());
-        said(
-            &send(other.pid(), &[]),
-            5,
-            &["not permitted to trace", "CAP_SYS_PTRACE"],
-        );
+        send(other.pid(), &[]).assert_failed(5, &["not permitted to trace", "CAP_SYS_PTRACE"]);
         other.assert_unharmed();
         assert_eq!(identity(other.pid()), before);
     }
     let mut shares = owned_by(NOBODY, true, "heap=1 shared=1");
-    said(
-        &send(shares.pid(), &[]),
-        5,
-        &["shared", "CAP_CHECKPOINT_RESTORE"],
-    );
+    send(shares.pid(), &[]).assert_failed(5, &["shared", "CAP_CHECKPOINT_RESTORE"]);
     shares.assert_unharmed();
-    said(
-        &send(own.pid(), &["--migrate"]),
-        5,
-        &["user ID 0", "CAP_SYS_ADMIN"],
-    );
+    send(own.pid(), &["--migrate"]).assert_failed(5, &["user ID 0", "CAP_SYS_ADMIN"]);
     own.assert_unharmed();
 }
 
 #[test]
-fn another_users_process_takes_four_capabilities_and_no_more() {
+fn process_of_another_user_requires_exactly_four_capabilities() {
     let features =
         "heap=8 shared=1 memfd=1 memfd_unmapped=1 sysv=1 protnone=1 children=1 threads=2 dirty=20";
-    let mut victim = owned_by(SOMEBODY, true, features);
+    let mut victim = owned_by(DAEMON, true, features);
     let (programs, pair) = (Public::copy(), Pair::start(&[]));
     let send = |capabilities: &[&str], then| {
         let send = programs.run("send", NOBODY, capabilities);
@@ -395,18 +372,16 @@ fn another_users_process_takes_four_capabilities_and_no_more() {
     ];
     for (one, name) in missing {
         for then in ["stop", "kill"] {
-            said(&send(&without(&FOR_OTHERS, one), then), 5, &[name]);
+            send(&without(&FOR_OTHERS, one), then).assert_failed(5, &[name]);
         }
     }
-    // Nobody is to be stopped or ended for good.
+    // Here the tree is neither stopped nor killed at the end.
     let _ = send(&without(&FOR_OTHERS, "kill"), "run").expect_report();
     let report = send(&FOR_OTHERS, "stop").expect_report();
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(&mut victim, &report);
 }
 
-/// Starts both ends of a move with so many capabilities; what `send` said.
+/// Moves a process with these capabilities at each end.
 fn moved_with(
     criu: &Criu,
     sends: &[&str],
@@ -420,7 +395,7 @@ fn moved_with(
     receive.arg(receive_command().get_program());
     let restore = ["--restore=eager", "--criu", path];
     let receiver = Receiver::run(receive, "0", &dir.keep(), &restore);
-    // What the process itself may do, who restores it must be able to give it: nothing.
+    // A restore cannot give capabilities that it lacks, so the process has none.
     let powerless = as_user(0, &[]);
     let mut through = vec![powerless.get_program()];
     through.extend(powerless.get_args());
@@ -436,7 +411,7 @@ fn moved_with(
 }
 
 #[test]
-fn what_a_move_takes_of_root() {
+fn move_requires_few_capabilities_of_root() {
     let Some(criu) = Criu::stable("moving with few capabilities") else {
         return;
     };
@@ -449,14 +424,14 @@ fn what_a_move_takes_of_root() {
         &without(&TO_MOVE, "sys_admin"),
         &without(&TO_RESTORE, "setuid"),
     );
-    said(&sent, 5, &["cannot move a process without CAP_SYS_ADMIN"]);
+    sent.assert_failed(5, &["cannot move a process without CAP_SYS_ADMIN"]);
     receiver
         .program()
         .await_stderr(|line| line.contains("CAP_SETUID").then_some(()));
     victim.assert_unharmed();
 }
 
-/// A tmpfs that is gone when dropped.
+/// A tmpfs. Dropping it unmounts it.
 struct Tmpfs(tempfile::TempDir);
 
 impl Tmpfs {
@@ -475,16 +450,6 @@ impl Drop for Tmpfs {
     }
 }
 
-/// The one migration in a receiver's directory.
-fn home(dir: &Path) -> PathBuf {
-    let entries = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    let homes: Vec<_> = entries.filter(|path| path.is_dir()).collect();
-    assert_eq!(homes.len(), 1);
-    homes[0].clone()
-}
-
 fn assert_rounds_are_whole(home: &Path) {
     assert!(home.join("1").is_dir());
     let names = fs::read_dir(home)
@@ -499,19 +464,19 @@ fn assert_rounds_are_whole(home: &Path) {
 }
 
 #[test]
-fn a_disk_that_fills_up_later_keeps_what_was_complete() {
+fn disk_that_fills_up_keeps_complete_rounds() {
     let mut victim = Victim::start("heap=12 dirty=100");
     let disk = Tmpfs::mount("40m");
     let receiver = Receiver::start(&disk.0.path().join("images"), &["--keep-free", "0"]);
     let options = [&["--rounds", "1000"][..], &FAIL_SOON].concat();
     let sent = pageferry_tests::Send::start(receiver.address(), victim.pid(), &options).finish();
-    said(&sent, 4, &["No space left on device", "the target runs"]);
+    sent.assert_failed(4, &["No space left on device", "the target runs"]);
     drop(receiver);
-    assert_rounds_are_whole(&home(&disk.0.path().join("images")));
+    assert_rounds_are_whole(&the_migration(&disk.0.path().join("images")));
     victim.assert_unharmed();
 }
 
-/// Takes something away from a receiver that has rounds already.
+/// Waits until a receiver has two rounds, then has `take_away` remove something from it.
 fn after_two_rounds(user: u32, take_away: impl Fn(&Path)) -> (Sent, PathBuf, tempfile::TempDir) {
     let mut victim = Victim::start("heap=12 dirty=100");
     let (programs, dir) = (Public::copy(), tempfile::tempdir().unwrap());
@@ -521,7 +486,7 @@ fn after_two_rounds(user: u32, take_away: impl Fn(&Path)) -> (Sent, PathBuf, tem
     let options = [&["--rounds", "1000"][..], &FAIL_SOON].concat();
     let mut send = pageferry_tests::Send::start(receiver.address(), victim.pid(), &options);
     send.program().await_round(2);
-    let home = home(&images);
+    let home = the_migration(&images);
     take_away(&home);
     let sent = send.finish();
     victim.assert_unharmed();
@@ -529,24 +494,23 @@ fn after_two_rounds(user: u32, take_away: impl Fn(&Path)) -> (Sent, PathBuf, tem
 }
 
 #[test]
-fn a_directory_that_is_removed_under_the_receiver() {
+fn removed_directory_is_a_refusal() {
     let (sent, ..) = after_two_rounds(0, |home| {
-        // It may be making the next one.
+        // The receiver may be creating the next round.
         while home.exists() {
             let _ = fs::remove_dir_all(home);
         }
     });
-    said(&sent, 4, &["the receiver refused", "the target runs"]);
+    sent.assert_failed(4, &["the receiver refused", "the target runs"]);
 }
 
 #[test]
-fn a_permission_that_is_lost_under_the_receiver() {
+fn lost_permission_is_a_refusal() {
     use std::os::unix::fs::PermissionsExt;
     let (sent, home, _dir) = after_two_rounds(NOBODY, |home| {
         fs::set_permissions(home, fs::Permissions::from_mode(0o500)).unwrap();
     });
-    said(
-        &sent,
+    sent.assert_failed(
         4,
         &[
             "the receiver refused",
@@ -554,13 +518,13 @@ fn a_permission_that_is_lost_under_the_receiver() {
             "the target runs",
         ],
     );
-    // What it was at when that came stays, for it may not remove it either; it is no round.
+    // The incomplete round is left behind, for the receiver cannot remove it; it does not count as a round.
     assert_verified(&home);
 }
 
-/// Whatever their number, with too few descriptors a round is refused, or the receiver does not start.
+/// Whatever the limit, with too few descriptors a round is refused, or the receiver does not start.
 #[test]
-fn descriptors_that_the_receiver_runs_out_of() {
+fn too_few_descriptors_refuse_a_round_or_the_start() {
     let mut victim = Victim::start("heap=4 shared=1 children=1 dirty=50");
     let (mut refused, mut done) = (0, 0);
     for limit in 8..32 {
@@ -570,12 +534,12 @@ fn descriptors_that_the_receiver_runs_out_of() {
         receive.arg(receive_command().get_program());
         receive.args(["--listen", "0", "--dir"]).arg(dir.path());
         let mut receive = Program::start(&mut receive);
-        let heard = receive.await_stderr(|line| {
+        let address = receive.await_stderr(|line| {
             let listens = pageferry_tests::pair::listening_on(line);
             let fails = line.contains("Too many open files");
             (fails || listens.is_some()).then_some(listens)
         });
-        let Some(to) = heard else {
+        let Some(to) = address else {
             continue;
         };
         let options = [&["--rounds", "3", "--timeout", "5s"][..], &FAIL_SOON].concat();
@@ -586,7 +550,7 @@ fn descriptors_that_the_receiver_runs_out_of() {
             break;
         }
         refused += 1;
-        said(&sent, sent.status.code().unwrap(), &["send: "]);
+        sent.assert_failed(sent.status.code().unwrap(), &["send: "]);
         let refusal = sent.stderr.contains("Too many open files");
         assert!(
             refusal || sent.status.code() == Some(1),

@@ -1,18 +1,18 @@
-//! `send --dialect criu`: rounds into the real `criu page-server` are, byte by byte, the memory of
-//! the frozen victim, and CRIU restores it from them.
+//! `send --dialect criu`: rounds sent to the real `criu page-server` equal the memory of the frozen victim, byte by
+//! byte, and CRIU restores it from them.
 
 use pageferry_tests::criu::{Criu, await_gone, await_listener, free_address, merge};
 use pageferry_tests::daemon::until;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::memory::{Frozen, Snapshot};
 use pageferry_tests::program::Program;
-use pageferry_tests::scenario::{compare_chain, go_on};
+use pageferry_tests::scenario::{compare_chain, resume};
 use pageferry_tests::{Send, Victim};
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-/// The page servers of some rounds, one after the other on one port.
+/// The page servers of several rounds, one after the other on the same port.
 struct PageServers {
     dir: tempfile::TempDir,
     address: SocketAddr,
@@ -32,7 +32,7 @@ impl PageServers {
         }
     }
 
-    /// Starts the next as soon as one has its round, until the sender has ended.
+    /// Starts the next server as soon as one has its round, until the sender exits.
     fn follow(&mut self, criu: &Criu, send: &mut Send) {
         let pid = send.program().pid();
         while until("the page server has its round", || {
@@ -80,10 +80,10 @@ fn assert_sent_and_restored(criu: &Criu, features: &str) {
     let rounds = u32::try_from(report.rounds.len()).unwrap();
     assert!(rounds >= 2, "{report:?}");
     let last = servers.round(rounds);
-    let truth = Snapshot::take(&Frozen::already(pid).unwrap()).unwrap();
+    let truth = Snapshot::take(&Frozen::from_stopped(pid).unwrap()).unwrap();
     let stats = compare_chain(&truth, &last);
     assert!(stats.required > 1000, "{stats:?}");
-    // Not everything again: the rest comes from the rounds before.
+    // Not everything is sent again: the remaining pages come from earlier rounds.
     let (all, again) = (&report.rounds[0], &report.rounds[1]);
     assert!(again.bytes_wire < all.bytes_wire / 2, "{report:?}");
 
@@ -94,13 +94,13 @@ fn assert_sent_and_restored(criu: &Criu, features: &str) {
     await_gone(&tree);
     merge(state.path(), &last);
     let _restored = criu.restore(&last, pid, &[]).unwrap();
-    go_on(pid);
+    resume(pid);
     let verdict = victim.report().verdict(pid);
     verdict.unwrap_or_else(|error| panic!("{features}: {error}"));
 }
 
 #[test]
-fn rounds_go_to_crius_own_page_server() {
+fn rounds_are_sent_to_crius_page_server() {
     for criu in Criu::all("rounds into criu page-server") {
         for features in [
             "heap=16 zero=4 text=2 protnone=1 fileprivate=2 dirty=5",
@@ -114,7 +114,7 @@ fn rounds_go_to_crius_own_page_server() {
 }
 
 #[test]
-fn a_page_server_without_the_round_before_is_named() {
+fn page_server_without_the_previous_round_is_reported() {
     let Some(criu) = Criu::stable("page servers that are no chain") else {
         return;
     };
@@ -132,13 +132,13 @@ fn a_page_server_without_the_round_before_is_named() {
     for words in ["does not have", "--prev-images-dir"] {
         assert!(sent.stderr.contains(words), "{words}: {}", sent.stderr);
     }
-    // It has seen a round that did not come to its end.
+    // It has received an incomplete round.
     assert!(!second.finish().status.success());
     victim.assert_unharmed();
 }
 
 #[test]
-fn what_crius_protocol_lacks_is_said() {
+fn limits_of_crius_protocol_are_reported() {
     let Some(criu) = Criu::stable("what CRIU's protocol lacks") else {
         return;
     };

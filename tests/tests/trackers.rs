@@ -1,5 +1,5 @@
-//! Each dirty tracker on each kind of memory: what arrives is, byte by byte, what the frozen victim
-//! holds. These tests run in the VM too, whose kernel has what the host's may lack.
+//! Each dirty tracker with each kind of memory: the images equal the memory of the frozen victim, byte by byte.
+//! These tests also run in the VM, whose kernel may have features that the host's lacks.
 
 use pageferry_sender::target::smaps::VmFlags;
 use pageferry_tests::criu::skip;
@@ -12,7 +12,7 @@ use std::path::Path;
 
 const TRACKERS: [&str; 3] = ["uffd", "soft-dirty", "hash"];
 
-/// Rounds go on until the plateau shows: several, with everything that rounds bring.
+/// Rounds that continue until they no longer leave fewer dirty pages: several.
 const MANY_ROUNDS: [&str; 4] = ["--max-downtime", "0ms", "--max-rounds", "4"];
 
 fn with_each_tracker(features: &str, options: &[&str]) {
@@ -26,7 +26,7 @@ fn with_each_tracker(features: &str, options: &[&str]) {
         let report = assert_sent(&mut victim, &all);
         assert_eq!(report.totals["tracker"], tracker);
         assert!(report.rounds.len() >= 2, "{:?}", report.rounds);
-        // A second time, for the first must have left nothing behind.
+        // Twice: the first send must leave nothing behind.
         assert_sent(&mut victim, &all);
         tested += 1;
     }
@@ -34,7 +34,7 @@ fn with_each_tracker(features: &str, options: &[&str]) {
 }
 
 #[test]
-fn private_memory_of_every_kind() {
+fn private_memory_of_every_kind_arrives() {
     with_each_tracker(
         "heap=8 text=4 zero=2 sparse=64 protnone=2 readonly=1 code=1 guard=1 readzero=1 mlock=1 \
          wipeonfork=1 dontfork=1 dontdump=1 mergeable=1 brk=1 static fileprivate=2 fileshared=1 \
@@ -44,19 +44,19 @@ fn private_memory_of_every_kind() {
 }
 
 #[test]
-fn huge_pages_that_the_kernel_makes() {
+fn transparent_huge_pages_arrive() {
     with_each_tracker("thp=16 dirty=20", &[]);
 }
 
 #[test]
-fn huge_pages_that_are_set_aside() {
+fn hugetlb_pages_arrive() {
     let _pages = HugePages::reserve(16);
     with_each_tracker("hugetlb=4 hugeshared=2 heap=2 dirty=20", &[]);
 }
 
-/// Restore reads huge pages that are set aside from the newest directory only.
+/// A restore reads huge pages (hugetlb) only from the newest directory.
 #[test]
-fn huge_pages_that_are_set_aside_are_whole_in_the_last_round() {
+fn hugetlb_pages_are_complete_in_the_last_round() {
     let _pages = HugePages::reserve(16);
     let mut victim = Victim::start("hugetlb=4 heap=2 dirty=20");
     if !victim.skipped().is_empty() {
@@ -76,12 +76,12 @@ fn huge_pages_that_are_set_aside_are_whole_in_the_last_round() {
     let entries: Vec<_> = pagemap.entries.iter().filter(inside).collect();
     assert!(!entries.is_empty());
     assert!(entries.iter().all(|entry| entry.flags == 4), "{entries:?}");
-    // The rest of its memory does come from the rounds before.
+    // The other pages do come from earlier rounds.
     assert!(pagemap.entries.iter().any(|entry| entry.flags == 1));
 }
 
 #[test]
-fn shared_memory_of_a_tree() {
+fn shared_memory_of_a_tree_arrives() {
     with_each_tracker(
         "heap=2 shared=4 memfd=4 memfd_unmapped=2 sysv=2 children=3 grandchildren=2 dirty=20 lock",
         &[],
@@ -89,7 +89,7 @@ fn shared_memory_of_a_tree() {
 }
 
 #[test]
-fn segments_that_did_not_change_are_not_sent_again() {
+fn unchanged_segments_are_not_sent_again() {
     let victim = Victim::start("heap=1 shared=8 memfd_unmapped=8");
     let pair = Pair::start(&[]);
     let report = pair.send(victim.pid(), &["--rounds", "3"]).expect_report();
@@ -98,12 +98,12 @@ fn segments_that_did_not_change_are_not_sent_again() {
 }
 
 #[test]
-fn threads_in_every_system_call() {
+fn threads_in_any_system_call_survive() {
     with_each_tracker("heap=4 threads=16 spin=2 signals dirty=20", &[]);
 }
 
 #[test]
-fn processes_of_every_kind() {
+fn processes_of_every_kind_arrive() {
     with_each_tracker(
         "heap=2 children=2 seccomp=strict seccomp=filter zombie dirty=20",
         &[],
@@ -111,17 +111,17 @@ fn processes_of_every_kind() {
 }
 
 #[test]
-fn compressed() {
+fn compressed_memory_arrives() {
     with_each_tracker("heap=8 text=16 zero=4 dirty=20", &["--compress", "zstd:3"]);
 }
 
 #[test]
-fn with_contents_compared() {
+fn memory_arrives_with_content_comparison() {
     with_each_tracker("heap=8 zero=2 children=1 dirty=20", &["--skip-unchanged"]);
 }
 
 #[test]
-fn flags_of_mappings_are_those_that_smaps_has() {
+fn mapping_flags_equal_those_of_smaps() {
     if !Path::new("/sys/kernel/btf/vmlinux").exists() {
         return skip(
             "flags of mappings",
@@ -138,7 +138,7 @@ fn flags_of_mappings_are_those_that_smaps_has() {
     let ours = String::from_utf8(ours).unwrap();
     let smaps = fs::read_to_string(format!("/proc/{}/smaps", victim.pid())).unwrap();
     let kept = |line: &&str| line.starts_with("VmFlags: ") || line.as_bytes()[8..].contains(&b'-');
-    // Flags without names of their own are not for CRIU, nor are those that came later.
+    // CRIU does not read flags without a name, or flags that are newer.
     let named = |line: &str| {
         line.replace("dp ", "")
             .replace("gu ", "")

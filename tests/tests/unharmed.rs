@@ -1,35 +1,28 @@
-//! Whatever happens to us, the target runs on, unharmed, and the receiver has rounds whole or not
-//! at all.
+//! Whatever happens to Pageferry, the target runs on, unharmed, and the receiver has complete rounds or none.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_tests::kills::{kills, spread};
-use pageferry_tests::scenario::{assert_arrived, assert_verified, go_on};
+use pageferry_tests::scenario::{
+    assert_arrived_unharmed, assert_verified, migrations, the_migration,
+};
 use pageferry_tests::{Pair, Victim};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-/// How many sends are killed by default: a slow disk makes more of them long.
+/// Default number of kills: few, because a slow disk makes each take long.
 const KILLS: u32 = 50;
 
-/// Directories of migrations below a receiver's `--dir`.
-fn migrations(dir: &Path) -> Vec<PathBuf> {
-    let entries = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
-    entries.filter(|path| path.is_dir()).collect()
-}
-
 #[test]
-fn sends_killed_at_any_instant_leave_no_trace() {
+fn send_killed_at_any_time_leaves_no_trace() {
     let mut victim = Victim::start(
         "heap=24 threads=12 spin=2 signals children=2 shared=2 seccomp=filter dirty=50",
     );
     let pair = Pair::start(&["--max-senders", "64"]);
-    // How long one takes when left alone bounds the instants at which the others die.
+    // The duration of an undisturbed send bounds the times of the kills.
     let begun = std::time::Instant::now();
     let alone = pair.send(
         victim.pid(),
@@ -55,15 +48,13 @@ fn sends_killed_at_any_instant_leave_no_trace() {
             assert_verified(&migration);
         }
     }
-    // And it can be sent as if nothing had happened.
+    // It can still be sent.
     let report = pair.send(victim.pid(), &["--then", "stop"]).expect_report();
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(&mut victim, &report);
 }
 
 #[test]
-fn an_interrupted_send_ends_by_name_and_leaves_the_target_running() {
+fn interrupted_send_exits_130_and_leaves_the_target_running() {
     let mut victim = Victim::start("heap=64 threads=4 dirty=100");
     let pair = Pair::start(&[]);
     let options = ["--rounds", "1000", "--reconnect-for", "0"];
@@ -77,7 +68,7 @@ fn an_interrupted_send_ends_by_name_and_leaves_the_target_running() {
 }
 
 #[test]
-fn a_receiver_that_dies_fails_the_send_and_not_the_target() {
+fn dead_receiver_fails_the_send_but_not_the_target() {
     let mut victim = Victim::start("heap=64 dirty=100");
     let mut pair = Pair::start(&[]);
     let options = ["--rounds", "1000", "--reconnect-for", "0"];
@@ -88,12 +79,12 @@ fn a_receiver_that_dies_fails_the_send_and_not_the_target() {
     assert_eq!(sent.status.code(), Some(1), "{}", sent.stderr);
     assert!(sent.stderr.contains("the target runs"), "{}", sent.stderr);
     victim.assert_unharmed();
-    let migration = &migrations(pair.dir())[0];
+    let migration = &the_migration(pair.dir());
     assert_verified(migration);
 }
 
 #[test]
-fn a_receiver_that_was_killed_discards_the_torn_round_and_keeps_the_others() {
+fn restarted_receiver_discards_the_incomplete_round() {
     let victim = Victim::start("heap=64 dirty=100");
     let mut pair = Pair::start(&[]);
     let options = ["--rounds", "1000", "--reconnect-for", "0"];
@@ -101,7 +92,7 @@ fn a_receiver_that_was_killed_discards_the_torn_round_and_keeps_the_others() {
     send.program().await_round(3);
     pair.receiver().program().kill();
     let _ = send.finish();
-    let migration = migrations(pair.dir()).remove(0);
+    let migration = the_migration(pair.dir());
     let torn = |path: &Path| {
         let names = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name());
         names
@@ -116,7 +107,7 @@ fn a_receiver_that_was_killed_discards_the_torn_round_and_keeps_the_others() {
 }
 
 #[test]
-fn garbage_on_the_port_hurts_nobody() {
+fn garbage_on_the_port_harms_no_migration() {
     let mut victim = Victim::start("heap=16 dirty=50");
     let mut pair = Pair::start(&["--timeout", "2"]);
     let address = pair.receiver().address();
@@ -133,13 +124,13 @@ fn garbage_on_the_port_hurts_nobody() {
         let mut stream = TcpStream::connect(address).unwrap();
         stream.write_all(garbage).unwrap();
         if garbage == b"PFRY" || garbage.is_empty() {
-            // Stays and says nothing more.
+            // Keeps the connection open without sending more.
             idle.push(stream);
         } else {
             stream
                 .set_read_timeout(Some(Duration::from_secs(20)))
                 .unwrap();
-            // Refused: the connection ends, perhaps with a reason in a frame of our own.
+            // Refused: the connection is closed, perhaps after a frame with the reason.
             let mut answer = Vec::new();
             let _ = stream.read_to_end(&mut answer);
             assert!(
@@ -158,7 +149,7 @@ fn garbage_on_the_port_hurts_nobody() {
 }
 
 #[test]
-fn several_senders_at_once_do_not_mix() {
+fn concurrent_senders_do_not_mix() {
     let pair = Pair::start(&[]);
     let victims: Vec<_> = (1..5)
         .map(|seed| {
@@ -173,14 +164,12 @@ fn several_senders_at_once_do_not_mix() {
         .collect();
     for (mut victim, send) in victims.into_iter().zip(sends) {
         let report = send.finish().expect_report();
-        assert_arrived(victim.pid(), &report);
-        go_on(victim.pid());
-        victim.assert_unharmed();
+        assert_arrived_unharmed(&mut victim, &report);
     }
 }
 
 #[test]
-fn chaos_for_twenty_rounds() {
+fn chaotic_target_survives_twenty_rounds() {
     for tracker in ["uffd", "hash"] {
         let mut victim =
             Victim::start("heap=8 shared=1 children=2 chaos threads=4 execloop=20 dirty=50");
@@ -190,23 +179,21 @@ fn chaos_for_twenty_rounds() {
         assert_eq!(report.rounds.len(), 20);
         assert_verified(Path::new(report.totals["directory"].as_str().unwrap()));
         victim.assert_unharmed();
-        // The last, frozen one is right whatever came before.
+        // The last, frozen round is correct after whatever came before.
         assert_eq!(victim.ask("stop-writing"), "ok");
         let report = pair
             .send(victim.pid(), &["--tracker", tracker, "--then", "stop"])
             .expect_report();
-        assert_arrived(victim.pid(), &report);
-        go_on(victim.pid());
-        victim.assert_unharmed();
+        assert_arrived_unharmed(&mut victim, &report);
     }
 }
 
 #[test]
-fn changes_of_the_tree_between_rounds_are_followed() {
+fn tree_changes_between_rounds_are_followed() {
     let mut victim = Victim::start("heap=8 shared=1 children=1 dirty=20");
     let pair = Pair::start(&[]);
     let mut send = pair.start_send(victim.pid(), &["--max-downtime", "0ms", "--then", "stop"]);
-    // As far as it gets until the send ends: each is right at any time.
+    // Commands until the send exits: each is valid at any time.
     for command in [
         "remap",
         "move",
@@ -224,27 +211,23 @@ fn changes_of_the_tree_between_rounds_are_followed() {
         }
     }
     let report = send.finish().expect_report();
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(&mut victim, &report);
 }
 
 #[test]
-fn a_round_may_last_longer_than_the_timeout() {
+fn round_may_last_longer_than_the_timeout() {
     let mut victim = Victim::start("heap=128");
     let pair = Pair::start(&[]);
-    // The hardest compression takes seconds for memory that does not compress.
+    // The highest compression level takes seconds for incompressible memory.
     let slow = ["--timeout", "3s", "--compress", "zstd:19", "--then", "stop"];
     let send = pair.start_send(victim.pid(), &slow);
     let report = send.finish_within(Duration::from_secs(300)).expect_report();
     assert!(report.rounds[0].seconds > 3.0, "{:?}", report.rounds);
-    assert_arrived(victim.pid(), &report);
-    go_on(victim.pid());
-    victim.assert_unharmed();
+    assert_arrived_unharmed(&mut victim, &report);
 }
 
 #[test]
-fn a_killed_tree_is_gone_when_send_ends() {
+fn killed_tree_is_gone_when_send_exits() {
     let mut victim = Victim::start("heap=4 children=3 threads=4");
     let pair = Pair::start(&[]);
     let tree = victim.tree();

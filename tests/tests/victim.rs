@@ -1,4 +1,4 @@
-//! The victim and the comparison, without the pair: what a test stands on must stand itself.
+//! Tests of the victim and of the comparison themselves, without Pageferry.
 
 use pageferry_tests::memory::{self, Need, PAGE};
 use pageferry_tests::{Frozen, Mismatch, Snapshot, Victim, compare, images};
@@ -7,8 +7,8 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Starts, checks, changes, and checks each set of features.
-fn lives_through_changes(features: &str) {
+/// Starts a victim with these features, checks it, changes its memory, and checks it again.
+fn assert_survives_changes(features: &str) {
     let mut victim = Victim::start(features);
     victim.check().expect(features);
     assert!(victim.mutate(20) > 0, "{features}");
@@ -18,7 +18,7 @@ fn lives_through_changes(features: &str) {
 }
 
 #[test]
-fn every_kind_of_private_memory_is_what_it_must_be() {
+fn private_memory_of_every_kind_is_checked() {
     for features in [
         "heap=2",
         "text=2",
@@ -40,12 +40,12 @@ fn every_kind_of_private_memory_is_what_it_must_be() {
         "fileprivate=1",
         "hugetlb=1 heap=1",
     ] {
-        lives_through_changes(features);
+        assert_survives_changes(features);
     }
 }
 
 #[test]
-fn every_kind_of_shared_memory_is_what_it_must_be() {
+fn shared_memory_of_every_kind_is_checked() {
     for features in [
         "shared=1",
         "memfd=1",
@@ -55,16 +55,16 @@ fn every_kind_of_shared_memory_is_what_it_must_be() {
         "hugeshared=1 heap=1",
         "shared=1 memfd=1 sysv=1 children=2 grandchildren=1",
     ] {
-        lives_through_changes(features);
+        assert_survives_changes(features);
     }
 }
 
 #[test]
-fn processes_of_every_kind_answer_for_their_memory() {
+fn processes_of_every_kind_check_their_memory() {
     let mut victim = Victim::start(
         "heap=1 children=2 grandchildren=2 seccomp=strict seccomp=filter execloop=10 zombie stopped lock",
     );
-    // The root, 2 + 1 + 2 of its children, 2 that seccomp holds, exec loop, zombie, stopped.
+    // The root, 2 + 1 + 2 of its children, 2 under seccomp, exec loop, zombie, stopped.
     assert_eq!(victim.tree().len(), 1 + 2 + 1 + 2 + 2 + 3);
     let before = victim.check().unwrap();
     let child = victim.count("fork");
@@ -77,7 +77,7 @@ fn processes_of_every_kind_answer_for_their_memory() {
 }
 
 #[test]
-fn mappings_may_come_go_and_move() {
+fn mappings_may_change() {
     let mut victim = Victim::start("heap=4 dirty=50 dirty64=500");
     for command in [
         "remap",
@@ -99,7 +99,7 @@ fn mappings_may_come_go_and_move() {
 }
 
 #[test]
-fn memory_is_quiet_while_writing_is_stopped() {
+fn memory_is_unchanged_while_writing_is_stopped() {
     let mut victim = Victim::start("heap=1 dirty=500 children=1");
     let child = victim.tree()[1];
     let heap = |victim: &mut Victim| {
@@ -150,7 +150,7 @@ fn chaos_survives_stops() {
 }
 
 #[test]
-fn a_detached_victim_answers_signals() {
+fn detached_victim_answers_signals() {
     let mut victim = Victim::detached("heap=2 children=1 threads=12 dirty=20");
     for _ in 0..3 {
         assert!(victim.check().unwrap() >= 512);
@@ -161,14 +161,14 @@ fn a_detached_victim_answers_signals() {
 }
 
 #[test]
-fn a_victim_ends_when_its_time_is_up() {
+fn victim_exits_after_its_time_limit() {
     let mut victim = Victim::start("--max-seconds 1 heap=1 children=1 stopped");
     let tree = victim.tree();
     victim.await_end();
     assert!(memory::await_end(&tree));
 }
 
-/// A frozen victim's images, made by the tests themselves.
+/// Returns images of a frozen victim, written by the tests themselves.
 fn images_of(features: &str) -> (Snapshot, TempDir) {
     let mut victim = Victim::start(features);
     victim.mutate(10);
@@ -179,22 +179,22 @@ fn images_of(features: &str) -> (Snapshot, TempDir) {
 }
 
 #[test]
-fn images_of_everything_are_accepted() {
+fn images_of_every_feature_are_accepted() {
     let (truth, dir) = images_of(
         "heap=2 text=1 zero=1 sparse=32 thp=2 shared=1 memfd=1 memfd_unmapped=1 sysv=1 fileprivate=1 \
          fileshared=1 protnone=1 guard=1 readzero=1 static brk=1 children=2 zombie threads=12",
     );
     let stats = compare(&truth, dir.path()).unwrap();
     assert_eq!(stats.processes, 3);
-    // Of features; the board and the models are shared memory too.
+    // Segments of the features; the board and the models are shared memory too.
     assert!(stats.segments > 4);
     assert_eq!(stats.optional, 0);
-    // At least what the features fill, in the root alone; a third of the file's pages are its own.
+    // At least the pages that the features fill in the root; a third of the file's pages are private.
     assert!(stats.required > 256 * 7 + 256 / 3, "{stats:?}");
 }
 
 #[test]
-fn a_process_holds_what_its_regions_are_made_of() {
+fn snapshot_equals_the_regions_of_the_victim() {
     let mut victim = Victim::start(
         "heap=1 zero=1 sparse=1 protnone=1 guard=1 fileprivate=1 readzero=1 shared=1",
     );
@@ -211,7 +211,7 @@ fn a_process_holds_what_its_regions_are_made_of() {
     };
     let guarded = if victim.skipped().is_empty() { 32 } else { 0 };
     assert_eq!(required("heap"), 256);
-    // Written zeros are pages; the kernel's zero page is none.
+    // A page of written zeros counts; the kernel's zero page does not.
     assert_eq!(required("zero"), 256);
     assert_eq!(required("readzero"), 0);
     assert_eq!(required("sparse"), 256_usize.div_ceil(7));
@@ -229,7 +229,7 @@ fn a_process_holds_what_its_regions_are_made_of() {
     );
 }
 
-/// Damages the images in one way, and returns what the comparison says.
+/// Damages the images, and returns the error of the comparison.
 fn damaged(original: &(Snapshot, TempDir), damage: impl Fn(&Path)) -> Mismatch {
     let copy = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(original.1.path()).unwrap() {
@@ -242,7 +242,7 @@ fn damaged(original: &(Snapshot, TempDir), damage: impl Fn(&Path)) -> Mismatch {
 }
 
 #[test]
-fn every_kind_of_damage_is_seen() {
+fn every_kind_of_damage_is_detected() {
     let original = images_of("heap=1 shared=1 children=1");
     let pagemaps = images::pagemaps(original.1.path()).unwrap();
     let files: Vec<_> = fs::read_dir(original.1.path())
@@ -274,7 +274,7 @@ fn every_kind_of_damage_is_seen() {
                 matches!(found, Mismatch::WrongBytes { offset, .. } if offset == at % PAGE);
             assert!(is_here, "{name}: {found}");
         }
-        // Pages too few, too many, one in the place of another.
+        // Pages missing, surplus, or exchanged.
         assert!(matches!(
             edit_pages(&|b| b.truncate(length - PAGE)),
             Mismatch::Malformed { .. }
@@ -283,14 +283,14 @@ fn every_kind_of_damage_is_seen() {
             edit_pages(&|b| b.extend([0; PAGE])),
             Mismatch::Malformed { .. }
         ));
-        // In a CRIU image a page that is left out shifts those behind it.
+        // In a CRIU image, leaving out a page shifts those behind it.
         assert!(matches!(
             edit_entries(&|e| {
                 e.remove(0);
             }),
             Mismatch::Malformed { .. }
         ));
-        // The same, done consistently: only then the page itself is missed.
+        // The same, done consistently: only then is the page itself missing.
         let lost = damaged(&original, |dir| {
             let mut changed = pagemap.clone();
             let bytes = fs::read(dir.join(&pages)).unwrap();

@@ -1,5 +1,5 @@
-//! Moves services between two emulated hosts with plain CRIU and with us, and prints for how long
-//! nothing ran: `scripts/compare-downtime`.
+//! Moves services between two emulated hosts with plain CRIU and with Pageferry, and prints the downtimes:
+//! `scripts/compare-downtime`.
 
 use pageferry_tests::criu::Criu;
 use pageferry_tests::mover::{self, Moved};

@@ -1,4 +1,4 @@
-//! Directories of images that somebody else wrote, whole or not.
+//! Directories of images from another writer, complete or not.
 
 use super::{Input, PAGE, scratch};
 use pageferry_common::criu::images::children_are_waited_for;
@@ -14,7 +14,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::symlink;
 use std::path::Path;
 
-/// What can be in a directory.
+/// Possible file names in a directory.
 const NAMES: [&str; 12] = [
     "pagemap-7.img",
     "pagemap-8.img",
@@ -30,14 +30,15 @@ const NAMES: [&str; 12] = [
     "core-8.img",
 ];
 
-/// Where a parent may be.
+/// Possible targets of a parent link.
 const PARENTS: [&str; 4] = ["../1", "../2", ".", "../9"];
 
-/// The most that a test of a page at a time is to read.
+/// Maximum number of pages read one at a time.
 const PAGES_MAX: u64 = 64;
 
-/// A migration of two rounds. The input is files: a name (a bit of it says in which round), and what is in it
-/// behind its length (u16); pages files have as many pages as they have bytes here, each filled with one.
+/// Reads a migration of two rounds. The input is a list of files: a name (one bit selects the round), the length
+/// of the content (u16), and the content. A pages file has one page for each byte of its content, filled with
+/// that byte.
 pub fn images(input: &[u8]) {
     let home = scratch();
     let rounds = [home.path().join("1"), home.path().join("2")];
@@ -71,7 +72,7 @@ fn put(path: &Path, content: &[u8]) {
 fn look_at(home: &Path, newest: &Path) {
     let _ = children_are_waited_for(newest);
     let _ = Served::load(home);
-    // An older round may be the only one with images, but a newer one is what counts.
+    // Even if only an older round has images, the newest one is found.
     let _ = newest_round(home).expect("there are rounds");
     let mut catalog = Catalog::default();
     let advanced = catalog.advance(home).and_then(|()| catalog.advance(home));
@@ -113,7 +114,7 @@ fn look_at(home: &Path, newest: &Path) {
     }
 }
 
-/// The first byte of each of the first pages, read forwards.
+/// Returns the first byte of each of the first pages, read in ascending order.
 fn by_cursor(chain: &Levels, image: ImageId) -> Option<Vec<(u64, u8)>> {
     use std::os::unix::fs::FileExt;
     let mut list = Cursor::open(chain, image).ok()??;
@@ -139,7 +140,7 @@ fn by_cursor(chain: &Levels, image: ImageId) -> Option<Vec<(u64, u8)>> {
     fine.then_some(seen)
 }
 
-/// The same by an index.
+/// Returns the same, read through an index.
 fn by_index(chain: &Levels, image: ImageId) -> Option<Vec<(u64, u8)>> {
     let index = Index::load(chain, image).ok()??;
     let ranges: Vec<_> = index.ranges().collect();

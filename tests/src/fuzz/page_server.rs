@@ -1,4 +1,4 @@
-//! CRIU's page-server protocol, both ways: dumps that are taken, and pages that are given.
+//! CRIU's page-server protocol in both directions: receiving dumps, and serving pages.
 
 use super::{Input, PAGE, STALL, run, scratch};
 use pageferry_common::criu::page_server::{Command, HEADER_MAX, Header, PageLocation, Width};
@@ -15,19 +15,19 @@ use pageferry_receiver::tools::verify::verify;
 use std::cell::LazyCell;
 use std::sync::Arc;
 
-/// What is done: bits of the first byte.
+/// Bits of the first byte.
 mod how {
     pub const WIDE: u8 = 1;
     pub const CHAIN: u8 = 2;
-    /// Pages are asked for.
+    /// Requests pages.
     pub const GIVE: u8 = 4;
 }
 
-/// Most pages behind one header.
+/// Maximum number of pages after one header.
 const PAGES_MAX: u64 = 16;
 
-/// Headers, each as wide as the first byte says, that is whether they ask for pages; or of two dumps, and then
-/// the next says how many are the first's.
+/// Reads headers of the width that the first byte selects. They either request pages or belong to two dumps; for
+/// dumps, the second byte is the number of headers of the first.
 pub fn page_server(input: &[u8]) {
     let mut input = Input(input);
     let how = input.byte();
@@ -46,7 +46,7 @@ pub fn page_server(input: &[u8]) {
     }
 }
 
-/// Headers with as many pages behind them as they announce, if these are not too many.
+/// Returns the headers, each followed by as many pages as it announces, unless there are too many.
 fn with_pages(width: Width, headers: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for (fill, header) in headers.chunks(width.header_len()).enumerate() {
@@ -57,7 +57,7 @@ fn with_pages(width: Width, headers: &[u8]) -> Vec<u8> {
         let Ok(header) = Header::decode(header, width) else {
             continue;
         };
-        // The words of old CRIUs come back as those of today.
+        // Commands of old CRIU versions are decoded as their current equivalents.
         let mut again = Vec::new();
         header.encode(width, &mut again);
         assert_eq!(Header::decode(&again, width), Ok(header));
@@ -96,13 +96,13 @@ fn take(store: &Arc<Store>, chain: bool, bytes: &[u8]) {
     assert_eq!(migration.directory.exists(), migration.rounds == 1);
     if migration.rounds == 1 {
         let problems = verify(&migration.directory).expect("it is there").problems;
-        // What is said to be elsewhere is nowhere as far as we can see.
+        // Pages that the dump locates elsewhere cannot be found here.
         let elsewhere = |problem: &String| problem.ends_with("is nowhere");
         assert!(problems.iter().all(elsewhere), "{problems:?}");
     }
 }
 
-/// Processes with a few pages, each filled with a byte that its address tells.
+/// Processes with a few pages, each filled with a byte derived from its address.
 const PIDS: [u32; 2] = [7, 300];
 const RUNS: [(u64, u64); 3] = [(16, 3), (19, 1), (40, 2)];
 
@@ -130,13 +130,13 @@ fn served() -> Served {
         }
     }
     writer.publish().expect("there is room");
-    // The files are open: they need no names.
+    // The open files need no names.
     Served::load(home.path()).expect("it was just written")
 }
 
 fn give(width: Width, requests: &[u8]) {
     let mut answers = Vec::new();
-    // It may ask for what it likes.
+    // A client may request anything.
     let _ = SERVED.with(|served| served.serve(requests, &mut answers));
     let widths = [width, Width::Narrow, Width::Wide];
     let fine = widths.into_iter().any(|width| are_right(width, &answers));
@@ -144,7 +144,7 @@ fn give(width: Width, requests: &[u8]) {
 }
 
 fn are_right(width: Width, mut answers: &[u8]) -> bool {
-    // The end is a status.
+    // The last four bytes are a status.
     while answers.len() > size_of::<i32>() {
         let Some((header, rest)) = answers.split_at_checked(width.header_len()) else {
             return false;

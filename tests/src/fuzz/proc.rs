@@ -1,4 +1,4 @@
-//! What the kernel says of processes. Names in it are anybody's.
+//! Text from `/proc`. Names in it may contain any bytes.
 
 use super::Input;
 use pageferry_common::PageRange;
@@ -18,7 +18,7 @@ thread_local! {
     };
 }
 
-/// The first byte says what the others are: a whole file, or a name in one.
+/// The first byte selects a parser; the rest is a whole file, or a name in one.
 pub fn proc(input: &[u8]) {
     let mut input = Input(input);
     let what = input.byte();
@@ -60,9 +60,9 @@ fn whole_maps(bytes: &[u8]) {
     }
 }
 
-/// Whatever a file is called, its mapping is a file's.
+/// The name of a file does not change the kind of its mapping.
 fn file_in_maps(name: &[u8]) {
-    // The kernel writes a line's end otherwise.
+    // The kernel escapes line ends.
     let name: Vec<u8> = name.iter().copied().filter(|&byte| byte != b'\n').collect();
     let line = [
         b"1000-3000 r-xp 00002000 fe:01 77                 /tmp/",
@@ -80,21 +80,21 @@ fn file_in_maps(name: &[u8]) {
     assert_eq!(maps::vdso(&text), PageRange::from_bounds(0x5000, 0x6000));
 }
 
-/// Whatever a process is called, it is what it is.
+/// The name of a process does not change its other fields.
 fn name_in_stat(name: &[u8]) {
     let numbers: Vec<String> = (0..50).map(|number: u64| number.to_string()).collect();
-    let behind = format!(") T {}\n", numbers.join(" "));
-    let content = [b"9 (", name, behind.as_bytes()].concat();
+    let after_name = format!(") T {}\n", numbers.join(" "));
+    let content = [b"9 (", name, after_name.as_bytes()].concat();
     let stat = Stat::parse(&content).expect("it is as the kernel writes it");
     assert_eq!(stat.state(), 'T');
     assert_eq!(stat.start_time(), Some(18));
     let status = b"SigIgn:\t0000000000000000\n";
-    // The 9th and the 11th behind the name, of which the state is the 0th.
+    // The 9th and the 11th field after the name; the state is the 0th.
     let faults = children_faults_in(status, &content);
     assert_eq!(faults.expect("all is there"), Some(7 + 9));
 }
 
-/// As the kernel writes it, a name has no line's end in it.
+/// The name of a process does not change its other fields; the kernel escapes line ends in it.
 fn name_in_status(name: &[u8]) {
     let name: Vec<u8> = name.iter().copied().filter(|&byte| byte != b'\n').collect();
     let rest = b"\nNStgid:\t70\t7\nSigIgn:\t0000000000010000\n";

@@ -1,4 +1,4 @@
-//! Small things: what CRIU answers, one pagemap, and what we read again of what we wrote.
+//! Small records: CRIU's replies, pagemaps, and records that Pageferry reads back.
 
 use super::Input;
 use pageferry_common::criu::session::{Event, Options};
@@ -12,7 +12,7 @@ use pageferry_receiver::server::detect::{Dialect, detect};
 use pageferry_sender::handover::record::Record;
 use std::io::{BufRead, BufReader};
 
-/// The first byte says what the others are.
+/// The first byte selects a parser for the rest.
 pub fn records(input: &[u8]) {
     let mut input = Input(input);
     let what = input.byte();
@@ -32,8 +32,8 @@ pub fn records(input: &[u8]) {
     }
 }
 
-/// The number of the pages file, the entries, and whether each has its page count twice; `None` if that is no
-/// pagemap.
+/// Returns the number of the pages file, the entries, and whether both page counts of all entries agree; `None`
+/// if the bytes are not a pagemap.
 fn read(input: impl BufRead) -> Option<(u32, Vec<PagemapEntry>, bool)> {
     let mut reader = PagemapReader::new(input).ok()?;
     let mut entries = Vec::new();
@@ -45,7 +45,7 @@ fn read(input: impl BufRead) -> Option<(u32, Vec<PagemapEntry>, bool)> {
 
 fn pagemap(bytes: &[u8]) {
     let whole = read(bytes);
-    // It is the same however it comes.
+    // The size of the reads does not matter.
     for capacity in [1, 5, 64] {
         assert_eq!(read(BufReader::with_capacity(capacity, bytes)), whole);
     }

@@ -1,4 +1,4 @@
-//! Whole sessions with the receiver: frames that are right as frames, for what is behind to be reached.
+//! Sessions with the receiver: frames are valid as frames, so that the fuzzer reaches the code behind them.
 
 use super::{Input, PAGE, STALL, run, scratch};
 use pageferry_common::digest::{RoundDigest, digest};
@@ -12,24 +12,24 @@ use pageferry_receiver::tools::verify::verify;
 use std::fs;
 use std::path::Path;
 
-/// Most pages behind one chunk.
+/// Maximum number of pages after one chunk.
 const PAGES_MAX: u64 = 16;
 
-/// What is done to a frame: bits of the byte behind its kind.
+/// Changes to a frame: bits of the byte after its kind.
 mod how {
     pub const COMPRESSED: u8 = 1;
     pub const MISNUMBERED: u8 = 2;
     pub const DAMAGED: u8 = 4;
-    /// What depends on what was sent before is not put right.
+    /// Leaves values that depend on earlier frames uncorrected.
     pub const AS_IT_IS: u8 = 8;
     pub const CUT: u8 = 16;
-    /// It is the first of another connection.
+    /// Begins another connection with this frame.
     pub const ANEW: u8 = 32;
     pub const ZEROS: u8 = 64;
 }
 
-/// Any number of connections, one after the other, to a receiver that keeps memory. The input is frames: a kind,
-/// what is done to it, the length of its metadata (u16), and these.
+/// Runs any number of connections, one after the other, with a receiver that keeps rounds. The input is a list of
+/// frames: a kind, its changes, the length of its metadata (u16), and the metadata.
 pub fn session(input: &[u8]) {
     let home = scratch();
     let store = Store::open(home.path()).expect("it is new");
@@ -52,7 +52,7 @@ pub fn session(input: &[u8]) {
             None,
             &mut migration,
         );
-        // Whether it was to its liking is not the question.
+        // The receiver may accept or reject it.
         let _ = run(received);
         assert!(migration.bytes_wire <= bytes.len() as u64);
         if migration.rounds > 0 {
@@ -63,11 +63,11 @@ pub fn session(input: &[u8]) {
     check_store(store.dir());
 }
 
-/// Looks whether there is nothing but migrations with complete rounds in a receiver's directory. Returns how
-/// many rounds.
+/// Checks that a receiver's directory contains nothing but migrations with complete rounds. Returns the number of
+/// rounds.
 ///
 /// # Panics
-/// If there is anything else.
+/// If it contains anything else.
 pub fn check_store(dir: &Path) -> usize {
     let mut rounds = 0;
     for name in names(dir) {
@@ -100,7 +100,7 @@ fn names(dir: &Path) -> Vec<String> {
     names.collect()
 }
 
-/// One direction of a connection in the making.
+/// One direction of a connection, as its bytes are composed.
 #[derive(Default)]
 struct Wire {
     bytes: Vec<u8>,
@@ -166,7 +166,7 @@ impl Wire {
         self.digest.open(image);
     }
 
-    /// Takes a chunk's entries, and puts its head right. Returns its pages.
+    /// Corrects the head of a chunk, and returns its pages.
     fn chunk(&mut self, how: u8, meta: &mut Vec<u8>) -> Vec<u8> {
         const HEAD: usize = 16;
         if meta.len() < HEAD {

@@ -1,4 +1,4 @@
-//! Memory that is in use until images want it.
+//! Memory that stays in use until images need it.
 
 use crate::MIB;
 use nix::sys::memfd::{MFdFlags, memfd_create};
@@ -10,25 +10,26 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-/// What is given back at once, bytes.
+/// Amount released at a time, in bytes.
 const PIECE: u64 = 64 * MIB;
 
-/// What is free beyond what images have taken, bytes.
+/// Free memory to keep beyond what the images occupy, in bytes.
 const AHEAD: u64 = 256 * MIB;
 
-/// How often it is looked how much they have.
+/// Interval between checks of the images' size.
 const LOOK: Duration = Duration::from_millis(5);
 
-/// As much memory as images of a size take, given back just before they take it. The host of a virtual machine
-/// takes back what is free for a second, and to get it again costs twice what is measured here.
+/// Occupies as much memory as images of a given size need, and releases it just before they need it. The host of a
+/// virtual machine reclaims memory that was free for a second; allocating it again costs twice what is measured
+/// here.
 pub struct Ballast {
-    /// `None` once it is to end.
+    /// `None` once it is to stop.
     going_on: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Ballast {
-    /// For images of so many bytes in `dir`.
+    /// Starts a ballast for images of this many bytes in `dir`.
     pub fn new(dir: &Path, bytes: u64) -> Self {
         let mut pieces: Vec<_> = (0..bytes / PIECE).map(|_| piece()).collect();
         let (before, dir) = (free(dir), dir.to_owned());
@@ -66,7 +67,7 @@ fn piece() -> File {
     file
 }
 
-/// Bytes that are free on the file system of a directory.
+/// Returns the free bytes on the file system of a directory.
 fn free(dir: &Path) -> u64 {
     let stat = statvfs(dir).expect("it is there");
     stat.blocks_free() * stat.fragment_size()

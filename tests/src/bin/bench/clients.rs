@@ -1,4 +1,4 @@
-//! What a service's clients see: when each of their requests was answered, and how long it took.
+//! Measures what the clients of a service observe: the time and the latency of each answer.
 
 use pageferry_tests::daemon::Daemon;
 use pageferry_tests::servers::{Postgres, Redis};
@@ -9,16 +9,16 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// An answered request: when, s since 1970, and how long it took, s.
+/// An answered request: its time, in seconds since 1970, and its latency, in seconds.
 #[derive(Debug, Clone, Copy)]
 pub struct Answer {
-    /// When it came.
+    /// Time of the answer.
     pub at: f64,
-    /// How long after it was due.
+    /// Time since the request was due.
     pub took: f64,
 }
 
-/// Now, as [`Answer::at`].
+/// Returns the current time, comparable with [`Answer::at`].
 pub fn now() -> f64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.expect("it is after 1970").as_secs_f64()
@@ -26,10 +26,10 @@ pub fn now() -> f64 {
 
 /// A service under steady load.
 pub trait Loaded {
-    /// The root of its tree.
+    /// Returns the root of its tree.
     fn pid(&self) -> i32;
 
-    /// All requests that were answered so far.
+    /// Returns all requests answered so far.
     fn answers(&self) -> Vec<Answer>;
 }
 
@@ -48,7 +48,7 @@ const RATE: f64 = 5000.0;
 const VALUE: u32 = 1000;
 
 impl LoadedRedis {
-    /// With so many MiB of keys.
+    /// Starts it with this many MiB of keys.
     pub fn start(mib: u32) -> Self {
         let server = Redis::start();
         let keys = mib * 1024 * 1024 / VALUE;
@@ -69,7 +69,7 @@ impl LoadedRedis {
                 if stopped.load(Ordering::Relaxed) {
                     return;
                 }
-                // A request is due whether or not the one before is answered.
+                // A request is due whether or not the previous one is answered.
                 let due = f64::from(number) / RATE;
                 let early = due - began.elapsed().as_secs_f64();
                 if early > 0.0 {
@@ -134,7 +134,7 @@ pub struct LoadedPostgres {
 const TRANSACTIONS: u32 = 300;
 
 impl LoadedPostgres {
-    /// With so many MiB of shared buffers, filled.
+    /// Starts it with this many MiB of filled shared buffers.
     pub fn start(mib: u32) -> Self {
         let server = Postgres::start_full(&Command::new("env"), "", mib);
         let client = server.steady_load(TRANSACTIONS);
@@ -151,7 +151,7 @@ impl Loaded for LoadedPostgres {
     }
 
     fn answers(&self) -> Vec<Answer> {
-        // Client, transaction, its time in µs, script, seconds and µs of the time, lag.
+        // Client, transaction, its latency in µs, script, seconds and µs of its time, lag.
         let answer = |line: &str| {
             let fields: Vec<f64> = line.split(' ').filter_map(|it| it.parse().ok()).collect();
             match fields[..] {

@@ -5,15 +5,15 @@ use crate::{Bench, transfer};
 use pageferry_tests::Victim;
 use std::error::Error;
 
-/// Pages that are written a second, whatever the size.
+/// Pages written a second, whatever the size.
 const WRITES: u64 = 2000;
 
-/// See the module.
+/// Measures case 5.
 pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     let sizes = [1, 2, 4, 8, 16]
         .into_iter()
         .filter(|&gib| gib <= bench.growth);
-    // Pages of zeros are looked at like any others, and leave the disk in peace.
+    // Pages of zeros are scanned like all others, and do not load the disk.
     let sizes = sizes.map(|gib| (gib, format!("zero={} heap=16 dirty64={WRITES}", gib * 1024)));
     let mappings =
         [10, 1000, 50_000].map(|n| (n, format!("heap=64 mappings={n} dirty64={WRITES}")));
@@ -24,7 +24,7 @@ pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Err
         } else {
             String::new()
         };
-        // Each of them writes.
+        // Each process writes.
         (n, format!("heap=64 {children} dirty64={}", WRITES / n))
     });
     let columns = [

@@ -1,4 +1,4 @@
-//! What the machine can do at all: no stage of a transfer is faster than this.
+//! Measures the limits of the machine: no stage of a transfer can be faster.
 
 use crate::report::Table;
 use crate::{Bench, GIB, MIB};
@@ -18,8 +18,8 @@ use std::time::Instant;
 
 const BUFFER: usize = 4 * MIB as usize;
 
-/// Measures them, MB/s, in a process of its own: with what this one takes at most, the programs that it starts
-/// are said to have begun.
+/// Measures the limits, in MB/s, in a separate process: a program inherits the peak memory of the process that
+/// starts it as its own initial value.
 pub fn measure() -> Result<Table, Box<dyn Error>> {
     let own = env::current_exe()?;
     let out = Command::new(own)
@@ -32,10 +32,10 @@ pub fn measure() -> Result<Table, Box<dyn Error>> {
     Ok(serde_json::from_slice(&out.stdout)?)
 }
 
-/// What this program is told for that.
+/// Argument that selects this measurement.
 pub const ALONE: &str = "limits-alone";
 
-/// Measures them here, and prints them as JSON.
+/// Measures the limits in this process, and prints them as JSON.
 pub fn alone(bench: &Bench) -> Result<(), Box<dyn Error>> {
     println!("{}", serde_json::to_string(&here(bench))?);
     Ok(())

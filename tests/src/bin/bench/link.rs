@@ -1,4 +1,4 @@
-//! Case 2: over a slow link, memory that becomes small, a little smaller, or not at all.
+//! Case 2: memory that compresses well, a little or not at all, over a slow link.
 
 use crate::report::Table;
 use crate::{Bench, exists, transfer};
@@ -13,10 +13,10 @@ use tempfile::TempDir;
 
 const MODES: [&str; 3] = ["none", "zstd:1", "auto"];
 
-/// Of each process, MiB.
+/// Size of each process, in MiB.
 const SIZE: u32 = 512;
 
-/// A program whose heap is full of what programs have: a map of objects with numbers, words and times.
+/// A program whose heap contains typical data: a map of objects with numbers, words and timestamps.
 const HEAP: &str = r#"
 import java.io.File;
 import java.util.*;
@@ -43,7 +43,7 @@ public class Heap {
 }
 "#;
 
-/// What is sent.
+/// Processes to send.
 enum Target {
     Redis(Redis),
     Java(
@@ -81,7 +81,7 @@ impl Target {
     }
 }
 
-/// See the module.
+/// Measures case 2.
 pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     let net = Net::up("1gbit");
     let targets = [

@@ -1,4 +1,4 @@
-//! Measures Pageferry beside CRIU, on whatever machine this is: `scripts/bench.sh`.
+//! Measures Pageferry and CRIU on this machine: `scripts/bench.sh`.
 
 mod ballast;
 mod clients;
@@ -23,7 +23,7 @@ use tempfile::TempDir;
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 
-/// Where images go.
+/// Directory of the images.
 pub struct Place {
     name: &'static str,
     dir: PathBuf,
@@ -34,20 +34,20 @@ impl Place {
         tempfile::tempdir_in(&self.dir).expect("a directory can be made there")
     }
 
-    /// Memory for images of so many bytes.
+    /// Occupies memory for images of this many bytes.
     fn ballast(&self, bytes: u64) -> Ballast {
         Ballast::new(&self.dir, bytes)
     }
 }
 
-/// What all cases go by.
+/// Parameters of all cases.
 pub struct Bench {
     runs: usize,
     places: Vec<Place>,
     criu: Criu,
-    /// Of processes that are transferred, MiB.
+    /// Size of transferred processes, in MiB.
     sizes: Vec<u64>,
-    /// Of the largest process whose growth is looked at, GiB.
+    /// Size of the largest process in the growth case, in GiB.
     growth: u64,
     out: PathBuf,
 }
@@ -58,7 +58,7 @@ impl Bench {
     }
 }
 
-/// A case: its name, and what measures it.
+/// A case: its name, and the function that measures it.
 type Case = (
     &'static str,
     fn(&Bench, &mut Vec<Table>) -> Result<(), Box<dyn Error>>,
@@ -111,7 +111,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for (name, measure) in CASES {
         if wanted.is_empty() || wanted.iter().any(|it| it == name) {
             measure(&bench, &mut tables)?;
-            // What is measured so far is there, whatever becomes of the rest.
+            // The results so far are kept even if a later case fails.
             report::write(
                 &bench.out,
                 &variable("MACHINE", "an unknown machine"),
@@ -123,7 +123,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Case 1: all memory of a process over loopback, with our pair and with CRIU's.
+/// Case 1: all memory of a process over loopback, with Pageferry and with CRIU.
 fn full(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     const RATE: usize = 0;
     const FROZEN: usize = 1;
@@ -147,7 +147,7 @@ fn full(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
                 _ => transfer::ours(victim.pid(), place, None, &[], &["--rounds", "1"]),
             };
             for _ in 0..bench.runs {
-                // One after the other in turn: what else the machine does hits both.
+                // The ways alternate, so that other load on the machine affects both.
                 for with in ["pageferry", "CRIU"] {
                     let _ballast = place.ballast(mib * MIB);
                     let done = transfer(with);
@@ -187,7 +187,7 @@ fn full(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What certificates cost.
+/// Measures the cost of TLS.
 fn tls(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     let certs = Certs::new();
     let victim = Victim::detached("heap=1024");
@@ -218,7 +218,7 @@ fn tls(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The number of this name, wherever it is.
+/// Finds a number by this name at any depth.
 fn find(value: &serde_json::Value, name: &str) -> f64 {
     fn search(value: &serde_json::Value, name: &str) -> Option<f64> {
         match value {
@@ -233,7 +233,7 @@ fn find(value: &serde_json::Value, name: &str) -> f64 {
     search(value, name).unwrap_or_else(|| panic!("{name} is not in {value}"))
 }
 
-/// Whether there is a file.
+/// Returns whether a file exists.
 fn exists(path: &Path) -> Result<(), String> {
     match path.exists() {
         true => Ok(()),

@@ -1,4 +1,4 @@
-//! Cases 3 and 4: pre-copy of what is written to meanwhile.
+//! Cases 3 and 4: pre-copy of memory that is written meanwhile.
 
 use crate::clients::{Answer, Loaded, LoadedPostgres, LoadedRedis, now};
 use crate::report::{Table, lines};
@@ -10,13 +10,13 @@ use std::error::Error;
 use std::thread::sleep;
 use std::time::Duration;
 
-/// Of redis' data, and of PostgreSQL's shared buffers, MiB.
+/// Size of redis' data, and of PostgreSQL's shared buffers, in MiB.
 const SIZE: u32 = 2048;
 
-/// How long its clients are watched before and after, s.
+/// Time for which clients are observed before and after a move, in seconds.
 const WATCHED: f64 = 5.0;
 
-/// Case 3: databases under load, over 1 Gbit/s, and what their clients see.
+/// Case 3: databases under load, over 1 Gbit/s, and what their clients observe.
 pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     let net = Net::up("1gbit");
     for service in ["redis", "PostgreSQL"] {
@@ -39,7 +39,7 @@ pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Err
             let columns = ["when", "requests/s", "p50, ms", "p99, ms", "most, ms"];
             let mut seen = Table::new(&format!("{name}-clients"), &title, &columns);
             for run in 0..bench.runs {
-                // That is how long the clients are watched.
+                // Observation time of the clients.
                 sleep(Duration::from_secs_f64(WATCHED));
                 let began = now();
                 let done = transfer::ours(loaded.pid(), place, Some(&net), &[], &[]);
@@ -53,7 +53,7 @@ pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Err
                 let report = done.report.expect("it is ours");
                 let last = report.rounds.len();
                 for round in &report.rounds {
-                    // How many there are differs from run to run: the first, the last, those between.
+                    // The number of rounds differs from run to run: report the first, the last, and those in between.
                     let which = match round.round as usize {
                         1 => "first".to_owned(),
                         number if number == last => "last, frozen".to_owned(),
@@ -90,7 +90,7 @@ pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Err
     Ok(())
 }
 
-/// Requests a second, and of their times the median, the 99th percentile and the most, ms.
+/// Returns requests a second, and the median, the 99th percentile and the maximum of their latencies, in ms.
 fn summary(answers: &[Answer], from: f64, to: f64) -> [f64; 4] {
     let within = answers.iter().filter(|it| (from..to).contains(&it.at));
     let mut took: Vec<f64> = within.map(|it| it.took * 1e3).collect();
@@ -109,7 +109,7 @@ fn summary(answers: &[Answer], from: f64, to: f64) -> [f64; 4] {
     ]
 }
 
-/// The longest time in each tenth of a second, ms, from some before to some behind.
+/// Returns the largest latency in each tenth of a second, in ms, from shortly before to shortly after the move.
 fn longest(answers: &[Answer], began: f64, ended: f64) -> (String, Vec<(f64, f64)>) {
     let slots = ((ended - began + 2.0 * WATCHED) * 10.0) as usize;
     let mut most = vec![0.0_f64; slots];
@@ -126,7 +126,7 @@ fn longest(answers: &[Answer], began: f64, ended: f64) -> (String, Vec<(f64, f64
     (String::new(), points.collect())
 }
 
-/// Case 4: 64 bytes in each of up to 100,000 pages a second.
+/// Case 4: 64 bytes written in each of up to 100,000 pages a second.
 pub fn small_writes(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     const WRITES: u64 = 100_000;
     let victim = Victim::detached(&format!("heap=1024 dirty64={WRITES}"));

@@ -1,4 +1,4 @@
-//! What was measured, as tables, JSON and plots.
+//! Results as tables, JSON and plots.
 
 use plotters::coord::ranged1d::ValueFormatter;
 use plotters::coord::types::RangedCoordf64;
@@ -9,25 +9,25 @@ use std::fmt::Write;
 use std::fs;
 use std::path::Path;
 
-/// One thing measured several times.
+/// Samples of one quantity.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Samples(pub Vec<f64>);
 
 impl Samples {
-    /// The middle one; the mean of the two in the middle.
+    /// Returns the median; with an even number of samples, the mean of the middle two.
     pub fn median(&self) -> f64 {
         let sorted = self.sorted();
         let (low, high) = ((sorted.len() - 1) / 2, sorted.len() / 2);
         f64::midpoint(sorted[low], sorted[high])
     }
 
-    /// The least.
+    /// Returns the minimum.
     pub fn min(&self) -> f64 {
         self.sorted()[0]
     }
 
-    /// The greatest.
+    /// Returns the maximum.
     pub fn max(&self) -> f64 {
         self.sorted()[self.0.len() - 1]
     }
@@ -39,7 +39,7 @@ impl Samples {
     }
 }
 
-/// Three digits that matter.
+/// Formats a number with three significant digits.
 fn number(value: f64) -> String {
     let digits = match value.abs() {
         0.0 => 0,
@@ -64,22 +64,22 @@ impl std::fmt::Display for Samples {
     }
 }
 
-/// A table: rows of things measured, and what follows from them.
+/// A table of results, with remarks.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Table {
-    /// A name for files.
+    /// Name in file names.
     pub name: String,
-    /// What is measured, and where.
+    /// Title: what is measured, and where.
     pub title: String,
-    /// What is in each row, and its columns with their units.
+    /// Name of the rows, and the columns with their units.
     pub columns: Vec<String>,
     rows: Vec<(String, Vec<Samples>)>,
-    /// Sentences about it.
+    /// Remarks.
     pub findings: Vec<String>,
 }
 
 impl Table {
-    /// With no row yet.
+    /// Creates a table without rows.
     pub fn new(name: &str, title: &str, columns: &[&str]) -> Self {
         Self {
             name: name.to_owned(),
@@ -89,7 +89,7 @@ impl Table {
         }
     }
 
-    /// Adds one more sample to each of a row's columns, and the row if it is new.
+    /// Adds one sample to each column of a row, and the row itself if it is new.
     pub fn add(&mut self, row: &str, values: &[f64]) {
         let known = self.rows.iter().position(|(name, _)| name == row);
         let index = known.unwrap_or_else(|| {
@@ -103,13 +103,13 @@ impl Table {
         }
     }
 
-    /// A row's column behind its name, counted from 0.
+    /// Returns a column of a row, counted from 0 after the name.
     pub fn get(&self, row: &str, column: usize) -> &Samples {
         let found = self.rows.iter().find(|(name, _)| name == row);
         &found.expect("it was measured").1[column]
     }
 
-    /// A sentence about it.
+    /// Adds a remark.
     pub fn find(&mut self, what: String) {
         self.findings.push(what);
     }
@@ -127,7 +127,7 @@ impl Table {
         text + "\n"
     }
 
-    /// A bar for each row, as long as its column's median, with a whisker from least to most.
+    /// Draws a bar for each row: its length is the median of the column, a whisker spans minimum to maximum.
     pub fn bars(&self, path: &Path, column: usize) -> Result<(), Box<dyn Error>> {
         let rows = self.rows.len();
         let most = self.rows.iter().map(|(_, cells)| cells[column].max());
@@ -172,10 +172,10 @@ impl Table {
     }
 }
 
-/// What is drawn as a line: its name, and its points.
+/// A line in a plot: its name, and its points.
 pub type Series = (String, Vec<(f64, f64)>);
 
-/// Draws lines; `growth`: over a logarithmic axis, with a dot at each point.
+/// Draws lines. `growth` uses a logarithmic axis and marks each point.
 pub fn lines(
     path: &Path,
     title: &str,

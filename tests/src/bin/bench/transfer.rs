@@ -1,4 +1,4 @@
-//! One transfer of a process's memory: with our pair, or with `criu dump` into `criu page-server`.
+//! One transfer of a process's memory: with Pageferry, or with `criu dump` into `criu page-server`.
 
 use crate::{Place, find};
 use pageferry_tests::certs::strs;
@@ -12,24 +12,24 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-/// How long one may take.
+/// Timeout of a transfer.
 const LONG: Duration = Duration::from_secs(1800);
 
-/// How it went.
+/// Measurements of a transfer.
 pub struct Transfer {
-    /// From the start of the program at the source until all is durable at the destination.
+    /// Seconds from the start of the program at the source until everything is durable at the destination.
     pub seconds: f64,
-    /// Of pages, in the images.
+    /// Bytes of pages in the images.
     pub bytes: f64,
-    /// How long the process stood still in the longest of its stops, ms.
+    /// Longest time for which the process was frozen, in ms.
     pub frozen_ms: f64,
-    /// Source, destination.
+    /// Resources of the programs at the source and the destination.
     pub usage: [Usage; 2],
-    /// What `send` reports.
+    /// Report of `send`.
     pub report: Option<Report>,
 }
 
-/// With our pair, over loopback, or from host A to host B.
+/// Transfers with Pageferry, over loopback or from host A to host B.
 pub fn ours(
     pid: i32,
     place: &Place,
@@ -70,7 +70,7 @@ pub fn ours(
     }
 }
 
-/// With CRIU, over loopback. Its server is done before its images are durable: they are made so.
+/// Transfers with CRIU, over loopback. Its server exits before the images are durable: they are synced after.
 pub fn criu(criu: &Criu, pid: i32, place: &Place) -> Transfer {
     let (dir, state) = (place.tempdir(), place.tempdir());
     let (server, address) = criu.page_server(dir.path(), &[]);
@@ -123,7 +123,7 @@ fn page_bytes(dir: &Path) -> f64 {
     bytes.sum::<u64>() as f64
 }
 
-/// As CRIU itself has it, in the statistics that it leaves.
+/// Reads the freeze time from the statistics that CRIU writes.
 fn frozen_ms(state: &Path) -> f64 {
     let mut crit = Command::new("crit");
     let shown = Program::start(crit.arg("show").arg(state.join("stats-dump"))).finish();
