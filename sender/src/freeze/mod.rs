@@ -185,8 +185,8 @@ pub struct Frozen<'a> {
 }
 
 impl Frozen<'_> {
-    /// Returns the processes of the tree, the root first. Leaves out zombies, which have no memory, and children
-    /// between vfork and exec, which borrow that of their parent.
+    /// Returns the processes of the tree, the root first. Leaves out zombies, which have no memory, and
+    /// children between vfork and exec, which borrow that of their parent.
     #[must_use]
     pub fn processes(&self) -> &[FrozenProcess] {
         &self.processes

@@ -1,368 +1,426 @@
-//! Compressing pages, and judging whether it is worth it.
+//! Compression of pages, and the decision whether it is worthwhile.
 
-use crate::sys::socket::unsent;
+use crate::sys::socket::unacknowledged_bytes;
 use bytes::Bytes;
 use pageferry_common::BufferPool;
 use std::io;
-use std::os::fd::RawFd;
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-/// Whether and how hard pages are compressed.
+/// Whether to compress pages, and at which level.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Compression {
-    /// Not at all.
+    /// Never compress.
     None,
-    /// zstd at this level.
+    /// Compress with zstd at this level.
     Zstd(i32),
-    /// zstd, at [`DEFAULT_LEVEL`] or faster, while the link is what is waited for, and pages become smaller.
+    /// Compress with zstd, at [`DEFAULT_LEVEL`] or faster, while the link is the bottleneck and the pages
+    /// become smaller.
     Auto,
 }
 
-/// The level that is meant where none is said.
+/// zstd level used when the user gives none.
 pub const DEFAULT_LEVEL: i32 = 1;
 
-/// The levels of [`Compression::Auto`]; the other takes about half the time.
+/// Levels of [`Compression::Auto`]. The second takes about half the time of the first.
 const LEVELS: [i32; 2] = [DEFAULT_LEVEL, -5];
 
-/// What pages must become at most, of what they were, to be sent so.
-const MOST: f64 = 7.0 / 8.0;
+/// Maximum ratio of compressed to raw size at which pages are sent compressed.
+const MAX_RATIO: f64 = 7.0 / 8.0;
 
-/// Bytes of pages that are compressed only to see what would come of it.
-const SAMPLE: usize = 128 << 10;
+/// Bytes of pages compressed to estimate speed and ratio.
+const SAMPLE_BYTES: usize = 128 << 10;
 
-/// Samples take at most one part in so many of all time.
-const SAMPLE_SHARE: u32 = 50;
+/// Pause between two samples, in multiples of the time that a sample takes. Sampling uses 1/50 of the time.
+const SAMPLE_PAUSE: u32 = 50;
 
-/// Bytes that leave until most of what is believed of a link is what was seen last.
-const WINDOW: f64 = (4 << 20) as f64;
+/// Bytes sent until the newest measurements dominate the rate of the link.
+const WINDOW_BYTES: f64 = (4 << 20) as f64;
 
-/// How fast a link takes what is written to it. The thread that writes tells, the one that compresses asks.
-#[derive(Debug)]
-pub struct Pace {
-    /// Bytes that wait to be written.
+/// Rate at which the link sends data. The network thread records its writes here; the thread that compresses
+/// reads the rate and the backlog.
+#[derive(Debug, Default)]
+pub struct LinkRate {
+    /// Bytes queued for the network thread.
     queued: AtomicU64,
-    /// Seconds a byte; the bits of an `f64`. Only one thread writes it.
+    /// Seconds per byte, as the bits of an `f64`; 0 while unknown. Written by one thread only.
     cost: AtomicU64,
-    /// What is written to, to ask how much of that it has sent.
-    socket: AtomicI32,
+    /// Duplicate of the connection's socket, owned by the conversation, which closes it with the connection.
+    socket: Mutex<Weak<OwnedFd>>,
 }
 
-impl Default for Pace {
-    fn default() -> Self {
-        Self {
-            queued: AtomicU64::new(0),
-            cost: AtomicU64::new(0),
-            socket: AtomicI32::new(-1),
-        }
-    }
-}
-
-impl Pace {
-    /// This is the socket.
-    pub fn watch(&self, socket: RawFd) {
-        self.socket.store(socket, Ordering::Relaxed);
+impl LinkRate {
+    /// Sets the socket whose unsent bytes count as backlog. It is watched until its owner drops it.
+    pub fn watch(&self, socket: &Arc<OwnedFd>) {
+        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(socket);
     }
 
-    /// So many bytes more wait to be written.
+    /// Adds bytes to the queue of the network thread.
     pub fn queue(&self, bytes: usize) {
         self.queued.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Bytes that the socket has yet to send, or that are not acknowledged: it takes megabytes at once, however
-    /// slow the link is.
+    /// Returns the bytes that the kernel has accepted but the peer has not acknowledged. The kernel accepts
+    /// megabytes at once, however slow the link is. Returns 0 without a connection.
     pub fn unsent(&self) -> u64 {
-        unsent(self.socket.load(Ordering::Relaxed)).unwrap_or_default()
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let bytes = socket
+            .upgrade()
+            .and_then(|socket| unacknowledged_bytes(socket.as_fd()).ok());
+        bytes.unwrap_or_default()
     }
 
-    /// So many of them were written, in this time, in which the socket had so many to send at first.
-    pub fn wrote(&self, bytes: usize, took: Duration, unsent_before: u64) {
+    /// Records that the network thread wrote `bytes` from its queue in time `took`; `unsent_before` is what
+    /// [`LinkRate::unsent`] returned before the write.
+    pub fn record_write(&self, bytes: usize, took: Duration, unsent_before: u64) {
         self.queued.fetch_sub(bytes as u64, Ordering::Relaxed);
         let unsent = self.unsent();
-        let left = (unsent_before + bytes as u64).saturating_sub(unsent);
-        self.learn(left, took, unsent == 0);
+        let sent = (unsent_before + bytes as u64).saturating_sub(unsent);
+        let load = match unsent {
+            0 => Load::Idle,
+            _ => Load::Busy,
+        };
+        self.learn(sent, took, load);
     }
 
-    /// So many bytes left in this time. If the link ran `dry` in it, it is at least as fast as that.
-    fn learn(&self, bytes: u64, took: Duration, dry: bool) {
-        let (before, now) = (self.cost(), took.as_secs_f64() / bytes as f64);
-        if bytes == 0 || dry && before > 0.0 && now > before {
+    /// Updates the rate: `bytes` left the host in time `took`. An idle link may be faster than that, so such
+    /// a measurement never lowers the rate.
+    fn learn(&self, bytes: u64, took: Duration, load: Load) {
+        let now = took.as_secs_f64() / bytes as f64;
+        let is_slower = self.seconds_per_byte().is_some_and(|before| now > before);
+        if bytes == 0 || load == Load::Idle && is_slower {
             return;
         }
-        let weight = 1.0 - (-(bytes as f64) / WINDOW).exp();
+        let before = self.seconds_per_byte().unwrap_or_default();
+        let weight = 1.0 - (-(bytes as f64) / WINDOW_BYTES).exp();
         let cost = before + weight * (now - before);
         self.cost.store(cost.to_bits(), Ordering::Relaxed);
     }
 
-    /// Seconds that the link takes for a byte; 0 before anything was written.
-    fn cost(&self) -> f64 {
-        f64::from_bits(self.cost.load(Ordering::Relaxed))
+    /// Returns the time the link takes for a byte, in seconds; `None` while unknown.
+    fn seconds_per_byte(&self) -> Option<f64> {
+        let cost = f64::from_bits(self.cost.load(Ordering::Relaxed));
+        (cost != 0.0).then_some(cost)
     }
 
-    /// Nothing has been written yet.
-    fn is_unknown(&self) -> bool {
-        self.cost() == 0.0
-    }
-
-    /// Something waits to be written.
+    /// Returns whether bytes wait for the network thread.
     fn is_busy(&self) -> bool {
         self.queued.load(Ordering::Relaxed) > 0
     }
 
-    /// Seconds until all that waits has left.
-    fn backlog(&self) -> f64 {
-        (self.queued.load(Ordering::Relaxed) + self.unsent()) as f64 * self.cost()
+    /// Returns the bytes that have not left the host yet.
+    fn backlog_bytes(&self) -> u64 {
+        self.queued.load(Ordering::Relaxed) + self.unsent()
     }
 }
 
-/// What compressing has led to lately.
+/// State of the link after a write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Load {
+    /// All bytes were sent: the link may have been idle for part of the time.
+    Idle,
+    /// Bytes are still unsent: the link was busy all the time.
+    Busy,
+}
+
+/// Speed and ratio of compression at one level, as seen lately.
 #[derive(Debug, Clone, Copy, PartialEq)]
-struct Outlook {
-    /// Seconds that it takes for a byte.
+struct Estimate {
+    /// Seconds to compress a byte.
     cost: f64,
-    /// Bytes that become of one.
+    /// Ratio of compressed to raw size.
     ratio: f64,
 }
 
-impl Outlook {
-    /// Of pages that are left as they are.
+impl Estimate {
+    /// Estimate for pages that are sent uncompressed.
     const RAW: Self = Self {
         cost: 0.0,
         ratio: 1.0,
     };
 
-    /// So many bytes became so many, in this time.
-    fn new(bytes: usize, made: usize, took: Duration) -> Self {
+    /// Returns the estimate from one measurement: `bytes` were compressed to `compressed_bytes` in time
+    /// `took`.
+    fn new(bytes: usize, compressed_bytes: usize, took: Duration) -> Self {
         Self {
             cost: took.as_secs_f64() / bytes as f64,
-            ratio: made as f64 / bytes as f64,
+            ratio: compressed_bytes as f64 / bytes as f64,
         }
     }
 
-    /// Whether it is worth while to compress so many bytes for such a link: if they have left sooner, and if the
-    /// processor is not kept busy for twice what the link is spared (it may have others to serve).
-    fn pays(self, bytes: usize, link: f64, backlog: f64) -> bool {
-        let until = |it: Self| it.until_sent(bytes, link, backlog);
-        until(self) < until(Self::RAW) && self.cost < 2.0 * link * (1.0 - self.ratio)
+    /// Returns whether to compress `bytes` for a link that takes `link` seconds per byte and has a backlog of
+    /// `backlog` seconds: if they are sent sooner than uncompressed, and the processor, which other programs
+    /// need too, spends less than twice the time that the link saves.
+    fn is_worthwhile(self, bytes: usize, link: f64, backlog: f64) -> bool {
+        let time = |estimate: Self| estimate.seconds_until_sent(bytes, link, backlog);
+        time(self) < time(Self::RAW) && self.cost < 2.0 * link * (1.0 - self.ratio)
     }
 
-    /// Seconds until so many bytes have left over a link that takes `link` seconds a byte, and has `backlog`
-    /// seconds to go on meanwhile.
-    fn until_sent(self, bytes: usize, link: f64, backlog: f64) -> f64 {
+    /// Returns the seconds until `bytes` are compressed and sent. The link takes `link` seconds per byte, and
+    /// works off its backlog of `backlog` seconds during the compression.
+    fn seconds_until_sent(self, bytes: usize, link: f64, backlog: f64) -> f64 {
         let bytes = bytes as f64;
         (bytes * self.cost).max(backlog) + bytes * self.ratio * link
     }
 
-    /// Whether pages become small enough to be sent so.
-    fn is_gain(self) -> bool {
-        self.ratio < MOST
+    /// Returns whether the pages become small enough to be sent compressed.
+    fn is_smaller(self) -> bool {
+        self.ratio < MAX_RATIO
     }
 
-    /// Half of what it was, half of what is seen now.
-    fn learn(self, now: Self) -> Self {
+    /// Returns the mean of this estimate and a new measurement.
+    fn averaged(self, new: Self) -> Self {
         Self {
-            cost: f64::midpoint(self.cost, now.cost),
-            ratio: f64::midpoint(self.ratio, now.ratio),
+            cost: f64::midpoint(self.cost, new.cost),
+            ratio: f64::midpoint(self.ratio, new.ratio),
         }
     }
 }
 
-/// Decides chunk by chunk.
-#[derive(Debug)]
-struct Judge {
-    /// Of each level.
-    outlooks: Option<[Outlook; LEVELS.len()]>,
-    next_sample: Instant,
-    /// For what a sample becomes.
-    room: Vec<u8>,
+/// Pages in the form in which they are sent.
+pub(super) struct Payload {
+    pub(super) compressed: bool,
+    pub(super) data: Bytes,
 }
 
-/// Compresses chunks, or leaves them as they are.
+impl Payload {
+    pub(super) fn raw(data: Bytes) -> Self {
+        Self {
+            compressed: false,
+            data,
+        }
+    }
+}
+
+/// Compresses chunks where that is worthwhile.
 pub(super) struct Compressor {
     zstd: zstd::bulk::Compressor<'static>,
-    /// `None`: always.
-    judge: Option<Judge>,
+    /// `None` to compress every chunk at the fixed level.
+    adaptive: Option<AdaptiveLevel>,
     pool: BufferPool,
 }
 
 impl Compressor {
-    /// `None` if nothing is ever compressed. Buffers come out of `pool`.
+    /// Returns a compressor that takes buffers from `pool`; `None` for [`Compression::None`].
     pub(super) fn new(how: Compression, pool: &BufferPool) -> io::Result<Option<Self>> {
-        let (level, judge) = match how {
+        let (level, adaptive) = match how {
             Compression::None => return Ok(None),
             Compression::Zstd(level) => (level, None),
-            Compression::Auto => {
-                let judge = Judge {
-                    outlooks: None,
-                    next_sample: Instant::now(),
-                    room: vec![0; SAMPLE],
-                };
-                (LEVELS[0], Some(judge))
-            }
+            Compression::Auto => (LEVELS[0], Some(AdaptiveLevel::new())),
         };
         Ok(Some(Self {
             zstd: zstd::bulk::Compressor::new(level)?,
-            judge,
+            adaptive,
             pool: pool.clone(),
         }))
     }
 
-    /// The pages as they are to be sent, and whether they are compressed: if that makes them at least an
-    /// eighth smaller, and is worth while.
-    pub(super) fn compress(&mut self, pages: Bytes, pace: &Pace) -> (bool, Bytes) {
+    /// Compresses pages if that is worthwhile and makes them at least an eighth smaller; otherwise returns
+    /// them as they are.
+    pub(super) fn compress(&mut self, pages: Bytes, link: &LinkRate) -> Payload {
         if pages.is_empty() {
-            return (false, pages);
+            return Payload::raw(pages);
         }
-        let level = match &mut self.judge {
-            Some(judge) => judge.decide(&mut self.zstd, &pages, pace),
+        let level = match &mut self.adaptive {
+            Some(adaptive) => adaptive.choose(&mut self.zstd, &pages, link),
             None => Some(0),
         };
         let Some(level) = level else {
-            return (false, pages);
+            return Payload::raw(pages);
         };
-        let goal = (pages.len() as f64 * MOST) as usize;
-        // Until there is one, the link is waited for.
-        let mut smaller = self.pool.take_blocking();
+        let max_len = (pages.len() as f64 * MAX_RATIO) as usize;
+        // Blocks until the network thread has sent a chunk, if no buffer is free.
+        let mut buffer = self.pool.take_blocking();
         let began = Instant::now();
-        // A result that does not fit in the room given is an error, and no gain.
-        let result = self.zstd.compress_to_buffer(&pages, &mut smaller[..goal]);
-        let len = result.unwrap_or(0);
-        let made = if len > 0 { len } else { pages.len() };
-        if let Some(judge) = &mut self.judge {
-            judge.learn(level, Outlook::new(pages.len(), made, began.elapsed()));
+        // zstd returns an error if the result is longer than max_len.
+        let result = self.zstd.compress_to_buffer(&pages, &mut buffer[..max_len]);
+        let compressed_len = result.ok().filter(|len| *len > 0);
+        if let Some(adaptive) = &mut self.adaptive {
+            let len = compressed_len.unwrap_or(pages.len());
+            adaptive.learn(level, Estimate::new(pages.len(), len, began.elapsed()));
         }
-        match len {
-            0 => (false, pages),
-            len => (true, smaller.freeze(len)),
+        match compressed_len {
+            None => Payload::raw(pages),
+            Some(len) => Payload {
+                compressed: true,
+                data: buffer.freeze(len),
+            },
         }
     }
 }
 
-impl Judge {
-    /// The level to compress pages at, by its place among [`LEVELS`], to which `zstd` is set then; `None` to leave
-    /// them as they are.
-    fn decide(
+/// Chooses a level for each chunk.
+#[derive(Debug)]
+struct AdaptiveLevel {
+    /// Estimates for each of [`LEVELS`]; `None` before the first sample.
+    estimates: Option<[Estimate; LEVELS.len()]>,
+    next_sample: Instant,
+    /// Buffer for compressed samples.
+    scratch: Vec<u8>,
+}
+
+impl AdaptiveLevel {
+    fn new() -> Self {
+        Self {
+            estimates: None,
+            next_sample: Instant::now(),
+            scratch: vec![0; SAMPLE_BYTES],
+        }
+    }
+
+    /// Returns the level to compress pages at, as an index into [`LEVELS`], and sets `zstd` to it; `None` to
+    /// send the pages uncompressed.
+    fn choose(
         &mut self,
         zstd: &mut zstd::bulk::Compressor<'static>,
         pages: &[u8],
-        pace: &Pace,
+        link: &LinkRate,
     ) -> Option<usize> {
-        let began = Instant::now();
-        if began >= self.next_sample {
-            // From the middle: the first pages of a mapping are often unlike the others.
-            let sample = SAMPLE.min(pages.len());
-            let from = (pages.len() - sample) / 2;
-            let sampled = &pages[from..from + sample];
-            for (place, level) in LEVELS.into_iter().enumerate() {
-                let began = Instant::now();
-                zstd.set_compression_level(level).ok()?;
-                let result = zstd.compress_to_buffer(sampled, &mut self.room[..sample]);
-                let made = result.unwrap_or(sample);
-                self.learn(place, Outlook::new(sample, made, began.elapsed()));
-            }
-            self.next_sample = began + SAMPLE_SHARE * began.elapsed();
+        if Instant::now() >= self.next_sample {
+            self.sample(zstd, pages)?;
         }
-        let outlooks = self.outlooks?;
-        let (bytes, link, backlog) = (pages.len(), pace.cost(), pace.backlog());
-        let place = match pace.is_unknown() {
-            // The chunk before is still on its way: better than to wait for it.
-            true => (pace.is_busy() && outlooks[0].is_gain()).then_some(0),
-            false => {
-                let until = |place: &usize| outlooks[*place].until_sent(bytes, link, backlog);
+        let estimates = self.estimates?;
+        let index = match link.seconds_per_byte() {
+            // Compress if the previous chunk is still in flight, rather than wait for it.
+            None => (link.is_busy() && estimates[0].is_smaller()).then_some(0),
+            Some(cost) => {
+                let (bytes, backlog) = (pages.len(), link.backlog_bytes() as f64 * cost);
+                let time =
+                    |index: &usize| estimates[*index].seconds_until_sent(bytes, cost, backlog);
                 (0..LEVELS.len())
-                    .filter(|place| outlooks[*place].pays(bytes, link, backlog))
-                    .min_by(|one, other| until(one).total_cmp(&until(other)))
+                    .filter(|index| estimates[*index].is_worthwhile(bytes, cost, backlog))
+                    .min_by(|one, other| time(one).total_cmp(&time(other)))
             }
         }?;
-        zstd.set_compression_level(LEVELS[place]).ok()?;
-        Some(place)
+        zstd.set_compression_level(LEVELS[index]).ok()?;
+        Some(index)
     }
 
-    /// This was seen at a level.
-    fn learn(&mut self, place: usize, now: Outlook) {
-        // Until each has been seen, one stands for the others.
-        let outlooks = self.outlooks.get_or_insert([now; LEVELS.len()]);
-        outlooks[place] = outlooks[place].learn(now);
+    /// Compresses a part of the pages at each level, to update the estimates.
+    fn sample(&mut self, zstd: &mut zstd::bulk::Compressor<'static>, pages: &[u8]) -> Option<()> {
+        let sampling_began = Instant::now();
+        // From the middle: the first pages of a mapping are often unlike the others.
+        let len = SAMPLE_BYTES.min(pages.len());
+        let start = (pages.len() - len) / 2;
+        let sample = &pages[start..start + len];
+        for (index, level) in LEVELS.into_iter().enumerate() {
+            let began = Instant::now();
+            zstd.set_compression_level(level).ok()?;
+            let result = zstd.compress_to_buffer(sample, &mut self.scratch[..len]);
+            let compressed_len = result.unwrap_or(len);
+            self.learn(index, Estimate::new(len, compressed_len, began.elapsed()));
+        }
+        self.next_sample = sampling_began + SAMPLE_PAUSE * sampling_began.elapsed();
+        Some(())
+    }
+
+    /// Updates the estimate of a level by a measurement.
+    fn learn(&mut self, index: usize, measured: Estimate) {
+        // The first measurement initialises all levels.
+        let estimates = self.estimates.get_or_insert([measured; LEVELS.len()]);
+        estimates[index] = estimates[index].averaged(measured);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pageferry_common::CHUNK_SIZE as CHUNK;
+    use pageferry_common::CHUNK_SIZE;
 
-    /// Seconds a byte, of a rate in MB/s.
-    fn at(megabytes: f64) -> f64 {
-        1e-6 / megabytes
+    /// Converts a rate in MB/s to seconds per byte.
+    fn seconds_per_byte(megabytes_per_second: f64) -> f64 {
+        1e-6 / megabytes_per_second
     }
 
     #[test]
-    fn it_pays_where_the_link_is_waited_for() {
+    fn compression_is_worthwhile_while_the_link_is_the_bottleneck() {
         let (text, random) = (0.3, 1.0);
-        for (link, ratio, chunks_waiting, pays) in [
-            (at(117.0), text, 1.0, true),
-            (at(117.0), 0.8, 1.0, true),
-            (at(117.0), random, 1.0, false),
-            // The link would stand still meanwhile, and even so.
-            (at(117.0), text, 0.0, true),
-            (at(117.0), 0.8, 0.0, false),
-            // Faster than the compressor.
-            (at(2000.0), text, 2.0, false),
-            // Not known yet.
+        for (link, ratio, chunks_waiting, expected) in [
+            (seconds_per_byte(117.0), text, 1.0, true),
+            (seconds_per_byte(117.0), 0.8, 1.0, true),
+            (seconds_per_byte(117.0), random, 1.0, false),
+            // The link would be idle during the compression.
+            (seconds_per_byte(117.0), text, 0.0, true),
+            (seconds_per_byte(117.0), 0.8, 0.0, false),
+            // The link is faster than the compressor.
+            (seconds_per_byte(2000.0), text, 2.0, false),
+            // The link takes no time.
             (0.0, text, 1.0, false),
         ] {
-            let outlook = Outlook {
-                cost: at(500.0),
+            let estimate = Estimate {
+                cost: seconds_per_byte(500.0),
                 ratio,
             };
-            let backlog = chunks_waiting * CHUNK as f64 * link;
-            let what = format!("{link} {ratio} {chunks_waiting}");
-            assert_eq!(outlook.pays(CHUNK, link, backlog), pays, "{what}");
+            let backlog = chunks_waiting * CHUNK_SIZE as f64 * link;
+            let case = format!("{link} {ratio} {chunks_waiting}");
+            let result = estimate.is_worthwhile(CHUNK_SIZE, link, backlog);
+            assert_eq!(result, expected, "{case}");
         }
     }
 
     #[test]
-    fn what_has_left_sooner_is_better() {
-        let [good, fast] = [(200.0, 0.38), (500.0, 0.55)].map(|(rate, ratio)| Outlook {
-            cost: at(rate),
+    fn slower_level_is_better_only_with_a_backlog() {
+        let [good, fast] = [(200.0, 0.38), (500.0, 0.55)].map(|(rate, ratio)| Estimate {
+            cost: seconds_per_byte(rate),
             ratio,
         });
-        let link = at(117.0);
+        let link = seconds_per_byte(117.0);
         for (chunks_waiting, better) in [(0.0, fast), (0.2, fast), (0.5, good), (2.0, good)] {
-            let backlog = chunks_waiting * CHUNK as f64 * link;
-            let until = |it: Outlook| it.until_sent(CHUNK, link, backlog);
+            let backlog = chunks_waiting * CHUNK_SIZE as f64 * link;
+            let time = |estimate: Estimate| estimate.seconds_until_sent(CHUNK_SIZE, link, backlog);
             let other = if better == fast { good } else { fast };
-            assert!(until(better) < until(other), "{chunks_waiting}");
+            assert!(time(better) < time(other), "{chunks_waiting}");
         }
     }
 
     #[test]
-    fn how_fast_a_link_is_shows_by_what_leaves() {
-        let pace = Pace::default();
-        let leave = |bytes, rate: f64, dry| {
-            let took = Duration::from_secs_f64(bytes as f64 * at(rate));
-            pace.learn(bytes, took, dry);
+    fn link_rate_follows_the_bytes_that_leave() {
+        let rate = LinkRate::default();
+        let send = |bytes, megabytes_per_second: f64, load| {
+            let took = bytes as f64 * seconds_per_byte(megabytes_per_second);
+            rate.learn(bytes, Duration::from_secs_f64(took), load);
         };
-        let (chunk, about) = (8 * CHUNK as u64, |rate| pace.cost() / at(rate));
-        (0..2).for_each(|_| leave(chunk, 100.0, false));
-        assert!((0.8..1.0).contains(&about(100.0)));
-        // What the socket takes in no time has not left.
-        leave(10_000, 100.0, false);
-        // Less to do than it could: that says nothing.
-        (0..8).for_each(|_| leave(chunk, 20.0, true));
-        let before = about(100.0);
+        assert_eq!(rate.seconds_per_byte(), None);
+        let chunks = 8 * CHUNK_SIZE as u64;
+        let relative_to =
+            |megabytes| rate.seconds_per_byte().unwrap() / seconds_per_byte(megabytes);
+        (0..2).for_each(|_| send(chunks, 100.0, Load::Busy));
+        assert!((0.8..1.0).contains(&relative_to(100.0)));
+        // A small write that the socket accepts at once weighs little.
+        send(10_000, 100.0, Load::Busy);
+        // A link that was idle may be faster than measured.
+        (0..8).for_each(|_| send(chunks, 20.0, Load::Idle));
+        let before = relative_to(100.0);
         assert!(before < 1.0, "{before}");
-        (0..6).for_each(|_| leave(chunk, 2000.0, true));
-        assert!(about(2000.0) < 1.2);
-        pace.queue(1_000_000);
-        assert!(pace.backlog() > 0.0);
+        (0..6).for_each(|_| send(chunks, 2000.0, Load::Idle));
+        assert!(relative_to(2000.0) < 1.2);
+        rate.queue(1_000_000);
+        assert_eq!(rate.backlog_bytes(), 1_000_000);
     }
 
     #[test]
-    fn on_a_slow_link_it_comes_to_compress_what_can_be_and_nothing_else() {
+    fn unsent_bytes_of_a_closed_connection_are_zero() {
+        use std::io::Write;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut stream = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let socket = Arc::new(OwnedFd::from(stream.try_clone().unwrap()));
+        let rate = LinkRate::default();
+        rate.watch(&socket);
+        // More than both kernel buffers hold, for nothing reads it.
+        stream.set_nonblocking(true).unwrap();
+        while stream.write(&[0; 1 << 16]).is_ok() {}
+        assert!(rate.unsent() > 0);
+        drop(socket);
+        assert_eq!(rate.unsent(), 0);
+    }
+
+    #[test]
+    fn slow_link_compresses_only_compressible_chunks() {
         let pool = BufferPool::new(1);
-        let text = b"for a slow link, this is small. ".repeat(CHUNK / 32);
-        let mut random = vec![0; CHUNK];
+        let text = b"for a slow link, this is small. ".repeat(CHUNK_SIZE / 32);
+        let mut random = vec![0; CHUNK_SIZE];
         let mut state = 1_u64;
         for word in random.chunks_exact_mut(8) {
             // xorshift64
@@ -371,20 +429,20 @@ mod tests {
             state ^= state << 17;
             word.copy_from_slice(&state.to_le_bytes());
         }
-        for (pages, smaller) in [(text, true), (random, false)] {
+        for (pages, is_compressible) in [(text, true), (random, false)] {
             let mut compressor = Compressor::new(Compression::Auto, &pool).unwrap().unwrap();
-            let pace = Pace::default();
+            let rate = LinkRate::default();
             let pages = Bytes::from(pages);
-            let (compressed, sent) = compressor.compress(pages.clone(), &pace);
-            assert!(!compressed && sent == pages);
-            // While the first is on its way, and when it is known how long that took.
-            pace.queue(CHUNK);
-            let (compressed, _) = compressor.compress(pages.clone(), &pace);
-            assert_eq!(compressed, smaller);
-            pace.learn(CHUNK as u64, Duration::from_secs(100), false);
-            let (compressed, sent) = compressor.compress(pages.clone(), &pace);
-            assert_eq!(compressed, smaller);
-            assert_eq!(sent.len() < CHUNK, smaller);
+            let first = compressor.compress(pages.clone(), &rate);
+            assert!(!first.compressed && first.data == pages);
+            // While the first chunk is in flight, the rate is unknown.
+            rate.queue(CHUNK_SIZE);
+            let second = compressor.compress(pages.clone(), &rate);
+            assert_eq!(second.compressed, is_compressible);
+            rate.learn(CHUNK_SIZE as u64, Duration::from_secs(100), Load::Busy);
+            let third = compressor.compress(pages.clone(), &rate);
+            assert_eq!(third.compressed, is_compressible);
+            assert_eq!(third.data.len() < CHUNK_SIZE, is_compressible);
         }
     }
 }

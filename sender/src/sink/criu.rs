@@ -1,12 +1,11 @@
-//! CRIU's page-server protocol: rounds into `criu page-server`, which must be started anew, and with
-//! the directory of the round before as its parent, for each round.
+//! Sink for CRIU's page-server protocol.
 //!
-//! A connection is a round. CRIU's server says nothing but whether it has an image in its parent,
-//! and at the end a number, 0 if it has everything.
+//! Each round is one connection to `criu page-server`, which the user starts once for each round, with the
+//! directory of the previous round as its parent. The server only replies whether its parent directory has an
+//! image, and, at the end of the round, with a status: 0 if it has everything.
 
 use super::compress::Compression;
-use super::link::{Duplex, Link, dial};
-use super::native::Connect;
+use super::link::{Connect, Duplex, Link, dial};
 use super::{PageSink, Receipt, SinkError};
 use crate::progress::Counters;
 use bytes::Bytes;
@@ -21,14 +20,13 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, BufStream};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
-/// How long a page server may take to answer before it is taken for one that waits for the rest of
-/// a longer header.
-const ANSWER: Duration = Duration::from_secs(2);
+/// How long to wait for the first reply, before assuming that the server waits for the rest of a wide header.
+const FIRST_REPLY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How often a page server that is not there yet is looked for.
-const RETRY: Duration = Duration::from_millis(20);
+/// Pause between two attempts to connect to a page server that is not started yet.
+const RETRY_DELAY: Duration = Duration::from_millis(20);
 
-/// Most pages in one entry: the narrow header has 32 bits for them.
+/// Maximum number of pages in an entry: the narrow header has 32 bits for it.
 const ENTRY_PAGES_MAX: u64 = 1 << 31;
 
 static ZEROS: [u8; 1 << 16] = [0; 1 << 16];
@@ -46,16 +44,23 @@ enum Reply {
     Closed,
 }
 
-/// The sink for CRIU's page server.
+/// Sink for `criu page-server`.
 pub struct CriuSink {
     link: Link<Outgoing, Reply>,
     connected: bool,
-    /// The open image, and whether the server has it in its parent.
-    image: Option<(ImageId, bool)>,
+    image: Option<OpenImage>,
     counters: Arc<Counters>,
     /// Bytes sent when the round began.
     round_start: u64,
     totals: Totals,
+}
+
+/// Image that later `put` calls belong to.
+#[derive(Debug, Clone, Copy)]
+struct OpenImage {
+    id: ImageId,
+    /// Whether the parent directory of the server has this image.
+    has_parent: bool,
 }
 
 impl CriuSink {
@@ -69,13 +74,15 @@ impl CriuSink {
             return Err(SinkError::PageServer(what));
         }
         tracing::warn!(
-            "CRIU's protocol has no checksums, compression, resume or progress, and takes one round \
-             for each start of `criu page-server`"
+            "CRIU's protocol has no checksums, compression, resume or progress reports, and takes one start \
+             of `criu page-server` for each round"
         );
         let counters = Arc::new(Counters::default());
-        let told = Arc::clone(&counters);
+        let thread_counters = Arc::clone(&counters);
         let mut sink = Self {
-            link: Link::start(|commands, replies| converse(connect, commands, replies, told))?,
+            link: Link::start(|commands_rx, replies_tx| {
+                converse(connect, commands_rx, replies_tx, thread_counters)
+            })?,
             connected: false,
             image: None,
             counters,
@@ -90,8 +97,8 @@ impl CriuSink {
 impl PageSink for CriuSink {
     fn prepare(&mut self) -> Result<(), SinkError> {
         if !self.connected {
-            self.link.say(Outgoing::Connect)?;
-            self.link.hear()?;
+            self.link.send(Outgoing::Connect)?;
+            self.link.recv()?;
             self.connected = true;
         }
         Ok(())
@@ -105,28 +112,32 @@ impl PageSink for CriuSink {
 
     fn open(&mut self, image: ImageId) -> Result<(), SinkError> {
         self.totals.images += 1;
-        self.link.say(Outgoing::Open(image))?;
-        let has_parent = matches!(self.link.hear()?, Reply::Opened { has_parent: true });
-        self.image = Some((image, has_parent));
+        self.link.send(Outgoing::Open(image))?;
+        let has_parent = matches!(self.link.recv()?, Reply::Opened { has_parent: true });
+        self.image = Some(OpenImage {
+            id: image,
+            has_parent,
+        });
         Ok(())
     }
 
     fn put(&mut self, entries: Vec<Entry>, pages: Bytes) -> Result<(), SinkError> {
-        if let Some((image, false)) = self.image
+        if let Some(image) = self.image
+            && !image.has_parent
             && entries.iter().any(|entry| entry.kind == EntryKind::Parent)
         {
-            let what = format!("does not have {image} of the round before");
+            let what = format!("does not have {} of the previous round", image.id);
             return Err(SinkError::PageServer(what));
         }
         self.totals.count(&entries);
         let counted = &self.counters.pages;
         counted.store(self.totals.pages(), Ordering::Relaxed);
-        self.link.say(Outgoing::Put { entries, pages })
+        self.link.send(Outgoing::Put { entries, pages })
     }
 
     fn commit(&mut self) -> Result<Receipt, SinkError> {
-        self.link.say(Outgoing::Close)?;
-        self.link.hear()?;
+        self.link.send(Outgoing::Close)?;
+        self.link.recv()?;
         self.connected = false;
         Ok(Receipt {
             totals: self.totals,
@@ -154,18 +165,19 @@ impl PageSink for CriuSink {
 /// The network thread.
 async fn converse(
     connect: Connect,
-    mut commands: mpsc::Receiver<Outgoing>,
-    replies: mpsc::UnboundedSender<Reply>,
+    mut commands_rx: mpsc::Receiver<Outgoing>,
+    replies_tx: mpsc::UnboundedSender<Reply>,
     counters: Arc<Counters>,
 ) -> Result<(), SinkError> {
-    // Learnt in the first round, and the same in all.
+    // Detected in the first round, and the same in all rounds.
     let mut width = None;
-    let mut first = true;
-    while let Some(Outgoing::Connect) = commands.recv().await {
-        let stream = dial_patiently(&connect, first).await?;
-        first = false;
-        // The sink is gone only if the migration is over. So for all that follows.
-        let _ = replies.send(Reply::Connected);
+    // In the first round the server must be there; in later rounds the user may still be starting it.
+    let mut retry_for = Duration::ZERO;
+    while let Some(Outgoing::Connect) = commands_rx.recv().await {
+        let stream = dial_with_retries(&connect, retry_for).await?;
+        retry_for = connect.stall;
+        // This and the other replies fail only if the sink was dropped, which ends the conversation anyway.
+        let _ = replies_tx.send(Reply::Connected);
         let mut server = Server {
             stream: BufStream::with_capacity(64, ZEROS.len(), stream),
             width,
@@ -174,94 +186,90 @@ async fn converse(
             counters: &counters,
         };
         loop {
-            match commands.recv().await {
+            match commands_rx.recv().await {
                 Some(Outgoing::Open(image)) => {
                     let has_parent = server.open(image).await?;
-                    let _ = replies.send(Reply::Opened { has_parent });
+                    let _ = replies_tx.send(Reply::Opened { has_parent });
                 }
                 Some(Outgoing::Put { entries, pages }) => server.put(&entries, &pages).await?,
                 Some(Outgoing::Close) => {
                     server.close().await?;
                     break;
                 }
-                // The server sees a dump that does not come to its end.
+                // The migration failed: the server sees the connection close before the end of the dump.
                 Some(Outgoing::Connect) | None => return Ok(()),
             }
         }
         width = server.width;
         drop(server);
-        let _ = replies.send(Reply::Closed);
+        let _ = replies_tx.send(Reply::Closed);
     }
     Ok(())
 }
 
-/// Connects; in later rounds to a page server that may have to be started yet.
-async fn dial_patiently(connect: &Connect, first: bool) -> Result<Box<dyn Duplex>, SinkError> {
+/// Connects; retries for `retry_for` while nothing listens at the address.
+async fn dial_with_retries(
+    connect: &Connect,
+    retry_for: Duration,
+) -> Result<Box<dyn Duplex>, SinkError> {
+    let Connect { to, stall, tls, .. } = connect;
     let began = Instant::now();
     loop {
-        match dial(
-            &connect.to,
-            connect.stall,
-            connect.stall,
-            connect.tls.as_ref(),
-        )
-        .await
-        {
+        match dial(to, *stall, *stall, tls.as_ref()).await {
             Err(SinkError::Connect { source, .. })
                 if source.kind() == io::ErrorKind::ConnectionRefused
-                    && !first
-                    && began.elapsed() < connect.stall =>
+                    && began.elapsed() < retry_for =>
             {
-                sleep(RETRY).await;
+                sleep(RETRY_DELAY).await;
             }
             result => return result,
         }
     }
 }
 
-/// A page server that is connected.
+/// Connection to a page server.
 struct Server<'a> {
     stream: BufStream<Box<dyn Duplex>>,
-    /// `None` until it has answered.
+    /// Width of headers; `None` until the first reply.
     width: Option<Width>,
-    /// The open one.
+    /// Number of the open image in CRIU's protocol.
     object: u64,
     stall: Duration,
     counters: &'a Counters,
 }
 
 impl Server<'_> {
-    /// Names an image; whether the server has it in its parent.
+    /// Opens an image. Returns whether the parent directory of the server has it.
     async fn open(&mut self, image: ImageId) -> Result<bool, SinkError> {
         self.object = page_server::object(image)
             .ok_or_else(|| SinkError::PageServer(format!("has no number for {image}")))?;
         let open = Header::bare(Command::Open { answered: true }, self.object);
         self.header(open).await?;
         self.flush().await?;
-        let answer = match self.width {
+        let [has_parent] = match self.width {
             Some(_) => self.read().await?,
-            None => self.first_answer().await?,
+            None => self.read_first_reply().await?,
         };
-        let [has_parent] = answer;
         Ok(has_parent != 0)
     }
 
-    /// Nothing on the wire says how long the server's headers are, but it answers when it has one.
-    /// The rest of a longer one is the object's number, here sent when no answer comes: the first
-    /// 24 bytes are as good in both.
-    async fn first_answer(&mut self) -> Result<[u8; 1], SinkError> {
-        if let Ok(answer) = timeout(ANSWER, self.read()).await {
+    /// Detects the width of headers. The protocol does not negotiate it, but the server replies as soon as it
+    /// has read a whole header. The first 24 bytes are valid in both widths; if no reply to them arrives, the
+    /// rest of a wide header follows, which is the number of the object.
+    async fn read_first_reply(&mut self) -> Result<[u8; 1], SinkError> {
+        if let Ok(reply) = timeout(FIRST_REPLY_TIMEOUT, self.read()).await {
             self.width = Some(Width::Narrow);
-            return answer;
+            return reply;
         }
         let rest = self.object.to_le_bytes();
         self.write(&rest).await?;
         self.flush().await?;
         self.width = Some(Width::Wide);
-        tracing::debug!("the page server is of CRIU 4.2 or later");
+        tracing::debug!("page server of CRIU 4.2 or later");
         self.read().await
     }
 
+    /// Sends entries and the pages of the data entries.
     async fn put(&mut self, entries: &[Entry], pages: &[u8]) -> Result<(), SinkError> {
         let mut rest = pages;
         for entry in entries {
@@ -286,12 +294,12 @@ impl Server<'_> {
                     let mut rest = Some(entry.range);
                     while let Some(range) = rest {
                         let (now, later) = range.split_at(ENTRY_PAGES_MAX);
-                        let now = now.expect("a range is not empty");
+                        let now = now.expect("ranges are not empty");
                         self.entry(now, PageLocation::Parent).await?;
                         rest = later;
                     }
                 }
-                EntryKind::Copy => unreachable!("a sink that does not copy is not asked to"),
+                EntryKind::Copy => unreachable!("supports_copy() returns false"),
             }
         }
         Ok(())
@@ -307,7 +315,7 @@ impl Server<'_> {
         .await
     }
 
-    /// Ends the round.
+    /// Ends the round, and reads the status of the server.
     async fn close(&mut self) -> Result<(), SinkError> {
         self.header(Header::bare(Command::Close, 0)).await?;
         self.flush().await?;
@@ -328,7 +336,7 @@ impl Server<'_> {
 
     async fn write(&mut self, bytes: &[u8]) -> Result<(), SinkError> {
         let written = timeout(self.stall, self.stream.write_all(bytes)).await;
-        self.in_time(written)?;
+        self.map_timeout(written)?;
         let counted = &self.counters.bytes;
         counted.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())
@@ -336,16 +344,17 @@ impl Server<'_> {
 
     async fn flush(&mut self) -> Result<(), SinkError> {
         let flushed = timeout(self.stall, self.stream.flush()).await;
-        self.in_time(flushed)
+        self.map_timeout(flushed)
     }
 
     async fn read<const N: usize>(&mut self) -> Result<[u8; N], SinkError> {
         let mut bytes = [0; N];
         let read = timeout(self.stall, self.stream.read_exact(&mut bytes)).await;
-        self.in_time(read).map(|_| bytes)
+        self.map_timeout(read).map(|_| bytes)
     }
 
-    fn in_time<T>(
+    /// Converts the result of an operation limited to `stall`.
+    fn map_timeout<T>(
         &self,
         result: Result<io::Result<T>, tokio::time::error::Elapsed>,
     ) -> Result<T, SinkError> {
@@ -355,7 +364,7 @@ impl Server<'_> {
                 io::ErrorKind::UnexpectedEof
                 | io::ErrorKind::ConnectionReset
                 | io::ErrorKind::BrokenPipe => Err(SinkError::PageServer(
-                    "gave up; its log says why".to_owned(),
+                    "closed the connection; see its log".to_owned(),
                 )),
                 _ => Err(WireError::Io(error).into()),
             },

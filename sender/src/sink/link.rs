@@ -1,12 +1,12 @@
-//! The thread with the socket, and the two channels to it.
+//! Connection to the receiver: the network thread with the socket, and the two channels to it.
 
-use super::SinkError;
+use super::{Compression, SinkError};
 use nix::sys::socket::{setsockopt, sockopt};
-use pageferry_common::tls;
 use pageferry_common::wire::WireError;
+use pageferry_common::{Claim, tls};
 use rustls::ClientConfig;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -16,73 +16,98 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 
-/// A conversation on a thread of its own: it is told `C`s, in order, and answers `R`s. Dropping the
-/// link ends it.
+/// Commands that may wait for the network thread: one is being sent, one is ready. Memory is bounded by the
+/// size of the buffer pool.
+const COMMANDS_MAX: usize = 2;
+
+/// Where to connect, and with which identity and limits.
+#[derive(Debug, Clone)]
+pub struct Connect {
+    /// Address of the receiver, as `HOST:PORT`.
+    pub to: String,
+    /// Identity of the migration.
+    pub claim: Claim,
+    /// Maximum time without progress: for a reply of the receiver, and for one frame to be sent.
+    pub stall: Duration,
+    /// How long to retry after the connection is lost; zero to fail at once.
+    pub reconnect_for: Duration,
+    /// Upper limit of [`Connect::stall`] while the target is frozen.
+    pub max_frozen: Duration,
+    /// TLS identity and trust; `None` to send in the clear.
+    pub tls: Option<Arc<ClientConfig>>,
+    /// Whether to compress pages.
+    pub compression: Compression,
+    /// Whether the receiver has to restore the process after the last round.
+    pub needs_restore: bool,
+}
+
+/// Conversation with the receiver on a thread of its own, which takes commands `C` in order and returns
+/// replies `R`. Dropping the link ends the conversation and waits for the thread.
 pub(super) struct Link<C, R> {
     /// `None` once closed.
-    commands: Option<mpsc::Sender<C>>,
-    replies: mpsc::UnboundedReceiver<R>,
+    commands_tx: Option<mpsc::Sender<C>>,
+    replies_rx: mpsc::UnboundedReceiver<R>,
     thread: Option<JoinHandle<Result<(), SinkError>>>,
 }
 
 impl<C: Send + 'static, R: Send + 'static> Link<C, R> {
-    /// Starts a conversation, which ends at the latest when the user says stop.
+    /// Starts the network thread. It ends the conversation early when the sender receives SIGINT or SIGTERM.
     pub(super) fn start<F>(
         converse: impl FnOnce(mpsc::Receiver<C>, mpsc::UnboundedSender<R>) -> F + Send + 'static,
     ) -> Result<Self, SinkError>
     where
         F: Future<Output = Result<(), SinkError>>,
     {
-        // Two: one frame on its way, one ready. The pool's size is the limit that counts.
-        let (commands, told) = mpsc::channel(2);
-        let (reply, replies) = mpsc::unbounded_channel();
+        let (commands_tx, commands_rx) = mpsc::channel(COMMANDS_MAX);
+        let (replies_tx, replies_rx) = mpsc::unbounded_channel();
         let thread = std::thread::Builder::new()
             .name("network".into())
-            .spawn(move || network(converse(told, reply)))
+            .spawn(move || run_network(converse(commands_rx, replies_tx)))
             .map_err(SinkError::Io)?;
         Ok(Self {
-            commands: Some(commands),
-            replies,
+            commands_tx: Some(commands_tx),
+            replies_rx,
             thread: Some(thread),
         })
     }
 
-    /// Tells it something; waits if it has not come to the last yet.
-    pub(super) fn say(&mut self, command: C) -> Result<(), SinkError> {
-        let sent = match &self.commands {
+    /// Sends a command to the network thread. Blocks while [`COMMANDS_MAX`] commands wait.
+    pub(super) fn send(&mut self, command: C) -> Result<(), SinkError> {
+        let sent = match &self.commands_tx {
             Some(channel) => channel.blocking_send(command).is_ok(),
             None => false,
         };
         if sent {
             Ok(())
         } else {
-            Err(self.why_it_ended())
+            Err(self.join_failed_thread())
         }
     }
 
-    /// Waits for its next answer.
-    pub(super) fn hear(&mut self) -> Result<R, SinkError> {
-        match self.replies.blocking_recv() {
+    /// Waits for the next reply.
+    pub(super) fn recv(&mut self) -> Result<R, SinkError> {
+        match self.replies_rx.blocking_recv() {
             Some(reply) => Ok(reply),
-            None => Err(self.why_it_ended()),
+            None => Err(self.join_failed_thread()),
         }
     }
 
-    /// Whether it still converses.
+    /// Checks, without blocking, that the network thread still runs.
     pub(super) fn check(&mut self) -> Result<(), SinkError> {
         match &self.thread {
             Some(thread) if !thread.is_finished() => Ok(()),
-            _ => Err(self.why_it_ended()),
+            _ => Err(self.join_failed_thread()),
         }
     }
 
-    /// The thread is over; its result says why.
-    fn why_it_ended(&mut self) -> SinkError {
-        self.commands = None;
+    /// Joins the network thread, which has ended or is about to, and returns the reason.
+    fn join_failed_thread(&mut self) -> SinkError {
+        self.commands_tx = None;
         let result = self.thread.take().map(JoinHandle::join);
         match result {
-            Some(Ok(Err(why))) => why,
+            Some(Ok(Err(error))) => error,
             Some(Ok(Ok(()))) | None => SinkError::Wire(WireError::Closed),
             Some(Err(_)) => SinkError::Io(io::Error::other("it panicked")),
         }
@@ -91,15 +116,16 @@ impl<C: Send + 'static, R: Send + 'static> Link<C, R> {
 
 impl<C, R> Drop for Link<C, R> {
     fn drop(&mut self) {
-        self.commands = None;
+        self.commands_tx = None;
         if let Some(thread) = self.thread.take() {
-            // It says goodbye, or why not, and ends; what it returns was of interest before.
+            // The sink is gone, so no caller is left to report an error to.
             let _ = thread.join();
         }
     }
 }
 
-fn network(conversation: impl Future<Output = Result<(), SinkError>>) -> Result<(), SinkError> {
+/// Runs the conversation on a current-thread runtime until it ends or a signal arrives.
+fn run_network(conversation: impl Future<Output = Result<(), SinkError>>) -> Result<(), SinkError> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -107,7 +133,7 @@ fn network(conversation: impl Future<Output = Result<(), SinkError>>) -> Result<
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(SinkError::Io)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(SinkError::Io)?;
-        // It may stand in the middle of a frame then; a closed connection says enough.
+        // A frame may be half sent, so no abort message is sent; the receiver sees the connection close.
         tokio::select! {
             result = conversation => result,
             _ = interrupt.recv() => Err(SinkError::Interrupted),
@@ -117,12 +143,25 @@ fn network(conversation: impl Future<Output = Result<(), SinkError>>) -> Result<
 }
 
 /// Both directions of a connection, encrypted or not.
-pub(super) trait Duplex: AsyncRead + AsyncWrite + AsRawFd + Send + Unpin {}
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {
+    /// Returns the TCP socket.
+    fn socket(&self) -> BorrowedFd<'_>;
+}
 
-impl<T: AsyncRead + AsyncWrite + AsRawFd + Send + Unpin> Duplex for T {}
+impl Duplex for TcpStream {
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.as_fd()
+    }
+}
 
-/// Connects to `HOST:PORT` within `attempt`. What is not acknowledged for as long as `stall` ends the
-/// connection.
+impl Duplex for TlsStream<TcpStream> {
+    fn socket(&self) -> BorrowedFd<'_> {
+        self.get_ref().0.as_fd()
+    }
+}
+
+/// Connects to `HOST:PORT` within `attempt`. The kernel closes the connection when sent data is not
+/// acknowledged within `stall`.
 pub(super) async fn dial(
     to: &str,
     attempt: Duration,
@@ -152,9 +191,9 @@ async fn dial_plain(to: &str, attempt: Duration, stall: Duration) -> Result<TcpS
         .flatten()
         .and_then(|stream| {
             stream.set_nodelay(true)?;
-            // What is not acknowledged for so long never will be: a link that is cut silently.
-            let unacknowledged = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
-            setsockopt(&stream, sockopt::TcpUserTimeout, &unacknowledged)?;
+            // Detects a link that was cut without a reset.
+            let unacknowledged_ms = u32::try_from(stall.as_millis()).unwrap_or(u32::MAX);
+            setsockopt(&stream, sockopt::TcpUserTimeout, &unacknowledged_ms)?;
             Ok(stream)
         })
         .map_err(|source| SinkError::Connect {

@@ -7,7 +7,8 @@ mod native;
 
 pub use compress::{Compression, DEFAULT_LEVEL};
 pub use criu::CriuSink;
-pub use native::{Connect, NativeSink, resolve};
+pub use link::Connect;
+pub use native::{NativeSink, resolve};
 
 use crate::progress::Counters;
 use bytes::Bytes;
@@ -168,11 +169,11 @@ pub enum TargetState {
     Frozen,
 }
 
-/// A receiver that can restore the process. Called after the last round: `put_state` for each of CRIU's images,
-/// `restore`, `commit`.
+/// A receiver that can restore the process. Called after the last round: `put_state` for each of CRIU's
+/// images, `restore`, `commit`.
 pub trait Destination {
-    /// Asks, before the first round, whether the receiver's host has these files. Returns a description of each
-    /// file that is missing or differs.
+    /// Asks, before the first round, whether the receiver's host has these files. Returns a description of
+    /// each file that is missing or differs.
     ///
     /// # Errors
     /// [`SinkError`].
@@ -203,8 +204,8 @@ pub trait Destination {
     fn query_outcome(&mut self) -> Result<Outcome, SinkError>;
 }
 
-/// Takes the rounds of one migration. Order of calls: for each round `prepare`, `begin`, then for each image `open`
-/// and any number of `put`, then `commit`; after the last round `finish`.
+/// Takes the rounds of one migration. Order of calls: for each round `prepare`, `begin`, then for each image
+/// `open` and any number of `put`, then `commit`; after the last round `finish`.
 pub trait PageSink {
     /// Prepares for a round while the target still runs.
     ///
@@ -215,13 +216,13 @@ pub trait PageSink {
         Ok(())
     }
 
-    /// Sets how long to wait for the receiver, by whether the target runs meanwhile. Takes effect at once, also
-    /// for a wait that has begun.
+    /// Sets how long to wait for the receiver, by whether the target runs meanwhile. Takes effect at once,
+    /// also for a wait that has begun.
     fn set_target_state(&mut self, _state: TargetState) {}
 
-    /// Reconnects after a failure for which [`SinkError::is_broken_connection`] is true, and asks the receiver
-    /// which rounds it has. If a round was in flight, returns its receipt if the receiver has the whole round;
-    /// otherwise returns `None`, and the receiver has discarded it.
+    /// Reconnects after a failure for which [`SinkError::is_broken_connection`] is true, and asks the
+    /// receiver which rounds it has. If a round was in flight, returns its receipt if the receiver has the
+    /// whole round; otherwise returns `None`, and the receiver has discarded it.
     ///
     /// # Errors
     /// [`SinkError`]; `broken` itself if the sink does not reconnect.
@@ -241,8 +242,8 @@ pub trait PageSink {
     /// [`SinkError`].
     fn open(&mut self, image: ImageId) -> Result<(), SinkError>;
 
-    /// Names the memfd that the open image, a shared segment, can be restored as. Sent only to a receiver that
-    /// restores processes.
+    /// Names the memfd that the open image, a shared segment, can be restored as. Sent only to a receiver
+    /// that restores processes.
     ///
     /// # Errors
     /// [`SinkError`].
@@ -276,8 +277,8 @@ pub trait PageSink {
         Ok(())
     }
 
-    /// Returns whether the receiver supports [`EntryKind::Copy`](pageferry_common::wire::EntryKind::Copy): storing
-    /// a page of the previous round again.
+    /// Returns whether the receiver supports [`EntryKind::Copy`](pageferry_common::wire::EntryKind::Copy):
+    /// storing a page of the previous round again.
     fn supports_copy(&self) -> bool {
         true
     }

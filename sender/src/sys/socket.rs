@@ -1,19 +1,18 @@
-//! What a socket still has to send.
+//! Unsent data of a socket.
 
 use super::check;
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Bytes that were written to a TCP socket and are not acknowledged yet. Of a descriptor that is none, or is
-/// another's by now, it is an error or the number is of no use: nothing worse.
+/// Returns the bytes written to a TCP socket that the peer has not acknowledged yet.
 ///
 /// # Errors
-/// The kernel's.
-pub fn unsent(socket: RawFd) -> io::Result<u64> {
+/// `EINVAL` for a listening socket, `ENOTTY` for a descriptor that is not a socket.
+pub fn unacknowledged_bytes(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut bytes: libc::c_int = 0;
-    // SAFETY: SIOCOUTQ (TIOCOUTQ) writes one int.
+    // SAFETY: SIOCOUTQ, which is TIOCOUTQ, writes one int to the address given, a live int.
     check(libc::c_long::from(unsafe {
-        libc::ioctl(socket, libc::TIOCOUTQ, &raw mut bytes)
+        libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes)
     }))?;
     Ok(u64::try_from(bytes).unwrap_or_default())
 }
