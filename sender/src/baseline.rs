@@ -1,72 +1,104 @@
-//! What the receiver holds of an image, as far as it is known: rounds may be lost on their way.
+//! What the receiver holds of an image: its pages, the round in flight, and content hashes.
+//!
+//! A round may be lost, so a page counts as held only once the receiver has acked the round that announced it.
 
 use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
 use std::collections::BTreeMap;
 
-/// The pages of one image that the receiver holds. Only they can be in-parent entries.
-#[derive(Debug, Default)]
+/// What the receiver holds of one image. Only pages in the baseline can become in-parent entries.
+#[derive(Debug)]
 pub struct Baseline {
-    /// Those of the last round that it has acked, as they are there, but for those that were written and
-    /// sent since, and did not arrive.
-    acked: PageSet,
-    /// The round on its way.
-    sent: Option<InFlight>,
+    /// Pages of the last acked round, less those that changed since then in a round that was lost.
+    held: PageSet,
+    /// The round that was sent and is not acked yet.
+    in_flight: Option<InFlight>,
+    /// Hashes of the pages' content, where contents are compared.
+    hashes: ContentHashes,
 }
 
-/// What a round says of an image.
-#[derive(Debug, Default)]
+/// What a round in flight says of an image.
+#[derive(Debug)]
 struct InFlight {
+    /// Pages that the receiver holds if the round arrives.
     announced: PageSet,
+    /// Pages that differ from the last acked round.
     changed: PageSet,
 }
 
 impl Baseline {
-    /// Pages of the last acked round that are still as they are there, or are known by the tracker not to be.
+    /// A baseline without pages, whose content is compared as `hashes` says.
     #[must_use]
-    pub fn pages(&self) -> &PageSet {
-        &self.acked
-    }
-
-    /// A round was sent to its end: it says of `announced` what they are. That `changed` have changed since the
-    /// one before, nothing will tell again: a tracker tells of a write once.
-    pub fn sent(&mut self, announced: PageSet, changed: PageSet) {
-        self.sent = Some(InFlight { announced, changed });
-    }
-
-    /// A round was not sent to its end.
-    pub fn send_failed(&mut self, changed: &PageSet) {
-        self.acked = self.acked.difference(changed);
-    }
-
-    /// The receiver has the round.
-    pub fn acked(&mut self) {
-        if let Some(InFlight { announced, .. }) = self.sent.take() {
-            self.acked = announced;
+    pub fn new(hashes: ContentHashes) -> Self {
+        Self {
+            held: PageSet::new(),
+            in_flight: None,
+            hashes,
         }
     }
 
-    /// The receiver has not got the round, and never will.
+    /// Pages of the last acked round that the receiver still holds as they are in the target, unless the
+    /// tracker reports them as written.
+    #[must_use]
+    pub fn pages(&self) -> &PageSet {
+        &self.held
+    }
+
+    /// Content hashes of the pages.
+    #[must_use]
+    pub fn hashes(&self) -> &ContentHashes {
+        &self.hashes
+    }
+
+    /// Content hashes of the pages, to change where contents are compared.
+    pub fn hashes_mut(&mut self) -> &mut ContentHashes {
+        &mut self.hashes
+    }
+
+    /// The pages, and the hashes to be updated while an image is sent.
+    pub fn split_mut(&mut self) -> (&PageSet, &mut ContentHashes) {
+        (&self.held, &mut self.hashes)
+    }
+
+    /// Records that a round was sent completely: it announces `announced`, of which `changed` differ from the
+    /// round before. A tracker may report a write only once, so `changed` is kept until the round is acked.
+    pub fn sent(&mut self, announced: PageSet, changed: PageSet) {
+        self.in_flight = Some(InFlight { announced, changed });
+    }
+
+    /// Records that sending a round failed halfway: the pages in `changed` must be sent by the next.
+    pub fn send_failed(&mut self, changed: &PageSet) {
+        self.held = self.held.difference(changed);
+    }
+
+    /// Records that the receiver acked the round in flight, if there is one.
+    pub fn acked(&mut self) {
+        if let Some(InFlight { announced, .. }) = self.in_flight.take() {
+            self.held = announced;
+        }
+    }
+
+    /// Records that the round in flight, if there is one, was lost: the receiver does not store it.
     pub fn lost(&mut self) {
-        if let Some(InFlight { announced, changed }) = self.sent.take() {
-            // What was gone when it was sent may be something else when it is there again.
-            self.acked = self.acked.intersection(&announced);
+        if let Some(InFlight { announced, changed }) = self.in_flight.take() {
+            // A page that was missing when the round was sent may come back with other content.
+            self.held = self.held.intersection(&announced);
             self.send_failed(&changed);
         }
     }
 }
 
-/// Pages a block of hashes covers: 2 MiB of memory.
+/// Number of pages in a block of hashes: 2 MiB of memory.
 const BLOCK_PAGES: u64 = 512;
 
-/// Half of BLAKE3's output: no two of 2^32 pages share it by accident (2^-65), and making two that
-/// do takes 2^64 work.
+/// Half of BLAKE3's output: no two of 2^32 pages have the same by accident (2^-65), and constructing two that do
+/// takes 2^64 work.
 type Hash = [u8; 16];
 
-/// Stands for "not known".
+/// Marks a page without a recorded hash.
 const UNKNOWN: Hash = [0; 16];
 
-/// The hashes of the pages of one image that the receiver holds. Memory: 16 bytes a page, 4 MiB a
-/// GiB, in blocks of 2 MiB of address space.
+/// Hashes of the pages of one image as the receiver holds them. They take 16 bytes a page (4 MiB a GiB), allocated
+/// in blocks for 2 MiB of address space.
 #[derive(Debug)]
 pub struct ContentHashes {
     /// Where pages are compared; `None`: everywhere.
@@ -75,37 +107,37 @@ pub struct ContentHashes {
 }
 
 impl ContentHashes {
-    /// Compares every page.
+    /// Hashes to compare every page.
     #[must_use]
-    pub fn of_everything() -> Self {
+    pub fn everywhere() -> Self {
         Self {
             scope: None,
             blocks: BTreeMap::new(),
         }
     }
 
-    /// Compares pages of these ranges; none so far.
+    /// Hashes to compare no page, until [`Self::compare_only`] or [`Self::compare_everything`] is called.
     #[must_use]
-    pub fn of_nothing() -> Self {
+    pub fn nowhere() -> Self {
         Self {
             scope: Some(PageSet::new()),
-            ..Self::of_everything()
+            ..Self::everywhere()
         }
     }
 
-    /// From now on compares every page.
+    /// Compares every page from now on.
     pub fn compare_everything(&mut self) {
         self.scope = None;
     }
 
     /// Whether every page is compared.
     #[must_use]
-    pub fn has_everything(&self) -> bool {
+    pub fn compares_everything(&self) -> bool {
         self.scope.is_none()
     }
 
-    /// From now on compares the pages of these ranges only. What lies elsewhere is forgotten, for
-    /// what is sent there will not be remembered.
+    /// Compares only the pages of these ranges from now on. Hashes outside of them are dropped, because content
+    /// sent there is no longer recorded.
     pub fn compare_only(&mut self, ranges: impl Iterator<Item = PageRange>) {
         let mut scope = PageSet::new();
         scope.extend(ranges);
@@ -122,8 +154,9 @@ impl ContentHashes {
         self.scope = Some(scope);
     }
 
-    /// Remembers the content of the page at `address`, and tells whether it was so before.
-    pub fn unchanged(&mut self, address: u64, page: &[u8]) -> bool {
+    /// Records the content of the page at `address`, and returns whether it equals the content recorded before.
+    /// Returns `false` and records nothing where pages are not compared.
+    pub fn record(&mut self, address: u64, page: &[u8]) -> bool {
         let scope = self.scope.as_ref();
         if scope.is_some_and(|scope| !scope.contains(address)) {
             return false;
@@ -135,9 +168,9 @@ impl ContentHashes {
             .blocks
             .entry(number / BLOCK_PAGES)
             .or_insert_with(|| Box::new([UNKNOWN; BLOCK_PAGES as usize]));
-        let known = &mut block[(number % BLOCK_PAGES) as usize];
-        let unchanged = *known == hash;
-        *known = hash;
+        let recorded = &mut block[(number % BLOCK_PAGES) as usize];
+        let unchanged = *recorded == hash;
+        *recorded = hash;
         unchanged
     }
 }
@@ -152,24 +185,24 @@ mod tests {
     }
 
     #[test]
-    fn what_was_sent_is_held_once_it_is_acked() {
-        let mut baseline = Baseline::default();
+    fn sent_pages_are_held_once_acked() {
+        let mut baseline = Baseline::new(ContentHashes::nowhere());
         baseline.sent(pages(&[1, 2, 3]), pages(&[1, 2, 3]));
         assert!(baseline.pages().is_empty());
         baseline.acked();
         assert_eq!(*baseline.pages(), pages(&[1, 2, 3]));
-        // Another word of the same round changes nothing.
+        // Nothing is in flight any more.
         baseline.acked();
         baseline.lost();
         assert_eq!(*baseline.pages(), pages(&[1, 2, 3]));
     }
 
     #[test]
-    fn what_was_sent_and_lost_is_sent_again() {
-        let mut baseline = Baseline::default();
+    fn changed_pages_of_a_lost_round_are_not_held() {
+        let mut baseline = Baseline::new(ContentHashes::nowhere());
         baseline.sent(pages(&[1, 2, 3]), pages(&[1, 2, 3]));
         baseline.acked();
-        // 2 was written, 3 went, 4 came.
+        // 2 was written, 3 disappeared, 4 is new.
         baseline.sent(pages(&[1, 2, 4]), pages(&[2, 4]));
         baseline.lost();
         assert_eq!(*baseline.pages(), pages(&[1]));
@@ -178,32 +211,32 @@ mod tests {
     }
 
     #[test]
-    fn a_page_is_unchanged_only_where_and_while_it_was_so() {
-        let mut hashes = ContentHashes::of_everything();
+    fn page_is_unchanged_only_at_the_same_address_and_with_the_same_content() {
+        let mut hashes = ContentHashes::everywhere();
         let (a, b) = ([1u8; 4096], [2u8; 4096]);
-        assert!(!hashes.unchanged(0x1000, &a));
-        assert!(hashes.unchanged(0x1000, &a));
-        assert!(!hashes.unchanged(0x2000, &a));
-        assert!(!hashes.unchanged(0x1000, &b));
-        assert!(!hashes.unchanged(0x1000, &a));
+        assert!(!hashes.record(0x1000, &a));
+        assert!(hashes.record(0x1000, &a));
+        assert!(!hashes.record(0x2000, &a));
+        assert!(!hashes.record(0x1000, &b));
+        assert!(!hashes.record(0x1000, &a));
     }
 
     #[test]
-    fn what_was_sent_outside_the_scope_is_not_known() {
-        let mut hashes = ContentHashes::of_nothing();
+    fn content_outside_the_scope_is_not_recorded() {
+        let mut hashes = ContentHashes::nowhere();
         let (a, b) = ([1u8; 4096], [2u8; 4096]);
         let range = PageRange::new(0x1000, 1);
         hashes.compare_only(range.into_iter());
-        assert!(!hashes.unchanged(0x1000, &a));
-        assert!(hashes.unchanged(0x1000, &a));
-        assert!(!hashes.unchanged(0x2000, &a));
-        assert!(!hashes.unchanged(0x2000, &a));
+        assert!(!hashes.record(0x1000, &a));
+        assert!(hashes.record(0x1000, &a));
+        assert!(!hashes.record(0x2000, &a));
+        assert!(!hashes.record(0x2000, &a));
         hashes.compare_only(std::iter::empty());
-        assert!(!hashes.unchanged(0x1000, &b));
+        assert!(!hashes.record(0x1000, &b));
         hashes.compare_only(range.into_iter());
-        assert!(!hashes.unchanged(0x1000, &a));
+        assert!(!hashes.record(0x1000, &a));
         hashes.compare_everything();
-        assert!(hashes.unchanged(0x1000, &a));
-        assert!(!hashes.unchanged(0x2000, &a));
+        assert!(hashes.record(0x1000, &a));
+        assert!(!hashes.record(0x2000, &a));
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::advice::{Exit, Failure, judge};
 use crate::cli::Cli;
-use crate::copy::Copier;
+use crate::copy::{Copier, WrittenPages};
 use crate::dirty;
 use crate::freeze::{FreezeError, Freezer, Then, check_signal_permission};
 use crate::handover::{Handover, HandoverError, Record};
@@ -127,7 +127,11 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     };
     let mut tracker = dirty::probe(cli.tracker)?;
     let mut freezer = Freezer::start(Path::new("/proc/self/exe")).map_err(MigrateError::from)?;
-    let mut tree = Copier::new(pid, cli.skip_unchanged).map_err(Failure::Prepare)?;
+    let written_pages = match cli.skip_unchanged {
+        true => WrittenPages::Compare,
+        false => WrittenPages::Send,
+    };
+    let mut tree = Copier::new(pid, written_pages).map_err(Failure::Prepare)?;
     let pool = BufferPool::new(usize::from(cli.buffers));
     let connect = Connect {
         to: to.to_owned(),

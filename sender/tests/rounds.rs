@@ -4,7 +4,7 @@ use bytes::Bytes;
 use pageferry_common::wire::{Entry, EntryKind, RoundKind, Totals, WireError};
 use pageferry_common::{BufferPool, ImageId, PAGE_SIZE};
 use pageferry_sender::converge::Limits;
-use pageferry_sender::copy::{Copier, Pass, Scanned};
+use pageferry_sender::copy::{Copier, Pass, Scanned, WrittenPages};
 use pageferry_sender::dirty::{self, TrackerChoice};
 use pageferry_sender::freeze::{Freezer, Then};
 use pageferry_sender::migrate::{Parts, Plan, migrate};
@@ -162,7 +162,7 @@ impl PageSink for MemorySink {
     }
 }
 
-fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]) {
+fn rounds_are_right(choice: TrackerChoice, written_pages: WrittenPages, lost_at: &[u32]) {
     let program = Program::start(PROGRAM);
     let pid = program.0.id() as i32;
     let mut freezer = Freezer::start(Path::new(env!("CARGO_BIN_EXE_send"))).unwrap();
@@ -174,7 +174,7 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]
         }
     };
     let name = tracker.name();
-    let mut tree = Copier::new(pid, skip_unchanged).unwrap();
+    let mut tree = Copier::new(pid, written_pages).unwrap();
     let mut sink = MemorySink {
         lost_at: lost_at.to_vec(),
         ..MemorySink::default()
@@ -220,22 +220,22 @@ fn rounds_are_right(choice: TrackerChoice, skip_unchanged: bool, lost_at: &[u32]
 
 #[test]
 fn rounds_equal_memory_with_uffd() {
-    rounds_are_right(TrackerChoice::Uffd, false, &[]);
+    rounds_are_right(TrackerChoice::Uffd, WrittenPages::Send, &[]);
 }
 
 #[test]
 fn rounds_equal_memory_with_uffd_and_a_content_filter() {
-    rounds_are_right(TrackerChoice::Uffd, true, &[]);
+    rounds_are_right(TrackerChoice::Uffd, WrittenPages::Compare, &[]);
 }
 
 #[test]
 fn rounds_equal_memory_with_soft_dirty() {
-    rounds_are_right(TrackerChoice::SoftDirty, false, &[]);
+    rounds_are_right(TrackerChoice::SoftDirty, WrittenPages::Send, &[]);
 }
 
 #[test]
 fn rounds_equal_memory_with_content_hashes() {
-    rounds_are_right(TrackerChoice::Hash, false, &[]);
+    rounds_are_right(TrackerChoice::Hash, WrittenPages::Send, &[]);
 }
 
 /// Losses at the first image, at its pages, at the end of a round, and after it; in consecutive rounds, and
@@ -244,22 +244,22 @@ const LOST_AT: [u32; 10] = [1, 4, 30, 31, 33, 36, 38, 40, 41, 43];
 
 #[test]
 fn lost_rounds_are_sent_again_with_uffd() {
-    rounds_are_right(TrackerChoice::Uffd, false, &LOST_AT);
+    rounds_are_right(TrackerChoice::Uffd, WrittenPages::Send, &LOST_AT);
 }
 
 #[test]
 fn lost_rounds_are_sent_again_with_uffd_and_a_content_filter() {
-    rounds_are_right(TrackerChoice::Uffd, true, &LOST_AT);
+    rounds_are_right(TrackerChoice::Uffd, WrittenPages::Compare, &LOST_AT);
 }
 
 #[test]
 fn lost_rounds_are_sent_again_with_soft_dirty() {
-    rounds_are_right(TrackerChoice::SoftDirty, false, &LOST_AT);
+    rounds_are_right(TrackerChoice::SoftDirty, WrittenPages::Send, &LOST_AT);
 }
 
 #[test]
 fn lost_rounds_are_sent_again_with_content_hashes() {
-    rounds_are_right(TrackerChoice::Hash, false, &LOST_AT);
+    rounds_are_right(TrackerChoice::Hash, WrittenPages::Send, &LOST_AT);
 }
 
 /// Three processes that share memory. The first passes commands to the others, each after the previous one is
@@ -371,7 +371,10 @@ fn shared_memory_is_right(lost: bool) {
             return;
         }
     };
-    let (mut tree, mut sink) = (Copier::new(pid, false).unwrap(), MemorySink::default());
+    let (mut tree, mut sink) = (
+        Copier::new(pid, WrittenPages::Send).unwrap(),
+        MemorySink::default(),
+    );
     let pool = BufferPool::new(1);
     let mut round = |number: u32, what: &str| -> Scanned {
         // Of four rounds up to three are lost, each at another call.

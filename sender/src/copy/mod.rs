@@ -1,7 +1,11 @@
-//! Moving pages: reading them from the target, and making chunks of what was read.
+//! Moving pages: finds out which pages of the target to send, reads them, and makes chunks of them.
 
-pub use crate::target::tree::{CollectError, Copier, ListError, Pass, Scanned, SendError};
-
-pub mod populated;
+mod copier;
+mod pass;
+mod populated;
 pub mod source;
 pub mod stream;
+
+pub use crate::target::tree::ListError;
+pub use copier::{CollectError, Copier, SendError, WrittenPages};
+pub use pass::{Pass, Scanned};

@@ -30,16 +30,16 @@ pub trait PageSource {
 /// `/proc/PID/mem` for what the process itself may not read.
 #[derive(Debug)]
 pub struct ProcessSource<'a> {
-    task: &'a Process,
+    process: &'a Process,
     remote: Vec<RemoteIoVec>,
 }
 
 impl<'a> ProcessSource<'a> {
     /// Reads of this process.
     #[must_use]
-    pub fn new(task: &'a Process) -> Self {
+    pub fn new(process: &'a Process) -> Self {
         Self {
-            task,
+            process,
             remote: Vec::new(),
         }
     }
@@ -51,7 +51,7 @@ impl<'a> ProcessSource<'a> {
             base: range.start() as usize,
             len: range.bytes() as usize,
         }));
-        let pid = Pid::from_raw(self.task.tid);
+        let pid = Pid::from_raw(self.process.tid);
         match process_vm_readv(pid, &mut [IoSliceMut::new(buffer)], &self.remote) {
             Ok(bytes) => Ok(bytes),
             Err(nix::Error::EFAULT) => Ok(0),
@@ -62,7 +62,7 @@ impl<'a> ProcessSource<'a> {
     /// Reads a prefix of one range through `/proc/PID/mem`, which asks nobody's permission.
     fn read_forced(&self, wanted: PageRange, buffer: &mut [u8]) -> usize {
         let bytes = wanted.bytes() as usize;
-        self.task
+        self.process
             .memory
             .read_at(&mut buffer[..bytes], wanted.start())
             .unwrap_or(0)
@@ -93,7 +93,7 @@ impl PageSource for ProcessSource<'_> {
             }
         }
         // Only now is it certain that the PID was this process's all the while.
-        match self.task.alive() {
+        match self.process.alive() {
             true => Ok(()),
             false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         }
@@ -204,7 +204,7 @@ mod tests {
     #[test]
     fn a_hole_in_the_middle_trims_what_arrived() {
         let pid = std::process::id() as i32;
-        let task = Process::open(pid, pid, namespace_depth(pid).unwrap()).unwrap();
+        let process = Process::open(pid, pid, namespace_depth(pid).unwrap()).unwrap();
         let memory: Vec<u8> = (0..4 * 4096usize).map(|i| (i / 7) as u8).collect();
         let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
         let good = PageRange::new(start, 2).unwrap();
@@ -212,7 +212,7 @@ mod tests {
         let hole = PageRange::new(0x1000, 3).unwrap();
         let mut arrived = Vec::new();
         let mut buffer = vec![0; 8 * 4096];
-        let mut source = ProcessSource::new(&task);
+        let mut source = ProcessSource::new(&process);
         for wanted in [vec![hole, good], vec![good, hole], vec![good, hole, good]] {
             arrived.clear();
             source.read(&wanted, &mut buffer, &mut arrived).unwrap();

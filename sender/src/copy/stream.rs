@@ -1,7 +1,6 @@
-//! From runs of pages to chunks: batches what must be read for one chunk, reads it, and only
-//! then says what it is.
+//! Turns runs of pages into chunks: collects the pages of one chunk, reads them, and announces only what was read.
 
-use crate::baseline::ContentHashes;
+use crate::baseline::{Baseline, ContentHashes};
 use crate::copy::source::PageSource;
 use crate::dirty::Run;
 use crate::sink::{PageSink, SinkError};
@@ -11,141 +10,147 @@ use pageferry_common::{BufferPool, CHUNK_PAGES, PAGE_SIZE, PageRange, PageSet};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// Pieces (to read, or kept) in one chunk. What is read may come apart into as many entries as it
-/// has pages, so this and a chunk's pages stay together below a chunk's most entries.
+/// Greatest number of pieces (ranges to read, or entries to keep) in one chunk. A range may come apart into as many
+/// entries as it has pages, so this and the pages of a chunk together stay below the wire's limit on entries.
 const PIECES_MAX: usize = 2048;
 
-/// Most pages in one entry: the wire has 32 bits for them.
+/// Greatest number of pages in one entry: the wire has 32 bits for it.
 const ENTRY_PAGES_MAX: u64 = 1 << 31;
 
 static ZERO_PAGE: [u8; PAGE_SIZE as usize] = [0; PAGE_SIZE as usize];
 
-/// Why an image ends early.
+/// Why an image could not be sent completely.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
-    /// The receiving side.
+    /// The connection or the receiver failed.
     #[error(transparent)]
     Sink(#[from] SinkError),
-    /// The process or segment is gone, or forbidden.
+    /// The process or segment is gone, or may not be read.
     #[error("cannot read memory")]
     Source(#[source] io::Error),
+}
+
+/// Whether pages that a scan reports as written are reported again if this round fails before they are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScanKind {
+    /// A write is reported once: pages count as changed as soon as they are to be read.
+    Destructive,
+    /// The next round reads them again in any case, or [`ImageStream::assume_changed`] has recorded them.
+    Repeatable,
 }
 
 /// Sends one image of a round.
 pub struct ImageStream<'a> {
     sink: &'a mut dyn PageSink,
     pool: &'a BufferPool,
-    /// What the receiver holds from the previous round.
-    parent: &'a PageSet,
+    source: &'a mut dyn PageSource,
+    /// Pages that the receiver holds from the previous round.
+    held: &'a PageSet,
     hashes: &'a mut ContentHashes,
-    /// Changed since then, as far as nothing will tell again.
-    changed: &'a mut PageSet,
-    /// That a page was written is told once: what does not get as far as being compared is changed, too.
-    told_once: bool,
-    /// How to say "unchanged" of what is batched now; `None` if it is to be sent all the same.
+    scan: ScanKind,
+    /// Entry kind for unchanged pages of the current chunk; `None` if they must be sent again.
     kept_kind: Option<EntryKind>,
-    /// To be read: ascending, together at most a chunk's pages.
+    /// Ranges to read: ascending, together at most the pages of a chunk.
     wanted: Vec<PageRange>,
     wanted_pages: u64,
-    /// Not to be read: in-parent entries that lie between.
+    /// In-parent entries between them, which are not read.
     kept: Vec<Entry>,
     arrived: Vec<PageRange>,
-    announced: PageSet,
-    scanned_pages: u64,
-    changed_pages: u64,
-    compared_pages: u64,
-    compare_time: Duration,
+    outcome: Outcome,
 }
 
-/// What became of an image.
-#[derive(Debug)]
-pub struct Sent {
-    /// What the receiver will hold of it once the round is acked.
+/// What was sent of an image, completely or up to an error.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// Pages that the receiver holds once the round is acked.
     pub announced: PageSet,
-    /// Populated pages looked at.
+    /// Pages that differ, or may differ, from what the receiver holds.
+    pub changed: PageSet,
+    /// Number of populated pages that were scanned.
     pub scanned_pages: u64,
-    /// Pages that the receiver did not have so.
-    pub changed_pages: u64,
-    /// Pages that were read only to see whether they changed.
+    /// Number of pages that were sent because the receiver does not hold them as they are.
+    pub sent_pages: u64,
+    /// Number of pages that were read only to find out whether they changed.
     pub compared_pages: u64,
-    /// Time spent reading and comparing pages only to see whether they changed: a frozen round will
-    /// spend it again, however little has.
+    /// Time spent on reading and comparing pages only to find out whether they changed. A round of the frozen
+    /// target takes it again, however few pages have.
     pub compare_time: Duration,
 }
 
 impl<'a> ImageStream<'a> {
-    /// The image must have been opened in `sink`. Pages that change are added to `changed`, however it ends; and
-    /// with `told_once`, those that are said to be written.
+    /// Starts an image that was opened in `sink`.
     pub fn new(
         sink: &'a mut dyn PageSink,
         pool: &'a BufferPool,
-        parent: &'a PageSet,
-        hashes: &'a mut ContentHashes,
-        changed: &'a mut PageSet,
-        told_once: bool,
+        source: &'a mut dyn PageSource,
+        baseline: &'a mut Baseline,
+        scan: ScanKind,
     ) -> Self {
+        let (held, hashes) = baseline.split_mut();
         Self {
             sink,
             pool,
-            parent,
+            source,
+            held,
             hashes,
-            changed,
-            told_once,
+            scan,
             kept_kind: Some(EntryKind::Parent),
             wanted: Vec::with_capacity(PIECES_MAX),
             wanted_pages: 0,
             kept: Vec::with_capacity(PIECES_MAX),
             arrived: Vec::with_capacity(CHUNK_PAGES),
-            announced: PageSet::new(),
-            scanned_pages: 0,
-            changed_pages: 0,
-            compared_pages: 0,
-            compare_time: Duration::ZERO,
+            outcome: Outcome::default(),
         }
     }
 
-    /// Adds a run of populated pages, behind all before it. Pages that were not written and that
-    /// the receiver has are kept (as `kept_kind`, if there is such a kind); the others are read.
+    /// Pages that the receiver holds from the previous round.
+    #[must_use]
+    pub fn held(&self) -> &'a PageSet {
+        self.held
+    }
+
+    /// The source of the pages.
+    pub fn source(&mut self) -> &mut dyn PageSource {
+        &mut *self.source
+    }
+
+    /// Records pages as changed before they are compared. Called before the first run.
+    pub fn assume_changed(&mut self, pages: PageSet) {
+        self.outcome.changed = pages;
+    }
+
+    /// Adds a run of populated pages, behind all earlier ones. Pages that were not written and that the receiver
+    /// holds are kept (as `kept_kind`, if there is such a kind); the others are read.
     ///
     /// # Errors
     /// [`StreamError`].
-    pub fn run(
-        &mut self,
-        source: &mut dyn PageSource,
-        run: Run,
-        kept_kind: Option<EntryKind>,
-    ) -> Result<(), StreamError> {
-        self.scanned_pages += run.range.pages();
+    pub fn run(&mut self, run: Run, kept_kind: Option<EntryKind>) -> Result<(), StreamError> {
+        self.outcome.scanned_pages += run.range.pages();
         if self.kept_kind != kept_kind {
-            self.flush(source)?;
+            self.flush()?;
             self.kept_kind = kept_kind;
         }
         let Some(kept_kind) = kept_kind.filter(|_| !run.written) else {
-            return self.want(source, run.range);
+            return self.want(run.range);
         };
-        let parent = self.parent;
+        let held = self.held;
         let mut result = Ok(());
-        parent.split(run.range, |range, known| {
+        held.split(run.range, |range, is_held| {
             if result.is_ok() {
-                result = match known {
-                    true => self.keep(source, range, kept_kind),
-                    false => self.want(source, range),
+                result = match is_held {
+                    true => self.keep(range, kept_kind),
+                    false => self.want(range),
                 };
             }
         });
         result
     }
 
-    fn keep(
-        &mut self,
-        source: &mut dyn PageSource,
-        range: PageRange,
-        kind: EntryKind,
-    ) -> Result<(), StreamError> {
+    fn keep(&mut self, range: PageRange, kind: EntryKind) -> Result<(), StreamError> {
         let mut rest = Some(range);
         while let Some(range) = rest {
             let (range, later) = range.split_at(ENTRY_PAGES_MAX);
-            self.make_room(source)?;
+            self.make_room()?;
             let range = range.expect("a range is not empty");
             self.kept.push(Entry { range, kind });
             rest = later;
@@ -153,13 +158,13 @@ impl<'a> ImageStream<'a> {
         Ok(())
     }
 
-    fn want(&mut self, source: &mut dyn PageSource, range: PageRange) -> Result<(), StreamError> {
-        if self.told_once {
-            self.changed.insert(range);
+    fn want(&mut self, range: PageRange) -> Result<(), StreamError> {
+        if self.scan == ScanKind::Destructive {
+            self.outcome.changed.insert(range);
         }
         let mut rest = Some(range);
         while let Some(range) = rest {
-            self.make_room(source)?;
+            self.make_room()?;
             let (now, later) = range.split_at(CHUNK_PAGES as u64 - self.wanted_pages);
             let now = now.expect("make_room leaves room");
             self.wanted_pages += now.pages();
@@ -169,63 +174,65 @@ impl<'a> ImageStream<'a> {
         Ok(())
     }
 
-    fn make_room(&mut self, source: &mut dyn PageSource) -> Result<(), StreamError> {
+    fn make_room(&mut self) -> Result<(), StreamError> {
         let full = self.wanted_pages == CHUNK_PAGES as u64
             || self.wanted.len() + self.kept.len() == PIECES_MAX;
-        if full { self.flush(source) } else { Ok(()) }
+        if full { self.flush() } else { Ok(()) }
     }
 
-    /// Reads what is wanted and puts one chunk.
-    fn flush(&mut self, source: &mut dyn PageSource) -> Result<(), StreamError> {
+    /// Reads the wanted pages and puts one chunk. After the last run, this sends the rest.
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub fn flush(&mut self) -> Result<(), StreamError> {
         if self.wanted.is_empty() && self.kept.is_empty() {
             return Ok(());
         }
         let mut entries = std::mem::replace(&mut self.kept, Vec::with_capacity(PIECES_MAX));
         let pages = match self.wanted.is_empty() {
             true => Bytes::new(),
-            false => self.read_wanted(source, &mut entries)?,
+            false => self.read_wanted(&mut entries)?,
         };
         if entries.is_empty() {
             return Ok(());
         }
         entries.sort_unstable_by_key(|entry| entry.range.start());
-        self.announced
+        let outcome = &mut self.outcome;
+        outcome
+            .announced
             .extend(entries.iter().map(|entry| entry.range));
-        let changed = |entry: &&Entry| matches!(entry.kind, EntryKind::Data | EntryKind::Zero);
-        for entry in entries.iter().filter(changed) {
-            self.changed_pages += entry.range.pages();
-            self.changed.insert(entry.range);
+        let is_sent = |entry: &&Entry| matches!(entry.kind, EntryKind::Data | EntryKind::Zero);
+        for entry in entries.iter().filter(is_sent) {
+            outcome.sent_pages += entry.range.pages();
+            outcome.changed.insert(entry.range);
         }
         self.sink.put(entries, pages)?;
         Ok(())
     }
 
-    /// Reads what is wanted, adds what it is to `entries`, and returns the pages that have data.
-    fn read_wanted(
-        &mut self,
-        source: &mut dyn PageSource,
-        entries: &mut Vec<Entry>,
-    ) -> Result<Bytes, StreamError> {
+    /// Reads the wanted pages, appends their entries, and returns the content of those that are data.
+    fn read_wanted(&mut self, entries: &mut Vec<Entry>) -> Result<Bytes, StreamError> {
         let mut buffer = self.pool.take_blocking();
         let begun = Instant::now();
         let room = &mut buffer[..(self.wanted_pages * PAGE_SIZE) as usize];
         self.arrived.clear();
-        source
+        self.source
             .read(&self.wanted, room, &mut self.arrived)
             .map_err(StreamError::Source)?;
         self.wanted.clear();
         self.wanted_pages = 0;
-        let len = self.judge(&mut buffer, entries);
-        if self.hashes.has_everything() {
-            self.compared_pages += self.arrived.iter().map(|range| range.pages()).sum::<u64>();
-            self.compare_time += begun.elapsed();
+        let len = self.classify(&mut buffer, entries);
+        if self.hashes.compares_everything() {
+            let outcome = &mut self.outcome;
+            outcome.compared_pages += self.arrived.iter().map(|range| range.pages()).sum::<u64>();
+            outcome.compare_time += begun.elapsed();
         }
         Ok(buffer.freeze(len))
     }
 
-    /// Tells of every page that arrived what it is: changed data (moved up so that the buffer's
-    /// front holds nothing else), zero, or what the receiver has. Returns the length of the data.
-    fn judge(&mut self, buffer: &mut [u8], entries: &mut Vec<Entry>) -> usize {
+    /// Appends an entry for each run of arrived pages of one kind, and moves the data pages to the front of the
+    /// buffer. Returns the length of the data, in bytes.
+    fn classify(&mut self, buffer: &mut [u8], entries: &mut Vec<Entry>) -> usize {
         const PAGE: usize = PAGE_SIZE as usize;
         let (mut from, mut to) = (0, 0);
         let arrived = std::mem::take(&mut self.arrived);
@@ -257,26 +264,17 @@ impl<'a> ImageStream<'a> {
     }
 
     fn kind_of(&mut self, address: u64, page: &[u8]) -> EntryKind {
-        let unchanged = self.hashes.unchanged(address, page);
+        let unchanged = self.hashes.record(address, page);
         match self.kept_kind {
-            Some(kept) if unchanged && self.parent.contains(address) => kept,
+            Some(kept) if unchanged && self.held.contains(address) => kept,
             _ if page == ZERO_PAGE => EntryKind::Zero,
             _ => EntryKind::Data,
         }
     }
 
-    /// Sends what is left.
-    ///
-    /// # Errors
-    /// [`StreamError`].
-    pub fn finish(mut self, source: &mut dyn PageSource) -> Result<Sent, StreamError> {
-        self.flush(source)?;
-        Ok(Sent {
-            announced: self.announced,
-            scanned_pages: self.scanned_pages,
-            changed_pages: self.changed_pages,
-            compared_pages: self.compared_pages,
-            compare_time: self.compare_time,
-        })
+    /// Returns what was sent so far; the baseline is free again.
+    #[must_use]
+    pub fn into_outcome(self) -> Outcome {
+        self.outcome
     }
 }

@@ -7,8 +7,11 @@
 
 mod content_hash;
 mod pages;
+mod segment;
 mod soft_dirty;
 mod uffd_wp;
+
+pub use segment::written_to_segment;
 
 use crate::freeze::{FreezeError, Frozen};
 use crate::target::process::Process;

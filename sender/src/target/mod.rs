@@ -1,4 +1,4 @@
-//! What is known of the target: its processes, mappings, shared segments and files.
+//! What is known of the target: its processes, mappings, shared segments, descriptors and files.
 
 pub mod descriptors;
 pub mod files;
@@ -7,3 +7,10 @@ pub mod segment;
 pub mod smaps;
 pub mod tree;
 pub mod vma;
+
+use std::io;
+
+/// Whether the error says that the process or thread does not exist any more.
+pub(crate) fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
+}

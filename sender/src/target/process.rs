@@ -1,6 +1,5 @@
 //! One process of the tree, as remembered from round to round.
 
-use crate::baseline::{Baseline, ContentHashes};
 use crate::sys::pidfd;
 use crate::target::vma::{Class, Vma};
 use pageferry_common::proc::stat::Stat;
@@ -27,10 +26,6 @@ pub struct Process {
     /// Page faults of its children that it has waited for, at the last freeze; `None` if it need not wait
     /// for them.
     pub children_faults: Option<u64>,
-    /// What the receiver holds of it.
-    pub baseline: Baseline,
-    /// Content hashes of what the receiver holds, where contents are compared.
-    pub hashes: ContentHashes,
     /// Its page table, opened at the last freeze: stays with that memory even if it execs.
     pub pagemap: File,
     /// Its memory, opened at the last freeze: reads what it may not read itself.
@@ -53,8 +48,6 @@ impl Process {
             vmas: Vec::new(),
             shared: Vec::new(),
             children_faults: None,
-            baseline: Baseline::default(),
-            hashes: ContentHashes::of_nothing(),
             pagemap: open_pagemap(tid)?,
             memory: open_memory(tid)?,
             direct_io: false,
@@ -78,7 +71,7 @@ impl Process {
     ///
     /// # Errors
     /// As [`Process::open`].
-    pub fn look_at_children(&mut self) -> io::Result<bool> {
+    pub fn reaped_no_child(&mut self) -> io::Result<bool> {
         let now = children_faults(self.pid)?;
         let before = std::mem::replace(&mut self.children_faults, now);
         Ok(now.is_some() && now == before)
@@ -92,7 +85,7 @@ impl Process {
 
     /// Whether one of its own mappings may change while CRIU dumps it ([`crate::target::tree::Pass::DuringDump`]).
     #[must_use]
-    pub fn disturbs(&self, vma: &Vma) -> bool {
+    pub fn may_change_during_dump(&self, vma: &Vma) -> bool {
         self.direct_io || vma.executable || vma.class == Class::Whole
     }
 
@@ -111,7 +104,7 @@ fn open_memory(tid: i32) -> io::Result<File> {
     File::open(format!("/proc/{tid}/mem"))
 }
 
-/// See [`Process::look_at_children`].
+/// See [`Process::reaped_no_child`].
 fn children_faults(pid: i32) -> io::Result<Option<u64>> {
     let status = fs::read(format!("/proc/{pid}/status"))?;
     children_faults_in(&status, &fs::read(format!("/proc/{pid}/stat"))?)
@@ -184,13 +177,13 @@ mod tests {
         let mut task = Process::open(pid, pid, depth).unwrap();
         let mut lines = std::io::BufReader::new(shell.stdout.take().unwrap()).lines();
         lines.next().unwrap().unwrap();
-        assert!(!task.look_at_children().unwrap());
-        assert!(task.look_at_children().unwrap());
+        assert!(!task.reaped_no_child().unwrap());
+        assert!(task.reaped_no_child().unwrap());
         let mut stdin = shell.stdin.take().unwrap();
         writeln!(stdin).unwrap();
         lines.next().unwrap().unwrap();
-        assert!(!task.look_at_children().unwrap());
-        assert!(task.look_at_children().unwrap());
+        assert!(!task.reaped_no_child().unwrap());
+        assert!(task.reaped_no_child().unwrap());
         drop(stdin);
         shell.wait().unwrap();
     }

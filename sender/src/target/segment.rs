@@ -1,31 +1,30 @@
-//! Shared segments of the tree: anonymous shared memory, memfds, System V shared memory.
+//! Shared segments of the target: anonymous shared memory, memfds, System V shared memory.
 //!
-//! Each is sent once for the whole tree, by offset. What was written is told by the page tables of all who
-//! map it, if nobody can have written it otherwise ([`Segment::look`]), and what was taken away by a mapping
-//! of our own ([`RemovedPages`]); else contents are compared.
+//! Each is sent once for the whole tree, by offset. If nothing else can have written to it
+//! ([`Segment::update`]), the page tables of all processes that map it show what was written, and a mapping of our
+//! own shows which pages were removed ([`RemovedPages`]). Otherwise its content is compared.
 
-use crate::baseline::{Baseline, ContentHashes};
 use crate::sys::removed_pages::RemovedPages;
 use crate::target::vma::{Device, Vma};
-use pageferry_common::{MemfdName, PAGE_SIZE, PageRange};
+use pageferry_common::{MemfdName, PAGE_SIZE, PageRange, PageSet};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
-/// Names a shared segment: inode numbers are only unique on their device.
+/// Identifies a shared segment: inode numbers are unique only on their device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SegmentKey {
     /// Device of the kernel's mount.
     pub device: Device,
-    /// Inode number there.
+    /// Inode number on that device.
     pub inode: u64,
 }
 
 impl SegmentKey {
-    /// Of what a mapping maps.
+    /// Returns the key of the object that a mapping maps.
     #[must_use]
-    pub fn of(vma: &Vma) -> Self {
+    pub fn new(vma: &Vma) -> Self {
         Self {
             device: vma.device,
             inode: vma.inode,
@@ -36,16 +35,16 @@ impl SegmentKey {
 /// Where a process maps a part of a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mapping {
-    /// The process.
+    /// PID of the process.
     pub pid: i32,
-    /// Where, in its memory.
+    /// Addresses in the process.
     pub range: PageRange,
-    /// Offset in the segment, bytes.
+    /// Offset in the segment, in bytes.
     pub offset: u64,
 }
 
 impl Mapping {
-    /// The part of the segment that is mapped at `range`; `None` if there is no such offset.
+    /// Returns the offsets of the segment that are mapped at `range`; `None` if they overflow.
     #[must_use]
     pub fn offsets(&self, range: PageRange) -> Option<PageRange> {
         let start = self
@@ -60,36 +59,30 @@ impl Mapping {
 pub struct Segment {
     /// The object itself.
     pub file: File,
-    /// The name of the memfd that it is, or that CRIU makes of it: `None` if of neither.
+    /// Name of the memfd that the segment is, or that CRIU makes of it; `None` if it becomes no memfd.
     pub memfd: Option<MemfdName>,
-    /// What the receiver holds of it.
-    pub baseline: Baseline,
-    /// Content hashes of what the receiver holds.
-    pub hashes: ContentHashes,
-    /// Who maps it, at the last freeze.
+    /// Where processes of the tree map it, at the last freeze.
     pub mappings: Vec<Mapping>,
-    /// Whether the page tables of [`Segment::mappings`] tell of everything that was written between the
-    /// last two freezes.
+    /// Whether the page tables of [`Segment::mappings`] show everything that was written between the last two
+    /// freezes.
     pub tracked: bool,
-    /// Whether somebody may execute it, at the last freeze.
+    /// Whether a process could execute it, at the last freeze.
     pub executable: bool,
-    /// Whether a process has had a descriptor of it.
+    /// Whether a process was seen with a descriptor of it.
     pub opened: bool,
-    /// Whether somebody else maps it, if that is known.
+    /// Whether a process outside of the tree maps it, if that is known.
     pub shared_outside: Option<bool>,
-    /// Tells of pages that were taken away, if writes are tracked.
+    /// Detects removed pages, if writes are tracked.
     pub removed_pages: Option<RemovedPages>,
 }
 
 impl Segment {
-    /// A segment met for the first time.
+    /// A segment that was not known before.
     #[must_use]
     pub fn new(file: File) -> Self {
         Self {
             memfd: memfd_name(&file),
             file,
-            baseline: Baseline::default(),
-            hashes: ContentHashes::of_everything(),
             mappings: Vec::new(),
             tracked: false,
             executable: false,
@@ -108,52 +101,47 @@ impl Segment {
         File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
     }
 
-    /// Whether its writes may be tracked: only those of anonymous shared memory (once CRIU has restored it,
-    /// a memfd that nobody has open). Memfds are written to through descriptors, which come and go, and
-    /// System V segments are attached by whoever knows the number.
+    /// Whether writes to the segment can be tracked. That holds only for anonymous shared memory (once CRIU has
+    /// restored it, for a memfd without descriptors): memfds are written to through descriptors, which come and
+    /// go, and any process that has the key can attach a System V segment.
     #[must_use]
     pub fn trackable(&self) -> bool {
         let anonymous = |name: &MemfdName| name.as_str() == ANONYMOUS;
         !self.opened && self.memfd.as_ref().is_some_and(anonymous)
     }
 
-    /// Looks at it while the tree is stopped: who maps it now. `same_processes`: none came, went, or came
-    /// and went since the last time.
+    /// Updates where the segment is mapped, while the target is stopped. `same_processes`: since the last update
+    /// no process was added, exited, or did both.
     ///
-    /// Page tables tell of all writes since then if those that map it are those that did, and nobody
-    /// outside the tree does.
-    pub fn look(&mut self, mappings: Vec<Mapping>, same_processes: bool) {
+    /// The page tables show all writes since then only if the same processes map it at the same places, and no
+    /// process outside of the tree maps it.
+    pub fn update(&mut self, mappings: Vec<Mapping>, same_processes: bool) {
         if !same_processes {
             self.shared_outside = None;
         }
-        let ours_alone = self.trackable() && self.shared_outside == Some(false);
-        self.tracked = ours_alone && same_processes && self.mappings == mappings;
+        let only_inside = self.trackable() && self.shared_outside == Some(false);
+        self.tracked = only_inside && same_processes && self.mappings == mappings;
         self.mappings = mappings;
     }
 
-    /// The round on its way did not arrive. It may not have compared all of it, and what it was told of
-    /// writes, nothing tells again: the next compares.
-    pub fn lost(&mut self) {
-        self.baseline.lost();
-        self.shared_outside = None;
-    }
-
-    /// What was taken away, of what the receiver holds, since it was sent; everything, if that is not known.
-    pub fn taken_away(&self) -> Vec<PageRange> {
-        let mut gone = Vec::new();
-        for range in self.baseline.pages().iter() {
+    /// Returns those of the pages in `held` that were removed since they were last watched; all of them where that
+    /// is unknown.
+    #[must_use]
+    pub fn removed(&self, held: &PageSet) -> Vec<PageRange> {
+        let mut removed = Vec::new();
+        for range in held.iter() {
             let found = self
                 .removed_pages
                 .as_ref()
-                .map(|removed_pages| removed_pages.missing(range, &mut gone));
+                .map(|removed_pages| removed_pages.missing(range, &mut removed));
             if !matches!(found, Some(Ok(()))) {
-                gone.push(range);
+                removed.push(range);
             }
         }
-        gone
+        removed
     }
 
-    /// From now on notices if pages are taken away, which are about to be read.
+    /// Detects from now on if pages of a range that is about to be read are removed.
     pub fn watch(&mut self, range: PageRange) {
         if !self.trackable() {
             return;
@@ -166,16 +154,16 @@ impl Segment {
         let watched: io::Result<RemovedPages> = watch(self.removed_pages.take());
         match watched {
             Ok(removed_pages) => self.removed_pages = Some(removed_pages),
-            Err(error) => tracing::debug!(%error, "a shared segment will be compared by content"),
+            Err(error) => tracing::debug!(%error, "comparing a shared segment by content"),
         }
     }
 }
 
-/// What the kernel calls anonymous shared memory.
+/// The kernel's name for anonymous shared memory.
 const ANONYMOUS: &str = "/dev/zero";
 
-/// The name of a memfd. Anonymous shared memory is `/dev/zero` to the kernel, and CRIU makes a memfd of
-/// that name of it. One of huge pages is of no kind that can be filled page by page.
+/// Returns the name of a memfd. The kernel calls anonymous shared memory `/dev/zero`, and CRIU makes a memfd of that
+/// name of it. A segment of huge pages has no name here, because it cannot be filled page by page.
 fn memfd_name(file: &File) -> Option<MemfdName> {
     if file.metadata().ok()?.blksize() > PAGE_SIZE {
         return None;
@@ -206,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn a_memfd_has_a_name() {
+    fn memfd_has_a_name() {
         assert_eq!(Segment::new(memfd()).memfd.unwrap().as_str(), "x");
         assert_eq!(
             Segment::new(File::open("/proc/self/exe").unwrap()).memfd,
@@ -215,37 +203,37 @@ mod tests {
     }
 
     #[test]
-    fn a_mapping_is_a_part_of_the_segment() {
+    fn mapped_addresses_have_offsets_in_the_segment() {
         let mapping = mapping(1, 0x10000);
         let page = PageRange::new(0x11000, 2).unwrap();
         assert_eq!(mapping.offsets(page), PageRange::new(0x9000, 2).ok());
     }
 
     #[test]
-    fn page_tables_are_believed_only_if_they_tell_everything() {
+    fn page_tables_are_trusted_only_if_they_show_every_write() {
         let mut segment = Segment::new(memfd());
         segment.memfd = MemfdName::new(ANONYMOUS);
         let all = [mapping(1, 0x10000), mapping(2, 0x10000)];
-        let look = |segment: &mut Segment, mappings: &[Mapping], same| {
-            segment.look(mappings.to_vec(), same);
+        let update = |segment: &mut Segment, mappings: &[Mapping], same| {
+            segment.update(mappings.to_vec(), same);
             segment.tracked
         };
-        // The first time nothing is known.
-        assert!(!look(&mut segment, &all, true));
+        // The first update has nothing to compare with.
+        assert!(!update(&mut segment, &all, true));
         segment.shared_outside = Some(false);
-        assert!(look(&mut segment, &all, true));
-        // A mapping that came knows nothing; one that went has taken what it knew along.
+        assert!(update(&mut segment, &all, true));
+        // The page table of a new mapping has missed earlier writes; that of a removed mapping is lost.
         let more = [&all[..], &[mapping(1, 0x20000)]].concat();
-        assert!(!look(&mut segment, &more, true));
-        assert!(!look(&mut segment, &all, true));
-        assert!(look(&mut segment, &all, true));
-        // A process came or went: others may have the segment now.
-        assert!(!look(&mut segment, &all, false));
+        assert!(!update(&mut segment, &more, true));
+        assert!(!update(&mut segment, &all, true));
+        assert!(update(&mut segment, &all, true));
+        // A process was added or exited: others may map the segment now.
+        assert!(!update(&mut segment, &all, false));
         assert_eq!(segment.shared_outside, None);
         segment.shared_outside = Some(true);
-        assert!(!look(&mut segment, &all, true));
+        assert!(!update(&mut segment, &all, true));
         assert_eq!(segment.shared_outside, Some(true));
-        assert!(!look(&mut segment, &all, false));
+        assert!(!update(&mut segment, &all, false));
         assert_eq!(segment.shared_outside, None);
     }
 }
