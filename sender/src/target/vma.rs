@@ -1,6 +1,6 @@
 //! The mappings of a process, as `/proc/PID/maps` lists them, and what each means to a dump.
 //!
-//! The rules are CRIU's: what it would dump, we send (see ARCHITECTURE.md, "Which pages").
+//! The rules are CRIU's: what it would dump, we send (docs/design/dirty-tracking.md).
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
