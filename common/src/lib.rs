@@ -6,6 +6,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod cli;
 pub mod criu;
 pub mod digest;
 pub mod ids;
