@@ -1,6 +1,7 @@
 //! The command line of `receive`.
 
 use clap::{Args, Parser, Subcommand};
+use pageferry_common::cli::{duration, non_zero_duration, size};
 use pageferry_common::tls::TlsFiles;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -49,7 +50,7 @@ Examples:
       and criu restore --lazy-pages -D small, `small` being made by receive flatten --skeleton
 
 Exit codes:
-  0 done, 1 failed, 2 usage, 4 cannot use the port or the directory, 130 or 143 stopped by a signal";
+  0 done, 1 failed, 2 usage, 7 port or directory unusable, 130 or 143 stopped by a signal";
 
 /// What to do with images that are there.
 #[derive(Debug, Subcommand)]
@@ -100,8 +101,8 @@ pub struct ServePages {
     #[arg(long)]
     pub once: bool,
 
-    /// Give up on a client that takes nothing for so many seconds
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
+    /// Drop a client that reads nothing for this time
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = non_zero_duration)]
     pub timeout: Duration,
 
     /// Give memory in the clear to other hosts
@@ -142,9 +143,8 @@ pub struct Serve {
           default_missing_value = "auto")]
     pub restore: Option<RestoreHow>,
 
-    /// Give up on a restore that takes so many seconds; its process waits meanwhile, and then goes on where it
-    /// was
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds,
+    /// Cancel a restore that takes longer; the process is stopped meanwhile, and then resumes at the source
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = non_zero_duration,
           requires = "restore")]
     pub restore_timeout: Duration,
 
@@ -160,12 +160,12 @@ pub struct Serve {
     #[arg(long)]
     pub once: bool,
 
-    /// With --once: if the connection is lost, the sender may come again for so many seconds
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_time)]
+    /// With --once: how long to wait for the sender to reconnect when the connection is lost
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
     pub reconnect_for: Duration,
 
-    /// Give up on a sender that is silent for so many seconds
-    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds)]
+    /// Drop a sender that is silent for this time
+    #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = non_zero_duration)]
     pub timeout: Duration,
 
     /// Most rounds of a migration
@@ -174,7 +174,7 @@ pub struct Serve {
     pub max_rounds: u32,
 
     /// Most that a migration may write to the disk in all its rounds; with K, M, G or T
-    #[arg(long, value_name = "SIZE", default_value = "16T", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "16T", value_parser = size)]
     pub max_bytes: u64,
 
     /// Most processes and shared segments of a round, and images of CRIU's of the state
@@ -184,7 +184,7 @@ pub struct Serve {
 
     /// Space to leave free on the disk, whoever takes the rest; with K, M, G or T. A migration is refused
     /// before it would take it
-    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub keep_free: u64,
 
     /// Buffers of 4 MiB for each sender. Memory is at most 48 MiB, and for each of --max-senders that many
@@ -206,8 +206,8 @@ pub struct Serve {
     #[arg(long, value_name = "NAME", num_args = 1.., requires = "tls_ca")]
     pub allow: Vec<String>,
 
-    /// Give up on who has not said who he is for so many seconds
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = parse_seconds)]
+    /// Drop connections that have not authenticated after this time
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = non_zero_duration)]
     pub handshake_timeout: Duration,
 
     /// Take memory in the clear from other hosts
@@ -231,38 +231,6 @@ fn parse_listen(text: &str) -> Result<SocketAddr, String> {
         .map_err(|_| "it is a PORT, or ADDRESS:PORT like 192.0.2.1:7700 or [::1]:7700".to_owned())
 }
 
-/// Seconds, or none.
-fn parse_time(text: &str) -> Result<Duration, String> {
-    let seconds = text.strip_suffix('s').unwrap_or(text).parse().ok();
-    seconds
-        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
-        .ok_or_else(|| "it is a number of seconds".to_owned())
-}
-
-fn parse_seconds(text: &str) -> Result<Duration, String> {
-    match parse_time(text)? {
-        Duration::ZERO => Err("it must be more than nothing".to_owned()),
-        time => Ok(time),
-    }
-}
-
-fn parse_size(text: &str) -> Result<u64, String> {
-    let units = [
-        ('K', 1 << 10),
-        ('M', 1 << 20),
-        ('G', 1 << 30),
-        ('T', 1 << 40),
-    ];
-    let unit = units
-        .iter()
-        .find_map(|&(letter, unit)| Some((text.strip_suffix(letter)?, unit)));
-    let (number, unit) = unit.unwrap_or((text, 1));
-    let number = number.parse::<u64>().ok();
-    number
-        .and_then(|number| number.checked_mul(unit))
-        .ok_or_else(|| "a size looks like 4096, 256M or 2T".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -281,16 +249,6 @@ mod tests {
             &["flatten", "d"],
         ] {
             assert!(parse(wrong).is_err());
-        }
-    }
-
-    #[test]
-    fn sizes_have_units() {
-        for (text, size) in [("0", 0), ("4096", 4096), ("3K", 3072), ("16T", 1 << 44)] {
-            assert_eq!(parse_size(text), Ok(size));
-        }
-        for wrong in ["", "K", "-1", "1.5G", "1m", "1GB", "99999999T"] {
-            assert!(parse_size(wrong).is_err(), "{wrong}");
         }
     }
 }

@@ -12,43 +12,30 @@ use crate::tools::certs;
 use crate::tools::flatten::{Pages, flatten};
 use crate::tools::verify::verify;
 use crate::with_causes;
+use pageferry_common::cli::{Exit, Plaintext, start_log};
 use pageferry_common::criu::session::Criu;
 use pageferry_common::proc::capabilities::{self, lacking};
 use pageferry_common::sys::rlimit::raise_descriptors;
-use std::io::{self, IsTerminal};
+use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 use time::OffsetDateTime;
 
-/// What `receive` exits with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Exit {
-    /// Done.
-    Done = 0,
-    /// Failed: the migration, the check.
-    Failed = 1,
-    /// The command line makes no sense.
-    Usage = 2,
-    /// The port or the directory cannot be used.
-    Unusable = 4,
-}
-
 /// Runs `receive`.
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
-    start_log(cli.serve.verbose);
+    start_log(cli.serve.verbose, io::stderr);
     raise_descriptors();
     let exit = match &cli.command {
         Some(Command::Flatten { dir, out, skeleton }) => run_flatten(dir, out, *skeleton),
         Some(Command::ServePages(options)) => run_serve_pages(options),
         Some(Command::Certs { dir, host, days }) => run_certs(dir, host, *days),
         Some(Command::Verify { dir }) => run_verify(dir),
-        None => return run_serve(&cli.serve),
+        None => run_serve(&cli.serve),
     };
-    ExitCode::from(exit as u8)
+    exit.into()
 }
 
 fn run_flatten(dir: &Path, out: &Path, skeleton: bool) -> Exit {
@@ -112,7 +99,7 @@ fn run_verify(dir: &Path) -> Exit {
 
 /// Gives the pages of finished images to whoever connects, each client on a thread of its own.
 fn run_serve_pages(options: &ServePages) -> Exit {
-    if let Err(exit) = refuse_plaintext(options.listen, options.insecure) {
+    if let Err(exit) = check_plaintext(options.listen, options.insecure) {
         return exit;
     }
     let served = match Served::load(&options.dir) {
@@ -184,17 +171,12 @@ fn serve_client(served: &Served, stream: &TcpStream, stall: Duration) -> bool {
     }
 }
 
-/// Memory is full of secrets: beyond loopback only if asked for by name.
-fn refuse_plaintext(listen: SocketAddr, insecure: bool) -> Result<(), Exit> {
-    if listen.ip().is_loopback() || insecure {
-        return Ok(());
-    }
-    let advice = "memory is full of secrets and would cross the network in the clear: give \
-                  certificates (`receive certs` makes some), listen on loopback and use a tunnel, or \
-                  say --insecure";
-    let what = anyhow::anyhow!("{listen} can be reached from other hosts");
-    complain(what, advice);
-    Err(Exit::Usage)
+fn check_plaintext(listen: SocketAddr, insecure: bool) -> Result<(), Exit> {
+    let checked = Plaintext::from_flag(insecure).check(listen, [listen.ip()]);
+    checked.map_err(|forbidden| {
+        complain(forbidden, Plaintext::ADVICE);
+        Exit::Usage
+    })
 }
 
 fn cannot_listen(listen: SocketAddr, error: io::Error) -> Exit {
@@ -208,7 +190,7 @@ fn cannot_listen(listen: SocketAddr, error: io::Error) -> Exit {
     Exit::Unusable
 }
 
-fn run_serve(serve: &Serve) -> ExitCode {
+fn run_serve(serve: &Serve) -> Exit {
     let (Some(listen), Some(dir)) = (serve.listen, &serve.dir) else {
         unreachable!("clap requires both without a subcommand");
     };
@@ -217,27 +199,27 @@ fn run_serve(serve: &Serve) -> ExitCode {
         Err(error) => {
             let advice = "`receive certs DIR --host NAME` makes certificates for both ends";
             complain(error, advice);
-            return ExitCode::from(Exit::Usage as u8);
+            return Exit::Usage;
         }
     };
     if secure.is_none()
-        && let Err(exit) = refuse_plaintext(listen, serve.insecure)
+        && let Err(exit) = check_plaintext(listen, serve.insecure)
     {
-        return ExitCode::from(exit as u8);
+        return exit;
     }
     match serve_until_end(serve, secure, listen, dir) {
         Ok(Ended::Once(migration, result)) => {
             if serve.json {
                 report(&migration, result.as_ref().err().map(ToString::to_string));
             }
-            ExitCode::from(match result {
-                Ok(()) => Exit::Done as u8,
-                Err(_) => Exit::Failed as u8,
-            })
+            match result {
+                Ok(()) => Exit::Done,
+                Err(_) => Exit::Failed,
+            }
         }
-        // As a shell would say it.
-        Ok(Ended::Signal(number)) => ExitCode::from(128 + number as u8),
-        Err(exit) => ExitCode::from(exit as u8),
+        Ok(Ended::Interrupted) => Exit::Interrupted,
+        Ok(Ended::Terminated) => Exit::Terminated,
+        Err(exit) => exit,
     }
 }
 
@@ -339,18 +321,4 @@ fn complain(error: impl Into<anyhow::Error>, advice: &str) -> Exit {
 /// kernel (`--listen 0`) appears.
 fn log_listening(address: SocketAddr) {
     tracing::info!(event = "listening", "listening on {address}");
-}
-
-fn start_log(verbose: u8) {
-    let level = match verbose {
-        0 => tracing::Level::INFO,
-        1 => tracing::Level::DEBUG,
-        _ => tracing::Level::TRACE,
-    };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
-        .init();
 }

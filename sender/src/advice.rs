@@ -7,38 +7,17 @@ use crate::freeze::{FreezeError, TreeError};
 use crate::handover::{HandoverError, RecordError};
 use crate::migrate::MigrateError;
 use crate::sink::SinkError;
+use pageferry_common::cli::{Exit, Plaintext, PlaintextForbidden};
 use pageferry_common::criu::session::{BadOption, CriuError};
 use pageferry_common::tls::TlsError;
 use pageferry_common::wire::WireError;
 use std::io;
 
-/// What `send` exits with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Exit {
-    /// Done.
-    Done = 0,
-    /// Failed, for a reason without a code of its own.
-    Failed = 1,
-    /// The command line makes no sense.
-    Usage = 2,
-    /// The target is not there (any more).
-    TargetGone = 3,
-    /// The receiver refused, and said why.
-    Refused = 4,
-    /// The kernel forbids it.
-    NotPermitted = 5,
-    /// The receiver does not say whether the process runs there; here it is stopped.
-    InDoubt = 6,
-    /// The user said stop.
-    Interrupted = 130,
-}
-
 /// Why `send` failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
-    #[error("{0} is not this host, and memory would cross the network in the clear")]
-    Plaintext(String),
+    #[error(transparent)]
+    Plaintext(#[from] PlaintextForbidden),
     #[error("cannot find {to}")]
     Resolve { to: String, source: io::Error },
     #[error(transparent)]
@@ -81,11 +60,7 @@ const CERTIFICATES: &str = "`receive certs DIR --host NAME` makes certificates f
 /// The exit code of a failure, and what to do about it.
 pub(crate) fn judge(failure: &Failure) -> (Exit, &'static str) {
     match failure {
-        Failure::Plaintext(_) => (
-            Exit::Usage,
-            "give certificates (--tls-ca, --tls-cert, --tls-key; `receive certs` makes some), send \
-             through a tunnel to a loopback port, or say --insecure",
-        ),
+        Failure::Plaintext(_) => (Exit::Usage, Plaintext::ADVICE),
         Failure::Tls(_) => (Exit::Usage, CERTIFICATES),
         Failure::Resolve { .. } => (Exit::Failed, "--to takes HOST:PORT"),
         Failure::Tracker(_) => (

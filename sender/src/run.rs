@@ -1,7 +1,7 @@
 //! From the command line to an exit code: sets everything up, and says of every failure what to do
 //! about it.
 
-use crate::advice::{Exit, Failure, judge};
+use crate::advice::{Failure, judge};
 use crate::cli::Cli;
 use crate::copy::{Copier, WrittenPages};
 use crate::dirty;
@@ -13,11 +13,11 @@ use crate::report::Report;
 use crate::sink::{Connect, Outcome, SinkError};
 use crate::target::process::namespace_depth;
 use nix::sys::signal::Signal;
+use pageferry_common::cli::{Exit, Plaintext, start_log};
 use pageferry_common::criu::session::Criu;
 use pageferry_common::proc::capabilities::{self, lacking};
 use pageferry_common::sys::rlimit::raise_descriptors;
 use pageferry_common::{BufferPool, Claim, MigrationId, Token};
-use std::io::{self, IsTerminal, Read};
 use std::net::ToSocketAddrs;
 use std::path::Path;
 use std::process::ExitCode;
@@ -25,7 +25,7 @@ use std::process::ExitCode;
 /// Runs `send`.
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
-    start_log(cli.verbose);
+    start_log(cli.verbose, LogWriter::default);
     raise_descriptors();
     let done = match (cli.resolve, &cli.to, cli.pid) {
         (Some(root), _, _) => resolve(cli, root).map(|()| None),
@@ -54,7 +54,7 @@ pub fn run(cli: &Cli) -> ExitCode {
             exit
         }
     };
-    ExitCode::from(exit as u8)
+    exit.into()
 }
 
 /// Ends a move whose end was lost sight of: asks the receiver, and lets the copy here go on or go.
@@ -94,15 +94,15 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     }
     let tls = cli.tls.client()?;
     if tls.is_none() {
-        refuse_plaintext(cli, to)?;
+        check_plaintext(cli, to)?;
     }
     let gone = |_| MigrateError::TargetGone(pid);
     let depth = namespace_depth(pid).map_err(gone)?;
     let root_pid = crate::target::process::pid_in_namespace(pid, depth).map_err(gone)?;
     let claim = Claim {
-        id: MigrationId(random().map_err(Failure::Prepare)?),
+        id: MigrationId(random()?),
         root_pid,
-        token: Token(random().map_err(Failure::Prepare)?),
+        token: Token(random()?),
     };
     if cli.then != Then::Run || cli.migrate {
         // Found out in the end, all rounds would be in vain.
@@ -169,38 +169,23 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     Ok(report)
 }
 
-/// Memory is full of secrets: beyond loopback only if asked for by name.
-fn refuse_plaintext(cli: &Cli, to: &str) -> Result<(), Failure> {
-    if cli.insecure {
+/// Checks that memory does not cross a network in the clear unless the user permits it.
+fn check_plaintext(cli: &Cli, to: &str) -> Result<(), Failure> {
+    let policy = Plaintext::from_flag(cli.insecure);
+    if policy == Plaintext::Anywhere {
         return Ok(());
     }
     let resolve = |source| Failure::Resolve {
         to: to.to_owned(),
         source,
     };
-    let mut addresses = to.to_socket_addrs().map_err(resolve)?;
-    match addresses.all(|address| address.ip().is_loopback()) {
-        true => Ok(()),
-        false => Err(Failure::Plaintext(to.to_owned())),
-    }
+    let addresses = to.to_socket_addrs().map_err(resolve)?;
+    policy.check(to, addresses.map(|address| address.ip()))?;
+    Ok(())
 }
 
-fn random<const N: usize>() -> io::Result<[u8; N]> {
+fn random<const N: usize>() -> Result<[u8; N], Failure> {
     let mut bytes = [0; N];
-    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    getrandom::fill(&mut bytes).map_err(|error| Failure::Prepare(error.into()))?;
     Ok(bytes)
-}
-
-fn start_log(verbose: u8) {
-    let level = match verbose {
-        0 => tracing::Level::INFO,
-        1 => tracing::Level::DEBUG,
-        _ => tracing::Level::TRACE,
-    };
-    tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_writer(LogWriter::default)
-        .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
-        .init();
 }

@@ -162,16 +162,16 @@ fn full_disk_exits_4_and_leaves_no_incomplete_round() {
 }
 
 #[test]
-fn unusable_ports_and_directories_exit_4() {
+fn unusable_ports_and_directories_exit_7() {
     let mut pair = Pair::start(&[]);
     let port = pair.receiver().address().port().to_string();
     let dir = tempfile::tempdir().unwrap();
     let taken = receive(&[&"--listen", &port, &"--dir", &dir.path()]);
-    assert_eq!(taken.status.code(), Some(4), "{}", taken.stderr);
+    assert_eq!(taken.status.code(), Some(7), "{}", taken.stderr);
     assert!(taken.stderr.contains("another port"), "{}", taken.stderr);
 
     let second = receive(&[&"--listen", &"0", &"--dir", &pair.dir()]);
-    assert_eq!(second.status.code(), Some(4), "{}", second.stderr);
+    assert_eq!(second.status.code(), Some(7), "{}", second.stderr);
     assert!(
         second.stderr.contains("in use by another receiver"),
         "{}",
@@ -183,7 +183,7 @@ fn unusable_ports_and_directories_exit_4() {
     let no_directory = receive(&[&"--listen", &"0", &"--dir", &file]);
     assert_eq!(
         no_directory.status.code(),
-        Some(4),
+        Some(7),
         "{}",
         no_directory.stderr
     );

@@ -188,7 +188,7 @@ fn surplus_sender_is_refused_and_resolve_is_still_answered() {
 
 #[test]
 fn unauthenticated_connection_is_refused_or_dropped_after_the_timeout() {
-    let pair = Pair::start(&["--handshake-timeout", "0.2"]);
+    let pair = Pair::start(&["--handshake-timeout", "200ms"]);
     // The beginning of a Hello.
     let mut slow = Peer::connect(pair.address()).unwrap();
     let header = Header::encode(FrameKind::Hello, false, 0, &[0; 62], 0);
@@ -429,7 +429,7 @@ fn hostile_peers_stay_within_the_stated_memory_while_a_migration_succeeds() {
         "--max-bytes",
         "256M",
         "--handshake-timeout",
-        "5",
+        "5s",
     ]);
     LazyLock::force(&BOMB);
     let hostile = Hostile::start(pair.address());

@@ -535,7 +535,7 @@ fn hanging_restore_is_aborted() {
     };
     let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
     let path = criu.path().to_str().unwrap();
-    let options = ["--restore", "--restore-timeout", "1", "--criu", path];
+    let options = ["--restore", "--restore-timeout", "1s", "--criu", path];
     let mut receiver = host.receiver("0", dir.path(), &options);
     let mut victim = Victim::detached("heap=8 children=1 dirty=20");
     let (pid, tree) = (victim.pid(), victim.tree());

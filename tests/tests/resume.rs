@@ -220,7 +220,7 @@ fn link_outage_delays_the_migration_and_loses_nothing() {
         // In the first round, in a later one, and in the last, for which the sender does not wait long.
         for round in 1..=3 {
             let options = [&ROUNDS[..], &["--timeout", "3s", "--max-frozen", "500ms"]].concat();
-            let wired = Wired::start("100mbit", &victim, &["--timeout", "3"], &options);
+            let wired = Wired::start("100mbit", &victim, &["--timeout", "3s"], &options);
             await_pages(wired.dir.path(), round);
             wired.net.cut("B");
             // The duration of the outage.
@@ -244,7 +244,7 @@ fn link_outage_delays_the_migration_and_loses_nothing() {
 fn slow_link_causes_no_reconnect() {
     let mut victim = Victim::start("heap=4 dirty=1");
     let options = ["--max-downtime", "5s", "--then", "stop"];
-    let wired = Wired::start("10mbit", &victim, &["--timeout", "5"], &options);
+    let wired = Wired::start("10mbit", &victim, &["--timeout", "5s"], &options);
     let report = wired.finish_and_compare(&mut victim);
     assert_eq!(reconnects(&report), 0);
 }

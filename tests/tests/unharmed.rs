@@ -109,7 +109,7 @@ fn restarted_receiver_discards_the_incomplete_round() {
 #[test]
 fn garbage_on_the_port_harms_no_migration() {
     let mut victim = Victim::start("heap=16 dirty=50");
-    let mut pair = Pair::start(&["--timeout", "2"]);
+    let mut pair = Pair::start(&["--timeout", "2s"]);
     let address = pair.receiver().address();
     let mut idle = Vec::new();
     let mut send = pair.start_send(victim.pid(), &["--rounds", "20"]);

@@ -47,8 +47,10 @@ pub struct Options {
 pub enum Ended {
     /// With `once`: how the migration went.
     Once(Migration, Result<(), Failure>),
-    /// A signal, by number.
-    Signal(i32),
+    /// SIGINT.
+    Interrupted,
+    /// SIGTERM.
+    Terminated,
 }
 
 /// Serves until a signal comes or, with `once`, one migration is over.
@@ -102,8 +104,8 @@ pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io:
                 }
                 continue;
             }
-            _ = interrupt.recv() => return Ok(Ended::Signal(2)),
-            _ = terminate.recv() => return Ok(Ended::Signal(15)),
+            _ = interrupt.recv() => return Ok(Ended::Interrupted),
+            _ = terminate.recv() => return Ok(Ended::Terminated),
         };
         let Some(pending) = admission.admit(options.limits.handshake) else {
             tracing::warn!(event = "connection_refused", %peer, "closed: too many have not said yet what they want");
