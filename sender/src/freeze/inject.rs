@@ -1,9 +1,9 @@
-//! One system call in a stopped thread of the target, and not a trace left of it.
+//! Runs a system call in a stopped thread of the target, and restores the thread afterwards.
 //!
-//! Registers are borrowed, never memory: a `syscall` instruction that is already there (the
-//! vDSO's) is run with other registers. They go back while the thread is in the same kind of stop
-//! as before, *inside the kernel's signal handling*: only there does the kernel restart a system
-//! call that our stop interrupted.
+//! Only registers are changed, never memory: the thread executes a `syscall` instruction that the process
+//! already has, in its vDSO. The registers are restored while the thread is in the same kind of stop as
+//! before, *inside the signal handling of the kernel*: only there does the kernel restart a system call that
+//! the stop interrupted.
 
 use crate::sys::ptrace::{self, Stop, Tid};
 use crate::sys::{pidfd, uffd};
@@ -12,39 +12,40 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-/// Makes a userfaultfd in process `pid` by its stopped thread `tid`, takes it over, and closes it
-/// there. Every thread of the process must be stopped, so that none sees the descriptor.
+/// Creates a userfaultfd in process `pid` with its stopped thread `tid`, duplicates it into this process, and
+/// closes it in the target. Every thread of the process must be stopped, so that none sees the descriptor.
 ///
 /// # Errors
-/// Why this process cannot have one; it is as it was.
+/// The reason why this process cannot have a userfaultfd; the process is unchanged then.
 pub fn userfaultfd(pid: i32, tid: Tid) -> io::Result<OwnedFd> {
     let pidfd = pidfd::open(pid)?;
-    let mut thread = Borrowed::take(pid, tid)?;
-    let made = thread
+    let mut thread = BorrowedThread::take(pid, tid)?;
+    let created = thread
         .call(libc::SYS_userfaultfd, uffd::CREATE_FLAGS)
         .and_then(|fd| {
-            let ours = pidfd::get_fd(pidfd.as_fd(), fd as i32);
+            let duplicate = pidfd::get_fd(pidfd.as_fd(), fd as i32);
             thread.call(libc::SYS_close, fd)?;
-            ours
+            duplicate
         });
     thread.give_back()?;
-    made
+    created
 }
 
-/// A thread whose registers and signal mask are kept to be given back.
-struct Borrowed {
+/// A stopped thread whose registers and signal mask were saved. Restores them when dropped.
+struct BorrowedThread {
     pid: i32,
     tid: Tid,
     registers: libc::user_regs_struct,
     mask: u64,
     /// Address of a `syscall` instruction.
     syscall: u64,
-    /// Signals that cannot be blocked came meanwhile: sent again when all is as before.
+    /// Signals that arrived although all are blocked (some cannot be). They are sent again afterwards.
     postponed: Vec<i32>,
-    returned: bool,
+    is_restored: bool,
 }
 
-impl Borrowed {
+impl BorrowedThread {
+    /// Saves the registers and the signal mask of a stopped thread, and blocks all signals.
     #[cfg(target_arch = "x86_64")]
     fn take(pid: i32, tid: Tid) -> io::Result<Self> {
         const USER_CS: u64 = 0x33;
@@ -66,7 +67,7 @@ impl Borrowed {
             })?;
         }
         let mask = ptrace::signal_mask(tid)?;
-        // A handler must not run on borrowed registers.
+        // No signal handler may run with the changed registers.
         ptrace::set_signal_mask(tid, u64::MAX)?;
         Ok(Self {
             pid,
@@ -75,22 +76,22 @@ impl Borrowed {
             mask,
             syscall,
             postponed: Vec::new(),
-            returned: false,
+            is_restored: false,
         })
     }
 
     #[cfg(not(target_arch = "x86_64"))]
     fn take(_: i32, _: Tid) -> io::Result<Self> {
         Err(io::Error::other(
-            "making system calls in the target is only built for x86-64",
+            "system calls in the target are implemented for x86-64 only",
         ))
     }
 
-    /// Runs one system call with one argument; its result, or its errno as an error.
+    /// Runs a system call with one argument. Returns its result, or its errno as an error.
     fn call(&mut self, number: libc::c_long, argument: u64) -> io::Result<u64> {
         let registers = libc::user_regs_struct {
             rax: number as u64,
-            // Not "in a system call": nothing for the kernel to restart.
+            // Marks the thread as not in a system call, so that the kernel restarts none.
             orig_rax: u64::MAX,
             rdi: argument,
             rip: self.syscall,
@@ -111,17 +112,19 @@ impl Borrowed {
     }
 
     fn give_back(mut self) -> io::Result<()> {
-        self.put_back()
+        self.restore()
     }
 
-    fn put_back(&mut self) -> io::Result<()> {
-        self.returned = true;
-        // After a system call the thread stands at its exit, where nothing would be restarted.
-        // An interrupt that is pending when it goes on stops it again before its next instruction.
+    /// Restores the registers and the signal mask.
+    fn restore(&mut self) -> io::Result<()> {
+        self.is_restored = true;
+        // The thread is stopped at the exit of the injected system call, where the kernel restarts no
+        // interrupted call. With an interrupt pending, it stops again before its next instruction, in signal
+        // handling.
         ptrace::interrupt(self.tid)?;
         ptrace::resume(self.tid, 0)?;
         while !matches!(self.next_stop()?, Stop::Event | Stop::Group) {
-            // Any other stop has used up the interrupt.
+            // Any other stop uses up the pending interrupt.
             ptrace::interrupt(self.tid)?;
             ptrace::resume(self.tid, 0)?;
         }
@@ -133,7 +136,7 @@ impl Borrowed {
         Ok(())
     }
 
-    /// The next stop that is not a signal's; those are kept for later.
+    /// Waits for the next stop. Keeps the signal of a signal-delivery stop for later.
     fn next_stop(&mut self) -> io::Result<Stop> {
         match ptrace::wait(self.tid)? {
             Stop::Gone => Err(io::Error::from_raw_os_error(libc::ESRCH)),
@@ -146,24 +149,24 @@ impl Borrowed {
     }
 }
 
-impl Drop for Borrowed {
+impl Drop for BorrowedThread {
     fn drop(&mut self) {
-        if !self.returned {
-            // On an error's way out; the thread may be gone, and then there is nothing to mend.
-            let _ = self.put_back();
+        if !self.is_restored {
+            // Reached after an error. It fails only if the thread has exited, which leaves nothing to
+            // restore.
+            let _ = self.restore();
         }
     }
 }
 
-/// Where the process has a `syscall` instruction: in its vDSO, or behind it if the thread just
-/// stands in a call.
+/// Returns the address of a `syscall` instruction in the vDSO of a process.
 fn syscall_instruction(tid: Tid) -> io::Result<u64> {
     const SYSCALL: [u8; 2] = [0x0f, 0x05];
-    const VDSO_MAX: usize = 64 << 10;
-    let none = || io::Error::other("it has no vDSO with a system call instruction");
+    const VDSO_MAX_BYTES: usize = 64 << 10;
+    let not_found = || io::Error::other("it has no vDSO with a system call instruction");
     let maps = fs::read(format!("/proc/{tid}/maps"))?;
-    let range = maps::vdso(&maps).ok_or_else(none)?;
-    let mut code = vec![0; (range.bytes() as usize).min(VDSO_MAX)];
+    let range = maps::vdso(&maps).ok_or_else(not_found)?;
+    let mut code = vec![0; (range.bytes() as usize).min(VDSO_MAX_BYTES)];
     let remote = nix::sys::uio::RemoteIoVec {
         base: range.start() as usize,
         len: code.len(),
@@ -174,17 +177,20 @@ fn syscall_instruction(tid: Tid) -> io::Result<u64> {
         &[remote],
     )?;
     let at = code.windows(2).position(|pair| pair == SYSCALL);
-    Ok(range.start() + at.ok_or_else(none)? as u64)
+    Ok(range.start() + at.ok_or_else(not_found)? as u64)
 }
 
-/// If the thread stands in a restartable sequence: the address where it must go on.
+/// Returns the address of the abort handler, if the thread is inside a restartable sequence (rseq).
 ///
-/// The kernel aborts an interrupted sequence when the thread returns to user mode, by the place it
-/// returns to. That place will be our system call first, where the kernel forgets the sequence;
-/// so we send the thread to its abort handler ourselves, as the kernel would have.
+/// The kernel aborts an interrupted sequence when the thread returns to an address inside it. Here the thread
+/// first returns to the injected system call, where the kernel clears the sequence. So the caller has to
+/// resume the thread at the abort handler, as the kernel would have.
 fn interrupted_rseq(tid: Tid, ip: u64) -> io::Result<Option<u64>> {
-    const CS_POINTER: u64 = 8; // offsetof(struct rseq, rseq_cs)
-    const CS_LEN: usize = 32; // version, flags u32; start, length, abort u64
+    /// Offset of the field `rseq_cs` in `struct rseq`.
+    const CS_POINTER: u64 = 8;
+    /// Size of `struct rseq_cs`: version and flags of 32 bits each; start, length and abort address of 64
+    /// bits each.
+    const CS_BYTES: usize = 32;
     let Some(area) = ptrace::rseq_area(tid)? else {
         return Ok(None);
     };
@@ -197,9 +203,15 @@ fn interrupted_rseq(tid: Tid, ip: u64) -> io::Result<Option<u64>> {
     if pointer == 0 {
         return Ok(None);
     }
-    let mut cs = [0; CS_LEN];
+    let mut cs = [0; CS_BYTES];
     read(pointer, &mut cs)?;
-    let field = |at: usize| u64::from_le_bytes(cs[at..at + 8].try_into().expect("8 bytes"));
+    let field = |at: usize| {
+        u64::from_le_bytes(
+            cs[at..at + 8]
+                .try_into()
+                .expect("the slice has eight bytes"),
+        )
+    };
     let (start, length, abort) = (field(8), field(16), field(24));
     Ok((ip.wrapping_sub(start) < length).then_some(abort))
 }

@@ -1,4 +1,4 @@
-//! What `/proc` says of threads, children and tracers.
+//! State of threads and processes, from `/proc`.
 
 use super::FrozenProcess;
 use pageferry_common::proc::process::{children, threads};
@@ -11,42 +11,42 @@ use std::io;
 /// Why a process tree cannot be stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 pub enum TreeError {
-    /// It is not there (any more).
+    /// The root process does not exist, or has exited.
     #[error("there is no process {0}")]
     NoProcess(i32),
-    /// A debugger has it.
+    /// Another tracer, such as a debugger, is attached.
     #[error("process {pid} is traced already, by {tracer} ({name})")]
     Traced {
-        /// The process that is traced.
+        /// PID of the traced process.
         pid: i32,
-        /// Who traces it.
+        /// PID of the tracer.
         tracer: i32,
-        /// The tracer's name.
+        /// Name of the tracer.
         name: String,
     },
-    /// The kernel forbids it.
+    /// The kernel does not permit tracing the process.
     #[error("not permitted to trace process {0}")]
     NotPermitted(i32),
-    /// The kernel forbids to stop or end it for good.
+    /// The kernel does not permit sending signals to the process, so it can be neither stopped nor killed.
     #[error("not permitted to signal process {0}")]
     MayNotSignal(i32),
-    /// The target's tree contains the sender.
+    /// The tree contains the sender.
     #[error("the tree under process {0} contains this program")]
     OwnTree(i32),
-    /// A thread does not stop.
+    /// A thread did not stop in time.
     #[error("thread {tid} of process {pid} is in an uninterruptible wait and does not stop")]
     Stuck {
-        /// The process.
+        /// PID of the process.
         pid: i32,
-        /// The thread.
+        /// TID of the thread.
         tid: i32,
     },
-    /// Something else.
+    /// A system call failed for another reason.
     #[error("cannot stop process {pid}: {error}")]
     Io {
-        /// The process.
+        /// PID of the process.
         pid: i32,
-        /// What the kernel said.
+        /// Error from the kernel.
         error: String,
     },
 }
@@ -60,36 +60,37 @@ impl TreeError {
     }
 }
 
-/// The processes of a tree that somebody keeps stopped, the root first, but for those that have ended.
+/// Returns the processes of a tree that another program keeps stopped, the root first. Leaves out processes
+/// that have exited.
 #[must_use]
 pub fn process_list(root: i32) -> Vec<FrozenProcess> {
     let (mut pids, mut next) = (vec![root], 0);
-    let mut list = Vec::new();
+    let mut processes = Vec::new();
     while let Some(&pid) = pids.get(next) {
         next += 1;
         let alive = |tid: &i32| !matches!(state(pid, *tid), None | Some('Z' | 'X'));
         let tids = threads(pid);
         if let Some(&tid) = tids.iter().find(|tid| alive(tid)) {
-            list.push(FrozenProcess { pid, tid });
+            processes.push(FrozenProcess { pid, tid });
         }
         pids.extend(tids.iter().flat_map(|&tid| children(pid, tid)));
     }
-    list
+    processes
 }
 
-/// Whether no thread of these processes runs: each is held by a tracer, or has ended.
+/// Returns whether every thread of these processes is stopped by a tracer or has exited.
 #[must_use]
 pub fn are_trace_stopped(processes: &[FrozenProcess]) -> bool {
-    let held = |pid, tid| matches!(state(pid, tid), None | Some('t' | 'Z' | 'X'));
+    let is_stopped = |pid, tid| matches!(state(pid, tid), None | Some('t' | 'Z' | 'X'));
     let mut all = processes.iter();
     all.all(|process| {
         threads(process.pid)
             .into_iter()
-            .all(|tid| held(process.pid, tid))
+            .all(|tid| is_stopped(process.pid, tid))
     })
 }
 
-/// Claims that a process may be sent signals; one that is gone needs none.
+/// Checks that this program may send signals to a process. Succeeds if the process has exited.
 ///
 /// # Errors
 /// [`TreeError::MayNotSignal`].
@@ -100,19 +101,19 @@ pub fn check_signal_permission(pid: i32) -> Result<(), TreeError> {
     }
 }
 
-/// The state letter of a thread (`man 5 proc`); `None` if it is gone.
+/// Returns the state letter of a thread (see `man 5 proc`); `None` if the thread does not exist.
 pub(super) fn state(pid: i32, tid: i32) -> Option<char> {
     let content = fs::read(format!("/proc/{pid}/task/{tid}/stat")).ok()?;
     Stat::parse(&content).map(Stat::state)
 }
 
-/// A field of `/proc/PID/status` that holds a number.
+/// Returns a numeric field of `/proc/PID/status`.
 pub(super) fn status_number(pid: i32, field: &str) -> Option<i32> {
     status::number(&fs::read(format!("/proc/{pid}/status")).ok()?, field)
 }
 
-/// Whether a thread waits for a vfork child to exec or exit. Such a wait cannot be interrupted,
-/// and ends only when the child runs.
+/// Returns whether a thread waits for a vfork child to exit or to call exec. Such a wait cannot be
+/// interrupted.
 pub(super) fn waits_for_vfork(pid: i32, tid: i32) -> bool {
     if state(pid, tid) != Some('D') {
         return false;
@@ -120,7 +121,7 @@ pub(super) fn waits_for_vfork(pid: i32, tid: i32) -> bool {
     is_vfork(&read_lossy(format!("/proc/{pid}/task/{tid}/syscall")).unwrap_or_default())
 }
 
-/// Whether the system call in `/proc/PID/syscall` may be one that waits for a vfork child.
+/// Returns whether the system call in `/proc/PID/syscall` may be one that waits for a vfork child.
 #[must_use]
 pub fn is_vfork(syscall: &str) -> bool {
     let number = syscall
@@ -131,16 +132,16 @@ pub fn is_vfork(syscall: &str) -> bool {
     const MAY_VFORK: &[libc::c_long] = &[libc::SYS_vfork, libc::SYS_clone, libc::SYS_clone3];
     #[cfg(not(target_arch = "x86_64"))]
     const MAY_VFORK: &[libc::c_long] = &[libc::SYS_clone, libc::SYS_clone3];
-    // A plain fork may take long as well (reclaim, swap), and is no such wait.
+    // A plain fork may also take long (reclaim, swap), but it does not wait for the child.
     let flags = syscall.split_ascii_whitespace().nth(1);
     let flags = flags.and_then(|flags| i64::from_str_radix(flags.strip_prefix("0x")?, 16).ok());
-    let plain = number == Some(libc::SYS_clone)
+    let is_plain_fork = number == Some(libc::SYS_clone)
         && flags.is_some_and(|flags| flags & i64::from(libc::CLONE_VFORK) == 0);
-    !plain && number.is_some_and(|number| MAY_VFORK.contains(&number))
+    !is_plain_fork && number.is_some_and(|number| MAY_VFORK.contains(&number))
 }
 
-/// Why the kernel refused to let us trace a thread; `None` if there is nothing left to trace.
-pub(super) fn why_not_traceable(pid: i32, tid: i32) -> Option<TreeError> {
+/// Returns why the kernel does not permit tracing a thread; `None` if the thread has exited.
+pub(super) fn untraceable_reason(pid: i32, tid: i32) -> Option<TreeError> {
     match state(pid, tid) {
         None | Some('Z' | 'X') => return None,
         Some(_) => {}
@@ -163,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn proc_knows_this_process() {
+    fn state_and_threads_of_this_process_are_read() {
         let pid = std::process::id() as i32;
         assert!(threads(pid).contains(&pid));
         assert!(matches!(state(pid, pid), Some('R' | 'S')));
@@ -173,7 +174,7 @@ mod tests {
     }
 
     #[test]
-    fn a_process_is_there_whatever_it_is_called() {
+    fn process_with_invalid_utf8_name_is_listed() {
         let mut shell = std::process::Command::new("sh")
             .args(["-c", r"printf 'k\303' > /proc/$$/comm; echo; read line"])
             .stdin(std::process::Stdio::piped())
@@ -184,11 +185,11 @@ mod tests {
         io::Read::read_exact(shell.stdout.as_mut().unwrap(), &mut line).unwrap();
         let pid = shell.id().cast_signed();
         let list = process_list(pid);
-        let (held, parent) = (are_trace_stopped(&list), status_number(pid, "PPid"));
+        let (is_stopped, parent) = (are_trace_stopped(&list), status_number(pid, "PPid"));
         drop(shell.stdin.take());
         shell.wait().unwrap();
         assert_eq!(list, [FrozenProcess { pid, tid: pid }]);
-        assert!(!held);
+        assert!(!is_stopped);
         assert_eq!(parent, Some(std::process::id().cast_signed()));
     }
 }
