@@ -1,4 +1,4 @@
-//! What one migration may take of the disk, whoever sends it: asked for before it is taken.
+//! Quota of one migration: disk space is charged before it is used.
 
 use crate::file_error::{FileError, failed};
 use nix::sys::statvfs::statvfs;
@@ -9,31 +9,30 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What an entry of a pagemap is counted as, bytes: none is longer.
+/// Charge for an entry of a pagemap, bytes: the longest there is.
 const ENTRY_BYTES: u64 = 32;
 
-/// What the two files of an image are counted as, bytes, besides what is in them: no file system takes
-/// less.
+/// Charge for the two files of an image besides their contents, bytes: a block each.
 const IMAGE_BYTES: u64 = 8192;
 
-/// How many files can still be made where space is kept free, on file systems that count them.
+/// Number of inodes to leave free where space is kept free, on file systems that limit them.
 const KEEP_FILES: u64 = 1024;
 
-/// The most that one migration may take.
+/// Limits of one migration.
 #[derive(Debug, Clone, Copy)]
 pub struct Bounds {
-    /// Rounds (`--max-rounds`).
+    /// Most rounds (`--max-rounds`).
     pub rounds: u32,
-    /// Bytes written (`--max-bytes`).
+    /// Most bytes written (`--max-bytes`).
     pub bytes: u64,
-    /// Images of one round, and CRIU's images of state (`--max-images`).
+    /// Most images of one round, and most of CRIU's images of state (`--max-images`).
     pub images: usize,
-    /// Bytes to leave free, whoever took the rest (`--keep-free`).
+    /// Bytes to leave free on the file system, whatever else uses it (`--keep-free`).
     pub keep_free: u64,
 }
 
 impl Bounds {
-    /// Everything, for who is trusted.
+    /// No limits, for trusted senders.
     pub const NONE: Self = Self {
         rounds: u32::MAX,
         bytes: u64::MAX,
@@ -42,49 +41,50 @@ impl Bounds {
     };
 }
 
-/// What is too much. All name the option.
+/// A limit is exceeded. Each message names the option.
 #[derive(Debug, thiserror::Error)]
 pub enum QuotaError {
-    /// A round.
-    #[error("this receiver takes no more than {0} rounds of a migration (--max-rounds)")]
+    /// Too many rounds.
+    #[error("this receiver accepts at most {0} rounds of a migration (--max-rounds)")]
     Rounds(u32),
-    /// Bytes.
-    #[error("this receiver takes no more than {0} bytes of a migration (--max-bytes)")]
+    /// Too many bytes.
+    #[error("this receiver accepts at most {0} bytes of a migration (--max-bytes)")]
     Bytes(u64),
-    /// An image.
-    #[error("this receiver takes no more than {0} images of a round (--max-images)")]
+    /// Too many images.
+    #[error("this receiver accepts at most {0} images of a round (--max-images)")]
     Images(usize),
-    /// Others need what is left.
+    /// Too little space or too few inodes would be left.
     #[error(
-        "{}: {free} bytes and {files} files are free, and this receiver leaves {keep} bytes (--keep-free)",
+        "{}: {free} bytes and {files} inodes are free, and {keep} bytes must stay free (--keep-free)",
         dir.display()
     )]
     Free {
-        /// On whose file system.
+        /// A directory on the file system.
         dir: PathBuf,
-        /// Bytes that are free.
+        /// Free bytes.
         free: u64,
-        /// Files that can be made.
+        /// Free inodes.
         files: u64,
-        /// Bytes to leave.
+        /// Bytes to leave free.
         keep: u64,
     },
-    /// It cannot be found out what is free.
+    /// The free space cannot be determined.
     #[error(transparent)]
     File(#[from] FileError),
 }
 
-/// What one migration has taken, and may.
+/// Quota of one migration.
 #[derive(Debug)]
 pub struct Quota {
     bounds: Bounds,
-    /// On the file system in question.
+    /// A directory on the file system that is written to.
     dir: PathBuf,
+    /// Bytes charged so far.
     bytes: AtomicU64,
 }
 
 impl Quota {
-    /// Of a migration that has taken nothing yet, to somewhere under `dir`.
+    /// Quota of a migration that has used nothing yet, and writes under `dir`.
     #[must_use]
     pub fn new(bounds: Bounds, dir: &Path) -> Arc<Self> {
         Arc::new(Self {
@@ -94,14 +94,14 @@ impl Quota {
         })
     }
 
-    /// Counts what there is of a migration already, in `home`.
+    /// Charges what a migration has in `home` already.
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn count(&self, home: &Path) -> Result<(), FileError> {
+    pub fn charge_existing(&self, home: &Path) -> Result<(), FileError> {
         let mut bytes = 0;
         for round in fs::read_dir(home).map_err(failed("list", home))?.flatten() {
-            // Only directories have files in them.
+            // All else but directories is small.
             for file in fs::read_dir(round.path()).into_iter().flatten().flatten() {
                 bytes += file.metadata().map_or(0, |file| file.blocks() * 512);
             }
@@ -110,45 +110,45 @@ impl Quota {
         Ok(())
     }
 
-    /// Whether the round of this number may be.
+    /// Checks that a round of this number may begin.
     ///
     /// # Errors
     /// [`QuotaError`].
-    pub fn round(&self, number: u32) -> Result<(), QuotaError> {
+    pub fn check_round(&self, number: u32) -> Result<(), QuotaError> {
         match number > self.bounds.rounds {
             true => Err(QuotaError::Rounds(self.bounds.rounds)),
-            false => self.room_for(0),
+            false => self.check_free(0),
         }
     }
 
-    /// Takes an image, the directory having so many already.
+    /// Charges an image in a directory that has `before` images already.
     ///
     /// # Errors
-    /// [`QuotaError`]; nothing is taken then.
-    pub fn image(&self, before: usize) -> Result<(), QuotaError> {
+    /// [`QuotaError`]; nothing is charged then.
+    pub fn charge_image(&self, before: usize) -> Result<(), QuotaError> {
         match before >= self.bounds.images {
             true => Err(QuotaError::Images(self.bounds.images)),
-            false => self.bytes(IMAGE_BYTES),
+            false => self.charge_bytes(IMAGE_BYTES),
         }
     }
 
-    /// Takes so many entries of a pagemap, and bytes of pages with them.
+    /// Charges entries of a pagemap, and bytes of their pages.
     ///
     /// # Errors
-    /// [`QuotaError`]; nothing is taken then.
-    pub fn entries(&self, entries: usize, bytes: usize) -> Result<(), QuotaError> {
-        self.bytes(entries as u64 * ENTRY_BYTES + bytes as u64)
+    /// [`QuotaError`]; nothing is charged then.
+    pub fn charge_entries(&self, entries: usize, bytes: usize) -> Result<(), QuotaError> {
+        self.charge_bytes(entries as u64 * ENTRY_BYTES + bytes as u64)
     }
 
-    /// Takes bytes.
+    /// Charges bytes.
     ///
     /// # Errors
-    /// [`QuotaError`]; nothing is taken then.
-    pub fn bytes(&self, bytes: u64) -> Result<(), QuotaError> {
-        self.room_for(bytes)?;
-        let add = |taken: u64| {
-            let taken = taken.checked_add(bytes);
-            taken.filter(|&taken| taken <= self.bounds.bytes)
+    /// [`QuotaError`]; nothing is charged then.
+    pub fn charge_bytes(&self, bytes: u64) -> Result<(), QuotaError> {
+        self.check_free(bytes)?;
+        let add = |charged: u64| {
+            let charged = charged.checked_add(bytes);
+            charged.filter(|&charged| charged <= self.bounds.bytes)
         };
         let (set, fetch) = (Ordering::Relaxed, Ordering::Relaxed);
         match self.bytes.fetch_update(set, fetch, add) {
@@ -157,18 +157,18 @@ impl Quota {
         }
     }
 
-    /// Whether that much may be taken of what is free. It is asked each time, which takes a microsecond:
-    /// others write there, too.
-    fn room_for(&self, bytes: u64) -> Result<(), QuotaError> {
+    /// Checks that enough is free for that many bytes more. Asks the file system each time, which takes a
+    /// microsecond: others write there, too.
+    fn check_free(&self, bytes: u64) -> Result<(), QuotaError> {
         let keep = self.bounds.keep_free;
         if keep == 0 {
             return Ok(());
         }
         let stat = statvfs(&self.dir).map_err(|error| {
-            failed("find out what is free in", &self.dir)(io::Error::from(error))
+            failed("determine the free space of", &self.dir)(io::Error::from(error))
         })?;
         let free = stat.blocks_available().saturating_mul(stat.fragment_size());
-        // Some make files as long as there is space, and count none.
+        // Some file systems do not limit inodes, and report none.
         let files = match stat.files() {
             0 => u64::MAX,
             _ => stat.files_available(),
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn what_there_is_already_counts() {
+    fn existing_files_are_charged() {
         let home = tempfile::tempdir().unwrap();
         fs::create_dir(home.path().join("1")).unwrap();
         fs::write(home.path().join("1/pages-1.img"), [1; 8192]).unwrap();
@@ -207,53 +207,59 @@ mod tests {
             },
             home.path(),
         );
-        quota.count(home.path()).unwrap();
-        quota.bytes(4096).unwrap();
-        assert!(matches!(quota.bytes(4096), Err(QuotaError::Bytes(_))));
+        quota.charge_existing(home.path()).unwrap();
+        quota.charge_bytes(4096).unwrap();
+        assert!(matches!(
+            quota.charge_bytes(4096),
+            Err(QuotaError::Bytes(_))
+        ));
     }
 
     #[test]
-    fn what_is_taken_is_counted_and_what_is_refused_is_not() {
+    fn accepted_bytes_are_charged_and_refused_ones_are_not() {
         let quota = quota(Bounds {
             bytes: IMAGE_BYTES + 10 * ENTRY_BYTES + 100,
             images: 7,
             rounds: 3,
             ..Bounds::NONE
         });
-        quota.round(3).unwrap();
-        assert!(matches!(quota.round(4), Err(QuotaError::Rounds(3))));
-        quota.image(6).unwrap();
-        assert!(matches!(quota.image(7), Err(QuotaError::Images(7))));
-        assert!(matches!(quota.image(0), Err(QuotaError::Bytes(_))));
-        quota.entries(10, 50).unwrap();
+        quota.check_round(3).unwrap();
+        assert!(matches!(quota.check_round(4), Err(QuotaError::Rounds(3))));
+        quota.charge_image(6).unwrap();
+        assert!(matches!(quota.charge_image(7), Err(QuotaError::Images(7))));
+        assert!(matches!(quota.charge_image(0), Err(QuotaError::Bytes(_))));
+        quota.charge_entries(10, 50).unwrap();
         for too_many in [51, u64::MAX] {
-            assert!(matches!(quota.bytes(too_many), Err(QuotaError::Bytes(_))));
+            assert!(matches!(
+                quota.charge_bytes(too_many),
+                Err(QuotaError::Bytes(_))
+            ));
         }
-        quota.bytes(50).unwrap();
-        assert!(quota.bytes(1).is_err());
+        quota.charge_bytes(50).unwrap();
+        assert!(quota.charge_bytes(1).is_err());
     }
 
     #[test]
-    fn what_is_to_be_left_free_is_left() {
+    fn space_to_keep_free_is_kept_free() {
         let stat = statvfs(&std::env::temp_dir()).unwrap();
         let free = stat.blocks_available() * stat.fragment_size();
-        // Half of it, for others work here, too.
+        // Half of it, for other programs write here, too.
         let keep_free = free / 2;
         let half = quota(Bounds {
             keep_free,
             ..Bounds::NONE
         });
-        half.round(1).unwrap();
-        half.bytes(keep_free / 4).unwrap();
-        let refused = half.bytes(free).unwrap_err();
+        half.check_round(1).unwrap();
+        half.charge_bytes(keep_free / 4).unwrap();
+        let refused = half.charge_bytes(free).unwrap_err();
         assert!(matches!(refused, QuotaError::Free { keep, .. } if keep == keep_free));
         assert!(refused.to_string().contains("--keep-free"));
         let all = quota(Bounds {
             keep_free: u64::MAX,
             ..Bounds::NONE
         });
-        assert!(matches!(all.round(1), Err(QuotaError::Free { .. })));
-        let gone = Quota::new(half.bounds, Path::new("/nowhere"));
-        assert!(matches!(gone.round(1), Err(QuotaError::File(_))));
+        assert!(matches!(all.check_round(1), Err(QuotaError::Free { .. })));
+        let missing = Quota::new(half.bounds, Path::new("/nowhere"));
+        assert!(matches!(missing.check_round(1), Err(QuotaError::File(_))));
     }
 }

@@ -299,7 +299,7 @@ fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Exit> {
     Ok(Restorer {
         criu,
         lazy: can,
-        within: serve.restore_timeout,
+        timeout: serve.restore_timeout,
     })
 }
 

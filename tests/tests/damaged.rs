@@ -371,7 +371,7 @@ fn damaged_file_comparison_is_detected() {
         Some(&Restorer {
             criu,
             lazy,
-            within: STALL,
+            timeout: STALL,
         }),
     );
 }

@@ -1,41 +1,45 @@
-//! All images of a migration's newest round.
+//! Catalog of a migration: the index of every image of its newest round.
 
 use super::DirName;
 use super::chain::images;
-use super::index::{Index, Run, complete};
+use super::index::{Generation, Index, Run};
 use crate::file_error::FileError;
 use pageferry_common::{ImageId, PageRange};
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
 use std::path::Path;
 
-/// Most runs of all images that a [`Catalog`] has, 128 MiB of them: twice as much while it takes a round.
+/// Most runs in all indexes of a [`Catalog`]: 128 MiB of memory, and twice that while it takes in a round.
 const RUNS_MAX: usize = 1 << 22;
 
-/// All images of a migration's newest round. Kept from round to round, so that what is read of them when the
-/// process moves is only what is new in the last.
+/// Index of every image of a migration's newest round. Kept from round to round, so that a hand-over reads
+/// only the pagemaps of the last.
 #[derive(Debug, Default)]
 pub struct Catalog {
     images: BTreeMap<ImageId, Index>,
     rounds: u32,
-    /// Its memory is used for the next: new memory is slow.
+    /// Memory for the next index: allocating it anew is slow.
     spare: Index,
 }
 
 impl Catalog {
-    /// Takes the next round, complete, of the migration at `home`.
+    /// Takes in the next round of the migration in `home`, which must be complete.
     ///
     /// # Errors
-    /// [`FileError`], also if it would have more than 4 million runs.
+    /// [`FileError`], also if there are more than 4 million runs.
     pub fn advance(&mut self, home: &Path) -> Result<(), FileError> {
         let dir = home.join(DirName::Round(self.rounds + 1).to_string());
+        let generation = Generation {
+            dir: &dir,
+            number: self.rounds as usize,
+        };
         let mut next = BTreeMap::new();
         let mut room = RUNS_MAX;
         for image in images(&dir)? {
             let parent = self.images.remove(&image).unwrap_or_default();
             let spare = std::mem::take(&mut self.spare);
-            let index = spare.follow(&parent, &dir, self.rounds as usize, image, room)?;
-            let index = complete(index.expect("it was listed"), &dir, image)?;
+            let index = spare.advance(&parent, generation, image, room)?;
+            let index = index.expect("it was listed").resolved(&dir, image)?;
             self.spare = parent;
             room = room.saturating_sub(index.runs.len());
             next.insert(image, index);
@@ -45,91 +49,94 @@ impl Catalog {
         Ok(())
     }
 
-    /// The newest round.
+    /// Returns the number of the newest round.
     #[must_use]
     pub fn rounds(&self) -> u32 {
         self.rounds
     }
 
-    /// Each image with its index.
+    /// Returns each image with its index.
     pub fn images(&self) -> impl Iterator<Item = (ImageId, &Index)> {
         self.images.iter().map(|(&image, index)| (image, index))
     }
 
-    /// Each image with its index, for good.
+    /// Returns each image with its index, owned.
     pub fn into_images(self) -> impl Iterator<Item = (ImageId, Index)> {
         self.images.into_iter()
     }
 
-    /// The index of one image.
+    /// Returns the index of one image.
     #[must_use]
     pub fn get(&self, image: ImageId) -> Option<&Index> {
         self.images.get(&image)
     }
 
-    /// Writes what it says of processes, for [`Catalog::read`].
+    /// Writes the indexes of all processes, for [`Catalog::read`].
     ///
     /// # Errors
     /// Those of `out`.
     pub fn write(&self, out: &mut impl Write) -> io::Result<()> {
-        let tasks = self
+        let processes = self
             .images
             .iter()
             .filter_map(|(&image, index)| match image {
                 ImageId::Process(pid) => Some((pid, index)),
                 ImageId::Shmem(_) => None,
             });
-        write_words(out, [tasks.clone().count() as u64])?;
-        for (pid, index) in tasks {
+        write_words(out, [processes.clone().count() as u64])?;
+        for (pid, index) in processes {
             write_words(out, [pid.into(), index.runs.len() as u64])?;
-            for &Run {
-                range,
-                behind,
-                offset,
-            } in &index.runs
-            {
-                let words = [range.start(), range.pages(), behind as u64, offset];
-                write_words(out, words)?;
+            for run in &index.runs {
+                let (range, generation) = (run.range, run.generation as u64);
+                write_words(out, [range.start(), range.pages(), generation, run.offset])?;
             }
         }
         Ok(())
     }
 
-    /// Reads what was written; it is of no round.
+    /// Reads what [`Catalog::write`] has written. The result has no round number.
     ///
     /// # Errors
-    /// `InvalidData` for what is none (runs that do not ascend, or end nowhere), `UnexpectedEof` for a part of
-    /// one; those of `input`.
+    /// `InvalidData` for bytes that are not a catalog (runs that do not ascend, or whose offset overflows),
+    /// `UnexpectedEof` if they are truncated; those of `input`.
     pub fn read(input: &mut impl BufRead) -> io::Result<Self> {
         let mut catalog = Self::default();
-        let invalid = || io::Error::from(io::ErrorKind::InvalidData);
-        let [tasks] = read_words(input)?;
-        for _ in 0..tasks {
-            let [pid, count] = read_words(input)?;
-            let mut index = Index::default();
-            // It may say anything.
-            index.runs.reserve(count.min(RUNS_MAX as u64) as usize);
-            for _ in 0..count {
-                let [start, pages, behind, offset] = read_words(input)?;
-                let range = PageRange::new(start, pages).map_err(|_| invalid())?;
-                let before = index.runs.last().map_or(0, |run| run.range.end());
-                if range.start() < before || offset.checked_add(range.bytes()).is_none() {
-                    return Err(invalid());
-                }
-                index.runs.push(Run {
-                    range,
-                    behind: behind as usize,
-                    offset,
-                });
-            }
-            let image = ImageId::Process(u32::try_from(pid).map_err(|_| invalid())?);
-            catalog.images.insert(image, index);
+        let [processes] = read_words(input)?;
+        for _ in 0..processes {
+            let [pid, runs] = read_words(input)?;
+            let pid = u32::try_from(pid).map_err(|_| invalid())?;
+            let index = read_index(input, runs)?;
+            catalog.images.insert(ImageId::Process(pid), index);
         }
         Ok(catalog)
     }
 }
 
-pub(super) fn write_words<const N: usize>(out: &mut impl Write, words: [u64; N]) -> io::Result<()> {
+fn read_index(input: &mut impl BufRead, runs: u64) -> io::Result<Index> {
+    let mut index = Index::default();
+    // Bounded: the number is not checked yet.
+    index.runs.reserve(runs.min(RUNS_MAX as u64) as usize);
+    for _ in 0..runs {
+        let [start, pages, generation, offset] = read_words(input)?;
+        let range = PageRange::new(start, pages).map_err(|_| invalid())?;
+        let before = index.runs.last().map_or(0, |run| run.range.end());
+        if range.start() < before || offset.checked_add(range.bytes()).is_none() {
+            return Err(invalid());
+        }
+        index.runs.push(Run {
+            range,
+            generation: generation as usize,
+            offset,
+        });
+    }
+    Ok(index)
+}
+
+fn invalid() -> io::Error {
+    io::ErrorKind::InvalidData.into()
+}
+
+fn write_words<const N: usize>(out: &mut impl Write, words: [u64; N]) -> io::Result<()> {
     let mut bytes = words.iter().map(|word| word.to_le_bytes());
     bytes.try_for_each(|bytes| out.write_all(&bytes))
 }
@@ -142,4 +149,40 @@ fn read_words<const N: usize>(input: &mut impl BufRead) -> io::Result<[u64; N]> 
         *word = u64::from_le_bytes(bytes);
     }
     Ok(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_common::PAGE_SIZE;
+    use proptest::prelude::*;
+
+    #[test]
+    fn runs_that_are_not_an_index_are_refused() {
+        let read = |runs: &[[u64; 4]]| {
+            let mut bytes = Vec::new();
+            write_words(&mut bytes, [1, 7, runs.len() as u64]).unwrap();
+            runs.iter()
+                .for_each(|&run| write_words(&mut bytes, run).unwrap());
+            Catalog::read(&mut &bytes[..])
+                .map(drop)
+                .map_err(|error| error.kind())
+        };
+        let run = |page: u64, pages, offset| [page * PAGE_SIZE, pages, 0, offset];
+        read(&[run(1, 2, 0), run(3, 1, 0)]).unwrap();
+        for bad in [
+            &[run(3, 1, 0), run(1, 2, 0)][..],
+            &[run(1, 3, 0), run(3, 1, 0)],
+            &[run(1, 1, u64::MAX - 7)],
+        ] {
+            assert_eq!(read(bad), Err(io::ErrorKind::InvalidData), "{bad:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_refused_or_read(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+            let _ = Catalog::read(&mut &bytes[..]);
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! Reading chains: a directory, and behind its `parent` link the one before it.
+//! Reading a chain of directories: each has a `parent` link to the one before.
 
 use super::format::{PagemapEntry, PagemapReader};
 use super::{INVENTORY, PARENT, pages_name};
@@ -11,10 +11,10 @@ use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Longest chain followed: far more rounds than make sense.
+/// Longest chain that is followed. A migration with so many rounds makes no sense.
 const DEPTH_MAX: usize = 4096;
 
-/// The directory meant by `dir`: itself if it holds images, else its highest complete round.
+/// Returns `dir` itself if it holds images, else its newest complete round.
 ///
 /// # Errors
 /// [`FileError`] if it cannot be read or holds neither.
@@ -33,18 +33,18 @@ pub fn newest_round(dir: &Path) -> Result<PathBuf, FileError> {
     }
 }
 
-/// The directories of a chain, the newest first.
+/// Directories of a chain, newest first.
 pub type Levels = Arc<[PathBuf]>;
 
-/// Follows the `parent` links from `dir`.
+/// Returns the chain of `dir`: follows the `parent` links.
 ///
 /// # Errors
-/// [`FileError`] if a link leads nowhere or the chain has no end.
+/// [`FileError`] if a link is dangling, or the links form a cycle.
 pub fn levels(dir: &Path) -> Result<Levels, FileError> {
     let mut levels = vec![dir.to_owned()];
     let mut seen = BTreeSet::new();
     loop {
-        let last = levels.last().expect("it begins with one");
+        let last = levels.last().expect("it begins with `dir`");
         let link = last.join(PARENT);
         match fs::symlink_metadata(&link) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(levels.into()),
@@ -53,14 +53,14 @@ pub fn levels(dir: &Path) -> Result<Levels, FileError> {
         }
         let parent = fs::canonicalize(&link).map_err(failed("follow", &link))?;
         if levels.len() == DEPTH_MAX || !seen.insert(parent.clone()) {
-            let circle = io::Error::other("the chain of parents has no end");
-            return Err(failed("follow", &link)(circle));
+            let cycle = io::Error::other("the chain of parents has no end");
+            return Err(failed("follow", &link)(cycle));
         }
         levels.push(parent);
     }
 }
 
-/// The memory images in a directory, in order.
+/// Returns the memory images in a directory, in ascending order.
 ///
 /// # Errors
 /// [`FileError`] if it cannot be listed.
@@ -74,7 +74,7 @@ pub fn images(dir: &Path) -> Result<Vec<ImageId>, FileError> {
     Ok(images)
 }
 
-/// The names in a directory, but for those that are no UTF-8: none of ours.
+/// Returns the names in a directory. Skips those that are not UTF-8: they are foreign.
 pub(crate) fn names(dir: &Path) -> Result<Vec<String>, FileError> {
     let entries = fs::read_dir(dir).map_err(failed("list", dir))?;
     entries
@@ -85,48 +85,49 @@ pub(crate) fn names(dir: &Path) -> Result<Vec<String>, FileError> {
         .collect()
 }
 
-/// One image through all levels of a chain. It only goes forward, as CRIU's own reader, so its
+/// Cursor through one image at all levels of a chain. It only moves forward, like CRIU's own reader, so its
 /// memory does not grow with the image.
 #[derive(Debug)]
 pub struct Cursor {
     levels: Levels,
-    /// Which of the levels this one reads.
+    /// Level that this cursor reads.
     level: usize,
     image: ImageId,
     path: PathBuf,
     entries: PagemapReader<BufReader<File>>,
     pages: File,
     current: Option<PagemapEntry>,
-    /// Where the pages of `current` begin in the pages file, bytes, if they are there.
+    /// Offset of the pages of `current` in the pages file, bytes, if they are present there.
     offset: u64,
     parent: Parent,
 }
 
-/// Where some pages are.
+/// Location of pages in a chain.
 #[derive(Debug, Clone, Copy)]
 pub struct Located<'a> {
     /// The pages.
     pub range: PageRange,
-    /// The file that has them.
+    /// Pages file that has them.
     pub file: &'a File,
-    /// Where in the file they begin, bytes.
+    /// Offset of the first page in the file, bytes.
     pub offset: u64,
     /// Whether a restored process may run before it has them.
     pub lazy: bool,
-    /// Which directory of the chain has them, the newest being 0.
+    /// Level of the directory that has them; 0 is the newest.
     pub level: usize,
 }
 
+/// The same image in the directory behind.
 #[derive(Debug)]
 enum Parent {
-    /// Not asked for yet.
+    /// Not needed yet.
     Unopened,
     None,
     Open(Box<Cursor>),
 }
 
 impl Cursor {
-    /// Opens an image in the first of `levels`; `None` if it is not there.
+    /// Opens an image in the first of `levels`; `None` if that does not have it.
     ///
     /// # Errors
     /// [`FileError`].
@@ -164,7 +165,7 @@ impl Cursor {
         }))
     }
 
-    /// The next entry of the newest level; `None` at the end.
+    /// Reads the next entry of the newest level; `None` at the end.
     ///
     /// # Errors
     /// [`FileError`].
@@ -181,7 +182,8 @@ impl Cursor {
         Ok(self.current)
     }
 
-    /// Bytes that the entries read so far have in the pages file, and its length.
+    /// Returns the number of bytes that the entries read so far have in the pages file, and the length of the
+    /// file.
     ///
     /// # Errors
     /// [`FileError`].
@@ -190,25 +192,26 @@ impl Cursor {
         Ok((self.offset, metadata.len()))
     }
 
-    /// Where the pages of the entry read last begin in the pages file, bytes, if they are there.
+    /// Returns the offset of the last entry's pages in the pages file, bytes, if they are present there.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// The pages file.
+    /// Returns the pages file of the newest level.
     #[must_use]
     pub fn into_pages(self) -> File {
         self.pages
     }
 
-    /// Number of the pages file, and whether every page count so far was there twice.
+    /// Returns the number of the pages file, and whether all entries so far have their page count in both
+    /// fields.
     #[must_use]
     pub fn pages_id(&self) -> (u32, bool) {
         (self.entries.pages_id(), self.entries.counts_agree())
     }
 
-    /// Whether every page of `range` is in an entry of the newest level. Calls must ascend.
+    /// Returns whether every page of `range` is in an entry of the newest level. Calls must ascend.
     ///
     /// # Errors
     /// [`FileError`].
@@ -223,10 +226,10 @@ impl Cursor {
         Ok(true)
     }
 
-    /// Goes through the pages of `range`, wherever in the chain they are. Calls must ascend.
+    /// Calls `each` for all pages of `range`, wherever in the chain they are. Calls must ascend.
     ///
     /// # Errors
-    /// [`FileError`], also if a page is nowhere; what `each` returns.
+    /// [`FileError`], also if a page is missing in the chain; that of `each`.
     pub fn read(
         &mut self,
         range: PageRange,
@@ -259,7 +262,7 @@ impl Cursor {
         Ok(())
     }
 
-    /// The entry that holds `address`, if one does.
+    /// Returns the entry that contains `address`, if any.
     fn entry_at(&mut self, address: u64) -> Result<Option<PagemapEntry>, FileError> {
         while self
             .current
@@ -272,6 +275,7 @@ impl Cursor {
         Ok(self.current.filter(|entry| entry.range.start() <= address))
     }
 
+    /// Returns a cursor at the level behind, if that has the image.
     fn parent(&mut self) -> Result<Option<&mut Cursor>, FileError> {
         if matches!(self.parent, Parent::Unopened) {
             self.parent = match Cursor::open_level(&self.levels, self.level + 1, self.image)? {
@@ -286,7 +290,7 @@ impl Cursor {
     }
 
     fn missing(&self, range: PageRange) -> FileError {
-        let what = format!("pages {range} are nowhere in the chain");
+        let what = format!("pages {range} are missing in the chain");
         failed("resolve", &self.path)(io::Error::new(io::ErrorKind::InvalidData, what))
     }
 }

@@ -1,53 +1,62 @@
-//! Files of images that only their owner can read, and that are durable.
+//! Creating image files, and making them durable.
 
 use crate::file_error::{FileError, failed};
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirEntry, File, OpenOptions};
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::thread;
 
-/// Makes every file in a directory, and the directory, durable: several at once, for each waits for the file
-/// system's journal, which then writes for all of them what it would write for one.
+/// Number of files that [`sync_all`] syncs at a time.
+const CONCURRENT_SYNCS: usize = 16;
+
+/// Makes every file in a directory durable, and the directory. Syncs several at a time: each waits for the
+/// file system's journal, which commits all of them in the time of one.
 ///
 /// # Errors
 /// [`FileError`].
 pub fn sync_all(dir: &Path) -> Result<(), FileError> {
-    const AT_ONCE: usize = 16;
     let mut entries = fs::read_dir(dir).map_err(failed("list", dir))?;
-    let first: Vec<_> = entries.by_ref().take(AT_ONCE).collect();
-    let others = 1..first.len();
-    // Not a list of all: a peer says how many there are.
+    let first: Vec<_> = entries.by_ref().take(CONCURRENT_SYNCS).collect();
+    let helpers = 1..first.len();
+    // Not a list of all: the peer chooses how many there are.
     let entries = Mutex::new(first.into_iter().chain(entries));
-    let next = || {
-        let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
-        entries.next()
-    };
-    let work = || {
-        while let Some(entry) = next() {
-            let found = entry.and_then(|entry| Ok((entry.file_type()?, entry.path())));
-            match found.map_err(failed("list", dir))? {
-                (kind, path) if kind.is_file() => sync(&path)?,
-                // The link to the parent.
-                _ => {}
-            }
-        }
-        Ok(())
-    };
     thread::scope(|scope| {
-        let others: Vec<_> = others
-            .filter_map(|_| thread::Builder::new().spawn_scoped(scope, work).ok())
+        let sync_rest = || sync_remaining(dir, &entries);
+        let helpers: Vec<_> = helpers
+            .filter_map(|_| thread::Builder::new().spawn_scoped(scope, sync_rest).ok())
             .collect();
-        let mut done = work();
-        for other in others {
-            done = done.and(other.join().expect("syncing does not panic"));
+        let mut result = sync_rest();
+        for helper in helpers {
+            result = result.and(helper.join().expect("syncing does not panic"));
         }
-        done
+        result
     })?;
     sync(dir)
 }
 
-/// Makes a file, or what is in a directory, durable.
+/// Syncs the files among the entries that no other thread has taken.
+fn sync_remaining(
+    dir: &Path,
+    entries: &Mutex<impl Iterator<Item = io::Result<DirEntry>>>,
+) -> Result<(), FileError> {
+    let next = || {
+        let mut entries = entries.lock().unwrap_or_else(PoisonError::into_inner);
+        entries.next()
+    };
+    while let Some(entry) = next() {
+        let found = entry.and_then(|entry| Ok((entry.file_type()?, entry.path())));
+        let (kind, path) = found.map_err(failed("list", dir))?;
+        // All else is the link to the parent.
+        if kind.is_file() {
+            sync(&path)?;
+        }
+    }
+    Ok(())
+}
+
+/// Makes a file durable, or the names in a directory.
 ///
 /// # Errors
 /// [`FileError`].

@@ -1,7 +1,7 @@
-//! CRIU's image files, as far as memory goes: records, pagemap entries, the inventory.
+//! Codec of CRIU's memory images: records, pagemap entries, the inventory.
 //!
-//! An image is one or two magic words and then records: a `u32` length and that many bytes of
-//! protobuf. The few messages there are here are small enough to code by hand, bounded.
+//! An image is one or two magic words, followed by records: a `u32` length and that many bytes of protobuf.
+//! There may be millions of pagemap entries, so they are coded by hand, with bounds and without allocations.
 
 use pageferry_common::PageRange;
 use pageferry_common::criu::page_server::PageLocation;
@@ -13,15 +13,15 @@ const COMMON_MAGIC: u32 = 0x5456_4319;
 const PAGEMAP_MAGIC: u32 = 0x5608_4025;
 /// The only word of the inventory.
 const INVENTORY_MAGIC: u32 = 0x5831_3116;
-/// Longest record we accept, bytes: those of a pagemap have at most a few dozen.
+/// Longest accepted record, bytes. Those of a pagemap have a few dozen.
 const RECORD_MAX: u32 = 4096;
 
-/// One run of pages.
+/// Entry of a pagemap: one run of pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PagemapEntry {
     /// The pages.
     pub range: PageRange,
-    /// Where they are.
+    /// Where they are stored.
     pub place: PageLocation,
 }
 
@@ -42,7 +42,7 @@ pub fn write_pagemap_head(out: &mut impl Write, pages_id: u32) -> io::Result<()>
 }
 
 impl PagemapEntry {
-    /// Appends the entry, its page count in both the field of CRIU up to 4.1 and that of 4.2.
+    /// Writes the entry. The page count is in both fields: that of CRIU up to 4.1 and that of 4.2.
     ///
     /// # Errors
     /// Those of `out`.
@@ -52,7 +52,7 @@ impl PagemapEntry {
         record.field(1, self.range.start());
         record.field(2, pages);
         if self.place == PageLocation::Parent {
-            // As CRIU before 3.0 wants it.
+            // For CRIU before 3.0.
             record.field(3, 1);
         }
         record.field(4, self.place.flags().into());
@@ -60,7 +60,7 @@ impl PagemapEntry {
         record.write(out)
     }
 
-    /// The entry, and whether both page counts are there and agree.
+    /// Parses the record of an entry. Returns it, and whether both page counts are there and equal.
     fn parse(record: &[u8]) -> io::Result<(Self, bool)> {
         let (mut start, mut compat_pages, mut in_parent, mut flags, mut pages) =
             (None, None, false, None, None);
@@ -87,21 +87,21 @@ impl PagemapEntry {
     }
 }
 
-/// Reads a pagemap image from its start, entry by entry.
+/// Reader of a pagemap image, from its start, entry by entry.
 #[derive(Debug)]
 pub struct PagemapReader<R> {
     input: R,
     pages_id: u32,
-    /// End of the entry before.
-    at: u64,
+    /// End of the last entry.
+    end: u64,
     counts_agree: bool,
 }
 
 impl<R: BufRead> PagemapReader<R> {
-    /// Reads magic words and head.
+    /// Reads the magic words and the head.
     ///
     /// # Errors
-    /// `InvalidData` if it is no pagemap image; those of `input`.
+    /// `InvalidData` if it is not a pagemap image; those of `input`.
     pub fn new(mut input: R) -> io::Result<Self> {
         let mut magic = [0; 8];
         input.read_exact(&mut magic)?;
@@ -120,39 +120,40 @@ impl<R: BufRead> PagemapReader<R> {
         Ok(Self {
             input,
             pages_id: pages_id.ok_or_else(|| invalid("a pagemap head without a pages id"))?,
-            at: 0,
+            end: 0,
             counts_agree: true,
         })
     }
 
-    /// The number in the name of the pages file.
+    /// Returns the number in the name of the pages file.
     #[must_use]
     pub fn pages_id(&self) -> u32 {
         self.pages_id
     }
 
-    /// Whether all entries so far have their page count in both fields, for every CRIU to read.
+    /// Returns whether all entries so far have their page count in both fields, so that every CRIU can read
+    /// them.
     #[must_use]
     pub fn counts_agree(&self) -> bool {
         self.counts_agree
     }
 
-    /// The next entry; `None` at the end. Entries ascend and do not overlap.
+    /// Reads the next entry; `None` at the end. Entries ascend and do not overlap.
     ///
     /// # Errors
-    /// `InvalidData` for what is no such entry; those of `input`.
+    /// `InvalidData` for a bad entry; those of `input`.
     pub fn next_entry(&mut self) -> io::Result<Option<PagemapEntry>> {
         let Some((entry, agree)) = next_record(&mut self.input, PagemapEntry::parse)? else {
             return Ok(None);
         };
         self.counts_agree &= agree;
-        if entry.range.start() < self.at {
+        if entry.range.start() < self.end {
             return Err(invalid(format!(
                 "entry {} overlaps or descends",
                 entry.range
             )));
         }
-        self.at = entry.range.end();
+        self.end = entry.range.end();
         Ok(Some(entry))
     }
 }
@@ -173,7 +174,7 @@ pub fn write_inventory(out: &mut impl Write, uptime_us: u64) -> io::Result<()> {
     record.write(out)
 }
 
-/// A protobuf message under construction; all our fields are varints.
+/// Protobuf message under construction. All fields are varints.
 #[derive(Default)]
 struct Record(Vec<u8>);
 
@@ -198,13 +199,13 @@ impl Record {
     }
 }
 
-/// What `parse` makes of the next record; `None` where the image ends between two. There may be a
-/// million: one that the buffer has all of is not copied.
+/// Parses the next record; `None` at the end of the image. A record that is complete in the buffer is not
+/// copied.
 fn next_record<T>(
     input: &mut impl BufRead,
     parse: impl FnOnce(&[u8]) -> io::Result<T>,
 ) -> io::Result<Option<T>> {
-    // An error comes again below.
+    // An error is returned again below.
     let buffer = input.fill_buf().unwrap_or_default();
     if let Some((len, rest)) = buffer.split_first_chunk() {
         let len = u32::from_le_bytes(*len) as usize;
@@ -217,7 +218,7 @@ fn next_record<T>(
     read_record(input)?.map(|record| parse(&record)).transpose()
 }
 
-/// A record of its own, wherever in the buffer it lies.
+/// Reads a record that may span several buffers.
 fn read_record(input: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
     let mut len = [0; 4];
     let first = loop {
@@ -238,7 +239,7 @@ fn read_record(input: &mut impl BufRead) -> io::Result<Option<Vec<u8>>> {
     Ok(Some(record))
 }
 
-/// Goes through the fields of a protobuf message; those that are no varints are skipped.
+/// Calls `each` with the number and value of each varint in a protobuf message; skips other fields.
 fn parse_fields(record: &[u8], mut each: impl FnMut(u64, u64)) -> io::Result<()> {
     let mut rest = record;
     while !rest.is_empty() {
@@ -256,7 +257,7 @@ fn parse_fields(record: &[u8], mut each: impl FnMut(u64, u64)) -> io::Result<()>
         let skip = usize::try_from(skip).unwrap_or(usize::MAX);
         rest = rest
             .get(skip..)
-            .ok_or_else(|| invalid("a field that is cut short"))?;
+            .ok_or_else(|| invalid("a truncated field"))?;
     }
     Ok(())
 }
@@ -270,9 +271,7 @@ fn parse_varint(rest: &mut &[u8]) -> io::Result<u64> {
             return Ok(value);
         }
     }
-    Err(invalid(
-        "a number that is cut short or of more than 64 bits",
-    ))
+    Err(invalid("a number that is truncated or longer than 64 bits"))
 }
 
 #[cfg(test)]
@@ -307,7 +306,7 @@ mod tests {
     }
 
     #[test]
-    fn golden_bytes() {
+    fn written_images_have_these_bytes() {
         let mut bytes = Vec::new();
         write_pagemap_head(&mut bytes, 1).unwrap();
         entry(0x1000, 1, PRESENT).write(&mut bytes).unwrap();
@@ -330,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_of_every_criu_are_read() {
+    fn entries_of_every_criu_version_are_read() {
         let old = b"\x08\x80\xa0\x89\x8e\xae\xbd\x15\x10\x01\x20\x04";
         let new = b"\x08\x80\xc0\x89\x8e\xae\xbd\x15\x10\x00\x20\x04\x28\x01";
         let ancient = b"\x08\x80\xe0\x89\x8e\xae\xbd\x15\x10\x02\x18\x01";
@@ -343,8 +342,8 @@ mod tests {
     }
 
     #[test]
-    fn a_record_is_as_long_as_it_may_be_however_it_is_buffered() {
-        // Fields that nobody knows, and the one that counts at the end.
+    fn length_limit_of_a_record_is_the_same_however_it_is_buffered() {
+        // Unknown fields, and a known one at the end.
         let record = |len: usize| [&b"\x78\x01".repeat(len / 2 - 1)[..], b"\x08\x07"].concat();
         for (len, fine) in [
             (RECORD_MAX as usize, true),
@@ -361,7 +360,7 @@ mod tests {
     }
 
     #[test]
-    fn lies_are_refused() {
+    fn bad_entries_are_refused() {
         let good = b"\x08\x80\x20\x10\x01\x20\x04".as_slice();
         assert!(entries(&image(&[good])).is_ok());
         for bad in [
@@ -389,7 +388,9 @@ mod tests {
         }
 
         #[test]
-        fn what_is_written_is_read(raw in prop::collection::vec((0u64..9, 1u64..1 << 33, 0u64..4), 0..20)) {
+        fn written_entries_are_read_back(
+            raw in prop::collection::vec((0u64..9, 1u64..1 << 33, 0u64..4), 0..20),
+        ) {
             let mut at = 0x1000;
             let mut bytes = image(&[]);
             let mut all = Vec::new();

@@ -1,45 +1,78 @@
-//! Writes one image.
+//! Writer of one image: a pagemap and its pages file.
 
-use super::chain::Cursor;
+use super::chain::{Cursor, Located};
 use super::durable::create_image;
 use super::format::{self, PagemapEntry};
 use super::pages_name;
-use super::writer::WriteError;
 use crate::file_error::{FileError, failed};
-use crate::quota::Quota;
+use crate::quota::{Quota, QuotaError};
+use crate::refusal::Refusal;
 use crate::sys::writeback;
 use nix::unistd::{Whence, lseek};
 use pageferry_common::criu::page_server::PageLocation;
+use pageferry_common::wire::RefuseCode;
 use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-/// Bytes of a pages file that are left to the kernel before the disk is to have them. What gathers until the
-/// round's end would have to be waited for there.
-const WRITEBACK: u64 = 32 << 20;
+/// Bytes of a pages file after which the kernel is asked to write them to the disk. The sync at the end of
+/// the round would wait for all that gathers until then.
+const WRITEBACK_INTERVAL: u64 = 32 << 20;
 
-/// One image in the making: a pagemap and its pages file.
+/// Reason why images cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The disk, or what is on it.
+    #[error(transparent)]
+    Storage(#[from] FileError),
+    /// The quota is used up.
+    #[error(transparent)]
+    Quota(#[from] QuotaError),
+    /// The peer's entries do not make an image.
+    #[error("{0}")]
+    Protocol(String),
+}
+
+impl From<WriteError> for Refusal {
+    fn from(error: WriteError) -> Self {
+        match error {
+            WriteError::Storage(file) => file.into(),
+            WriteError::Quota(quota) => quota.into(),
+            WriteError::Protocol(what) => Self::new(RefuseCode::Protocol, what),
+        }
+    }
+}
+
+/// What to copy of lazy pages: those that a restored process may run without.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum LazyPages {
+    Copy,
+    /// Leave a hole in the pages file instead.
+    Skip,
+}
+
+/// Writer of one image.
 #[derive(Debug)]
 pub(crate) struct ImageWriter {
-    pub(super) image: ImageId,
+    image: ImageId,
     pagemap: BufWriter<File>,
     pagemap_path: PathBuf,
     pages: File,
     pages_path: PathBuf,
     /// The same image in the parent.
-    pub(super) parent: Option<Cursor>,
-    /// One past the last page announced.
-    pub(super) end: u64,
-    /// Where the next present page goes in the pages file. Zero pages only move it: the file is
-    /// sparse there.
-    pub(super) offset: u64,
-    /// How much of the file the kernel was told to write to the disk.
-    on_its_way: u64,
-    /// The last entry, as long as the next might extend it.
+    parent: Option<Cursor>,
+    /// End of the last entry.
+    end: u64,
+    /// Offset of the next present page in the pages file. Zero pages only advance it: the file is sparse
+    /// there.
+    offset: u64,
+    /// Offset up to which the kernel was asked to write the file to the disk.
+    writeback: u64,
+    /// Last entry, not written yet because the next may extend it.
     pending: Option<PagemapEntry>,
-    /// What is copied goes through here.
+    /// Buffer for copied pages.
     scratch: Vec<u8>,
 }
 
@@ -60,16 +93,58 @@ impl ImageWriter {
             parent: None,
             end: 0,
             offset: 0,
-            on_its_way: 0,
+            writeback: 0,
             pending: None,
             scratch: Vec::new(),
         })
     }
 
-    fn unresolved(&self, range: PageRange) -> WriteError {
-        WriteError::Protocol(format!("{range} of {} is not in its parent", self.image))
+    /// Sets the same image in the parent, which entries may refer to.
+    pub(super) fn with_parent(mut self, parent: Option<Cursor>) -> Self {
+        self.parent = parent;
+        self
     }
 
+    /// Checks that an entry of `range` is behind all before.
+    pub(super) fn advance_to(&mut self, range: PageRange) -> Result<(), WriteError> {
+        if range.start() < self.end {
+            let what = format!("{range} of {} comes after its end", self.image);
+            return Err(WriteError::Protocol(what));
+        }
+        self.end = range.end();
+        Ok(())
+    }
+
+    /// Writes an entry of pages that are stored here.
+    pub(super) fn put_present(
+        &mut self,
+        range: PageRange,
+        place: PageLocation,
+        pages: &[u8],
+    ) -> Result<(), FileError> {
+        self.append(pages)?;
+        self.put_entry(range, place)
+    }
+
+    /// Writes an entry of zero pages, which are a hole in the pages file.
+    pub(super) fn put_zero(&mut self, range: PageRange) -> Result<(), FileError> {
+        self.offset += range.bytes();
+        self.put_entry(range, PageLocation::Present { lazy: false })
+    }
+
+    /// Writes an entry of pages that the parent has.
+    pub(super) fn put_in_parent(&mut self, range: PageRange) -> Result<(), WriteError> {
+        let covered = match &mut self.parent {
+            Some(parent) => parent.covers(range)?,
+            None => false,
+        };
+        match covered {
+            true => Ok(self.put_entry(range, PageLocation::Parent)?),
+            false => Err(self.unresolved(range)),
+        }
+    }
+
+    /// Stores pages of the parent again.
     pub(super) fn copy_from_parent(
         &mut self,
         range: PageRange,
@@ -77,12 +152,12 @@ impl ImageWriter {
     ) -> Result<(), WriteError> {
         let mut parent = self.parent.take().ok_or_else(|| self.unresolved(range))?;
         let mut rest = Some(range);
-        // Few bytes of the peer's may stand for many here.
+        // Charged piece by piece: a few bytes from the peer may stand for many here.
         while let Some(all) = rest {
             let (now, later) = all.split_at(CHUNK_PAGES as u64);
             if let Some(now) = now {
-                quota.bytes(now.bytes())?;
-                self.copy(&mut parent, now, |_| true)?;
+                quota.charge_bytes(now.bytes())?;
+                self.copy(&mut parent, now, LazyPages::Copy)?;
             }
             rest = later;
         }
@@ -90,41 +165,16 @@ impl ImageWriter {
         Ok(())
     }
 
-    pub(super) fn in_parent(&mut self, range: PageRange) -> Result<(), WriteError> {
-        let covered = match &mut self.parent {
-            Some(parent) => parent.covers(range)?,
-            None => false,
-        };
-        match covered {
-            true => Ok(self.entry(range, PageLocation::Parent)?),
-            false => Err(self.unresolved(range)),
-        }
+    fn unresolved(&self, range: PageRange) -> WriteError {
+        WriteError::Protocol(format!("{range} of {} is not in its parent", self.image))
     }
 
-    pub(super) fn present(
+    /// Writes an entry, joined with the one before if possible.
+    pub(super) fn put_entry(
         &mut self,
         range: PageRange,
         place: PageLocation,
-        pages: &[u8],
     ) -> Result<(), FileError> {
-        self.append(pages)?;
-        self.entry(range, place)
-    }
-
-    fn append(&mut self, pages: &[u8]) -> Result<(), FileError> {
-        self.pages
-            .write_all_at(pages, self.offset)
-            .map_err(failed("write", &self.pages_path))?;
-        self.offset += pages.len() as u64;
-        let written = self.offset - self.on_its_way;
-        if written >= WRITEBACK {
-            writeback::begin(&self.pages, self.on_its_way, written);
-            self.on_its_way = self.offset;
-        }
-        Ok(())
-    }
-
-    pub(super) fn entry(&mut self, range: PageRange, place: PageLocation) -> Result<(), FileError> {
         if let Some(before) = self.pending {
             if before.place == place
                 && let Some(range) = before.range.joined(range)
@@ -140,79 +190,97 @@ impl ImageWriter {
         Ok(())
     }
 
-    /// Stores pages of the chain again. Zero pages become holes, and so do those that are not
-    /// `wanted`, which is asked whether they are lazy.
+    /// Appends to the pages file.
+    fn append(&mut self, pages: &[u8]) -> Result<(), FileError> {
+        self.pages
+            .write_all_at(pages, self.offset)
+            .map_err(failed("write", &self.pages_path))?;
+        self.offset += pages.len() as u64;
+        let written = self.offset - self.writeback;
+        if written >= WRITEBACK_INTERVAL {
+            writeback::begin(&self.pages, self.writeback, written);
+            self.writeback = self.offset;
+        }
+        Ok(())
+    }
+
+    /// Stores pages of a chain again. Zero pages become holes.
     pub(crate) fn copy(
         &mut self,
         from: &mut Cursor,
         range: PageRange,
-        wanted: fn(bool) -> bool,
+        lazy: LazyPages,
     ) -> Result<(), FileError> {
         let mut buffer = std::mem::take(&mut self.scratch);
         let len = CHUNK_SIZE.min(range.bytes() as usize);
         buffer.resize(buffer.len().max(len), 0);
         from.read(range, &mut |found| {
-            let mut done = 0;
-            if !wanted(found.lazy) {
-                done = found.range.bytes();
-                self.offset += done;
+            match found.lazy && lazy == LazyPages::Skip {
+                true => self.offset += found.range.bytes(),
+                false => self.copy_pages(&found, &mut buffer)?,
             }
-            while done < found.range.bytes() {
-                let rest = found.range.bytes() - done;
-                let hole = hole_at(found.file, found.offset + done, rest)
-                    .map_err(failed("read a pages file for", &self.pages_path))?;
-                if hole > 0 {
-                    self.offset += hole;
-                    done += hole;
-                    continue;
-                }
-                let len = rest.min(buffer.len() as u64);
-                let part = &mut buffer[..len as usize];
-                found
-                    .file
-                    .read_exact_at(part, found.offset + done)
-                    .map_err(failed("read a pages file for", &self.pages_path))?;
-                let (pages, _) = part.as_chunks::<{ PAGE_SIZE as usize }>();
-                for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
-                    match is_zero(&run[0]) {
-                        true => self.offset += run.as_flattened().len() as u64,
-                        false => self.append(run.as_flattened())?,
-                    }
-                }
-                done += len;
-            }
-            self.entry(found.range, PageLocation::Present { lazy: found.lazy })
+            self.put_entry(found.range, PageLocation::Present { lazy: found.lazy })
         })?;
         self.scratch = buffer;
         Ok(())
     }
 
+    /// Appends a copy of pages of another pages file.
+    fn copy_pages(&mut self, found: &Located<'_>, buffer: &mut [u8]) -> Result<(), FileError> {
+        let mut done = 0;
+        while done < found.range.bytes() {
+            let rest = found.range.bytes() - done;
+            let hole = hole_at(found.file, found.offset + done, rest)
+                .map_err(failed("read a pages file for", &self.pages_path))?;
+            if hole > 0 {
+                self.offset += hole;
+                done += hole;
+                continue;
+            }
+            let len = rest.min(buffer.len() as u64);
+            let part = &mut buffer[..len as usize];
+            found
+                .file
+                .read_exact_at(part, found.offset + done)
+                .map_err(failed("read a pages file for", &self.pages_path))?;
+            let (pages, _) = part.as_chunks::<{ PAGE_SIZE as usize }>();
+            for run in pages.chunk_by(|a, b| is_zero(a) == is_zero(b)) {
+                match is_zero(&run[0]) {
+                    true => self.offset += run.as_flattened().len() as u64,
+                    false => self.append(run.as_flattened())?,
+                }
+            }
+            done += len;
+        }
+        Ok(())
+    }
+
+    /// Writes the last entry, and sets the length of the pages file.
     pub(crate) fn close(mut self) -> Result<(), FileError> {
-        let at_pagemap = failed("write", &self.pagemap_path);
-        let finish = |pagemap: &mut BufWriter<File>, last: Option<PagemapEntry>| {
-            last.map_or(Ok(()), |entry| entry.write(pagemap))?;
-            pagemap.flush()
-        };
-        finish(&mut self.pagemap, self.pending).map_err(at_pagemap)?;
+        let last = self.pending.take();
+        last.map_or(Ok(()), |entry| entry.write(&mut self.pagemap))
+            .and_then(|()| self.pagemap.flush())
+            .map_err(failed("write", &self.pagemap_path))?;
         self.pages
             .set_len(self.offset)
             .map_err(failed("write", &self.pages_path))
     }
 }
 
-/// How many bytes of whole pages there are from `offset` on, at most `most`, that a file has no data of. Of pages
-/// announced as zero there may be terabytes, which cost their sender nothing.
-fn hole_at(file: &File, offset: u64, most: u64) -> io::Result<u64> {
-    if file.metadata()?.len() < offset + most {
-        // Reading says what is wrong.
+/// Returns the number of bytes of whole pages from `offset` on, at most `limit`, that are a hole in a file.
+/// Reading through a hole takes time, and pages announced as zero may be terabytes, which cost their sender
+/// nothing.
+fn hole_at(file: &File, offset: u64, limit: u64) -> io::Result<u64> {
+    if file.metadata()?.len() < offset + limit {
+        // The file is too short, which reading reports.
         return Ok(0);
     }
     let data = match lseek(file, offset.cast_signed(), Whence::SeekData) {
         Ok(data) => data.cast_unsigned(),
-        Err(nix::Error::ENXIO) => offset + most,
+        Err(nix::Error::ENXIO) => offset + limit,
         Err(error) => return Err(error.into()),
     };
-    let hole = (data - offset).min(most);
+    let hole = (data - offset).min(limit);
     Ok(hole - hole % PAGE_SIZE)
 }
 

@@ -1,6 +1,5 @@
-//! Where the pages of images are, for reading in any order.
+//! Index of an image: where each of its pages is in the chain, for reading in any order.
 
-pub use super::catalog::Catalog;
 use super::chain::{Cursor, Levels};
 use crate::file_error::{FileError, failed};
 use pageferry_common::criu::page_server::PageLocation;
@@ -13,69 +12,106 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// One image through all directories of a chain. Its memory grows with the entries, not with the pages.
+/// Index of one image through all directories of a chain. Its memory grows with the number of entries, not of
+/// pages.
 #[derive(Debug, Clone, Default)]
 pub struct Index {
     /// Ascending.
     pub(super) runs: Vec<Run>,
 }
 
-/// Pages that lie together in memory and in a file.
+/// Run of pages that are contiguous in memory and in a pages file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Run {
     pub(super) range: PageRange,
-    /// Directories of the chain that are behind the one that has them.
-    pub(super) behind: usize,
-    /// Where they begin in the pages file, bytes.
+    /// Generation of the directory that has them: the number of directories behind it in the chain.
+    pub(super) generation: usize,
+    /// Offset of the first page in the pages file, bytes.
     pub(super) offset: u64,
 }
 
-impl Index {
-    /// Reads where an image's pages are; `None` if it is not in the first of `levels`.
+/// Directory of a chain, as an index takes it in.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Generation<'a> {
+    pub(super) dir: &'a Path,
+    /// Number of directories behind it in the chain.
+    pub(super) number: usize,
+}
+
+/// Index that [`Index::advance`] has made.
+#[derive(Debug)]
+pub(super) struct Advanced {
+    index: Index,
+    /// The first pages that an entry lists, and no directory has.
+    unresolved: Option<PageRange>,
+}
+
+impl Advanced {
+    /// Returns the index if no page is unresolved. `dir` and `image` are for the error.
     ///
     /// # Errors
-    /// [`FileError`], also if one of its pages is nowhere.
+    /// [`FileError`].
+    pub(super) fn resolved(self, dir: &Path, image: ImageId) -> Result<Index, FileError> {
+        match self.unresolved {
+            None => Ok(self.index),
+            Some(range) => {
+                let what = format!("pages {range} are missing in the chain");
+                let error = io::Error::new(io::ErrorKind::InvalidData, what);
+                Err(failed("resolve", &dir.join(image.pagemap_name()))(error))
+            }
+        }
+    }
+}
+
+impl Index {
+    /// Loads the index of an image; `None` if the image is not in the first of `levels`.
+    ///
+    /// # Errors
+    /// [`FileError`], also if one of the image's pages is missing in the chain.
     pub fn load(levels: &Levels, image: ImageId) -> Result<Option<Self>, FileError> {
-        let mut newest = None;
-        for (behind, dir) in levels.iter().rev().enumerate() {
-            let parent = newest.map(|(index, _)| index).unwrap_or_default();
-            newest = Self::default().follow(&parent, dir, behind, image, usize::MAX)?;
+        let mut newest: Option<Advanced> = None;
+        for (number, dir) in levels.iter().rev().enumerate() {
+            let parent = newest.map(|newest| newest.index).unwrap_or_default();
+            let generation = Generation { dir, number };
+            newest = Self::default().advance(&parent, generation, image, usize::MAX)?;
         }
         newest
-            .map(|newest| complete(newest, &levels[0], image))
+            .map(|newest| newest.resolved(&levels[0], image))
             .transpose()
     }
 
-    /// Becomes that of the image in `dir`, which has so many directories behind it, `parent` being that of the
-    /// next of these; and the first pages that are said to be there, and are not. `None` if the image is not in
-    /// `dir`. That it would have more than so many runs is an error.
-    pub(super) fn follow(
+    /// Makes the index of the image in one directory out of that of its parent. The memory of `self` is used
+    /// again. Returns `None` if the image is not in the directory.
+    ///
+    /// # Errors
+    /// [`FileError`], also if there are more than `max_runs` runs.
+    pub(super) fn advance(
         mut self,
         parent: &Self,
-        dir: &Path,
-        behind: usize,
+        generation: Generation<'_>,
         image: ImageId,
-        most: usize,
-    ) -> Result<Option<(Self, Option<PageRange>)>, FileError> {
+        max_runs: usize,
+    ) -> Result<Option<Advanced>, FileError> {
+        let dir = generation.dir;
         let Some(mut list) = Cursor::open(&[dir.to_owned()].into(), image)? else {
             return Ok(None);
         };
         self.runs.clear();
-        let mut nowhere = None;
+        let mut unresolved = None;
         let mut parent = parent.runs.iter().copied().peekable();
         while let Some(entry) = list.next_entry()? {
-            // Whatever is in the parent was within the limit, so it is passed by no more than once.
-            if self.runs.len() > most {
-                let error = io::Error::other("it is in too many pieces");
+            // Checked once for each entry: one entry adds at most the runs of the parent, which is within the
+            // limit itself.
+            if self.runs.len() > max_runs {
+                let error = io::Error::other("it has too many pieces");
                 return Err(failed("keep the index of", dir)(error));
             }
             let range = entry.range;
             if let PageLocation::Present { .. } = entry.place {
-                let offset = list.offset();
-                self.add(Run {
+                self.push(Run {
                     range,
-                    behind,
-                    offset,
+                    generation: generation.number,
+                    offset: list.offset(),
                 });
                 continue;
             }
@@ -84,29 +120,32 @@ impl Index {
             while let (PageLocation::Parent, Some(run)) = (entry.place, parent.peek())
                 && let Some(found) = run.range.intersect(range)
             {
-                // The rest of the entry may be there all the same.
-                nowhere = nowhere.or(PageRange::from_bounds(at, found.start()));
+                // The rest of the entry may be resolved all the same.
+                unresolved = unresolved.or(PageRange::from_bounds(at, found.start()));
                 let skip = found.start() - run.range.start();
-                self.add(Run {
+                self.push(Run {
                     range: found,
-                    behind: run.behind,
+                    generation: run.generation,
                     offset: run.offset + skip,
                 });
                 at = found.end();
-                // The next entry may be in the same run.
+                // The next entry may begin in the same run.
                 if at < run.range.end() {
                     break;
                 }
                 parent.next();
             }
-            nowhere = nowhere.or(PageRange::from_bounds(at, range.end()));
+            unresolved = unresolved.or(PageRange::from_bounds(at, range.end()));
         }
-        Ok(Some((self, nowhere)))
+        Ok(Some(Advanced {
+            index: self,
+            unresolved,
+        }))
     }
 
-    fn add(&mut self, next: Run) {
+    fn push(&mut self, next: Run) {
         if let Some(last) = self.runs.last_mut()
-            && last.behind == next.behind
+            && last.generation == next.generation
             && last.offset + last.range.bytes() == next.offset
             && let Some(range) = last.range.joined(next.range)
         {
@@ -116,7 +155,7 @@ impl Index {
         self.runs.push(next);
     }
 
-    /// Its pages, ascending, those that lie together in one range.
+    /// Returns all pages as ranges without gaps between adjacent pages, in ascending order.
     pub fn ranges(&self) -> impl Iterator<Item = PageRange> + '_ {
         let together = |one: &Run, next: &Run| one.range.end() == next.range.start();
         self.runs.chunk_by(together).filter_map(|runs| {
@@ -126,34 +165,18 @@ impl Index {
     }
 }
 
-/// An index that all pages are in.
-pub(super) fn complete(
-    (index, nowhere): (Index, Option<PageRange>),
-    dir: &Path,
-    image: ImageId,
-) -> Result<Index, FileError> {
-    match nowhere {
-        None => Ok(index),
-        Some(range) => {
-            let what = format!("pages {range} are nowhere in the chain");
-            let error = io::Error::new(io::ErrorKind::InvalidData, what);
-            Err(failed("resolve", &dir.join(image.pagemap_name()))(error))
-        }
-    }
-}
-
-/// The pages of an image, wherever in a chain they are.
+/// Pages of an image, wherever in a chain they are.
 #[derive(Debug)]
 pub struct Pages {
     index: Index,
-    /// By how many directories are behind.
+    /// Pages files by the generation of their directory.
     files: BTreeMap<usize, File>,
-    /// Its pagemap in the newest directory.
+    /// Pagemap in the newest directory, for errors.
     path: PathBuf,
 }
 
 impl Pages {
-    /// Opens the files that have them.
+    /// Opens the pages files of an image.
     ///
     /// # Errors
     /// [`FileError`].
@@ -161,33 +184,32 @@ impl Pages {
         let path = levels[0].join(image.pagemap_name());
         let mut files = BTreeMap::new();
         for run in &index.runs {
-            if let Entry::Vacant(unknown) = files.entry(run.behind) {
-                let dir = levels.iter().rev().nth(run.behind);
+            if let Entry::Vacant(unknown) = files.entry(run.generation) {
+                let dir = levels.iter().rev().nth(run.generation);
                 let dir = [dir.unwrap_or(&levels[0]).clone()];
-                let gone = || failed("open", &path)(io::ErrorKind::NotFound.into());
-                let list = Cursor::open(&dir.into(), image)?.ok_or_else(gone)?;
+                let missing = || failed("open", &path)(io::ErrorKind::NotFound.into());
+                let list = Cursor::open(&dir.into(), image)?.ok_or_else(missing)?;
                 unknown.insert(list.into_pages());
             }
         }
         Ok(Self { index, files, path })
     }
 
-    /// Where they are in memory, those of the newest directory first.
-    pub fn by_age(self: Rc<Self>) -> impl Iterator<Item = PageRange> + use<> {
+    /// Returns the ranges of all pages, those of the newest directory first.
+    pub fn newest_first(self: Rc<Self>) -> impl Iterator<Item = PageRange> + use<> {
         let newest = self.files.keys().next_back().copied();
-        // They are not sorted, for that takes memory, and time before the first.
-        let ages = (0..=newest.unwrap_or(0)).rev();
-        ages.flat_map(move |behind| {
+        // A pass for each generation: sorting takes memory, and time before the first range.
+        let generations = (0..=newest.unwrap_or(0)).rev();
+        generations.flat_map(move |generation| {
             let this = Rc::clone(&self);
             (0..this.index.runs.len()).filter_map(move |number| {
                 let run = this.index.runs[number];
-                (run.behind == behind).then_some(run.range)
+                (run.generation == generation).then_some(run.range)
             })
         })
     }
 
-    /// Reads the pages from `address` on, as many as there are without a gap and fit into `buffer`.
-    /// Returns how many.
+    /// Reads pages from `address` on, up to a gap or the end of `buffer`. Returns their number.
     ///
     /// # Errors
     /// [`FileError`].
@@ -204,7 +226,7 @@ impl Pages {
             let skip = at - run.range.start();
             let len = room.min(run.range.bytes() - skip);
             let part = &mut buffer[filled..filled + len as usize];
-            self.files[&run.behind]
+            self.files[&run.generation]
                 .read_exact_at(part, run.offset + skip)
                 .map_err(failed("read the pages of", &self.path))?;
             filled += len as usize;
@@ -218,7 +240,7 @@ impl Pages {
 mod tests {
     use super::*;
     use crate::image::DirName;
-    use crate::image::catalog::write_words;
+    use crate::image::catalog::Catalog;
     use crate::image::chain::levels;
     use crate::image::format::PagemapEntry;
     use crate::image::writer::DirWriter;
@@ -227,7 +249,8 @@ mod tests {
     const IMAGE: ImageId = ImageId::Process(7);
     const PAGES: usize = 12;
 
-    /// One round: each page is not there (0), new, or kept if it was there (3 and more).
+    /// Writes one round. `step % 8` says what becomes of each page: missing (0), in the parent if that has it
+    /// (3 and more), or new. Returns the expected content of each page, 0 if it is missing.
     fn put_round(home: &Path, round: u32, old: &[u8], steps: &[u8]) -> Vec<u8> {
         let mut writer = DirWriter::begin(home, DirName::Round(round)).unwrap();
         if round > 1 {
@@ -256,34 +279,12 @@ mod tests {
         new
     }
 
-    #[test]
-    fn what_is_written_of_no_index_is_not_read() {
-        let read = |runs: &[[u64; 4]]| {
-            let mut bytes = Vec::new();
-            write_words(&mut bytes, [1, 7, runs.len() as u64]).unwrap();
-            runs.iter()
-                .for_each(|&run| write_words(&mut bytes, run).unwrap());
-            Catalog::read(&mut &bytes[..])
-                .map(drop)
-                .map_err(|error| error.kind())
-        };
-        let run = |page: u64, pages, offset| [page * PAGE_SIZE, pages, 0, offset];
-        read(&[run(1, 2, 0), run(3, 1, 0)]).unwrap();
-        for bad in [
-            &[run(3, 1, 0), run(1, 2, 0)][..],
-            &[run(1, 3, 0), run(3, 1, 0)],
-            &[run(1, 1, u64::MAX - 7)],
-        ] {
-            assert_eq!(read(bad), Err(io::ErrorKind::InvalidData), "{bad:?}");
-        }
-    }
-
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(60))]
 
-        /// Every page is found with what was put there last, by whichever way the index was made.
+        /// However the index was made: loaded, advanced round by round, or written and read again.
         #[test]
-        fn it_finds_what_was_put(
+        fn index_finds_the_newest_copy_of_every_page(
             rounds in prop::collection::vec(prop::collection::vec(any::<u8>(), PAGES), 1..6),
         ) {
             let home = tempfile::tempdir().unwrap();
@@ -309,30 +310,29 @@ mod tests {
                 prop_assert!(content == 0 || buffer.iter().all(|&byte| byte == content));
             }
         }
-
-        #[test]
-        fn any_bytes_are_refused_or_read(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
-            let _ = Catalog::read(&mut &bytes[..]);
-        }
     }
 
     #[test]
-    fn an_index_of_too_many_pieces_is_given_up() {
+    fn index_with_too_many_runs_is_refused() {
         let home = tempfile::tempdir().unwrap();
         put_round(home.path(), 1, &[], &[1, 0, 1, 0, 1, 0]);
         put_round(home.path(), 2, &[1, 0, 1, 0, 1, 0], &[3, 0, 3, 1, 3, 1]);
-        let follow = |parent: &Index, round: &str, most| {
+        let advance = |parent: &Index, round: &str, max_runs| {
             let dir = home.path().join(round);
-            Index::default().follow(parent, &dir, 0, IMAGE, most)
+            let generation = Generation {
+                dir: &dir,
+                number: 0,
+            };
+            Index::default().advance(parent, generation, IMAGE, max_runs)
         };
-        let (parent, _) = follow(&Index::default(), "1", 3).unwrap().unwrap();
+        let parent = advance(&Index::default(), "1", 3).unwrap().unwrap().index;
         assert_eq!(parent.runs.len(), 3);
-        assert!(follow(&Index::default(), "1", 1).is_err());
-        assert!(follow(&parent, "2", 3).is_err());
+        assert!(advance(&Index::default(), "1", 1).is_err());
+        assert!(advance(&parent, "2", 3).is_err());
     }
 
     #[test]
-    fn pages_that_are_nowhere_are_missed_only_in_the_newest() {
+    fn missing_pages_are_an_error_only_in_the_newest_round() {
         let home = tempfile::tempdir().unwrap();
         let entry = |page: u64, place| PagemapEntry {
             range: PageRange::new(page * PAGE_SIZE, 1).unwrap(),

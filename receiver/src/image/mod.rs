@@ -1,4 +1,4 @@
-//! CRIU image directories: writing rounds, reading chains of them.
+//! CRIU image directories: writing rounds, and reading chains of them.
 
 pub mod catalog;
 pub mod chain;
@@ -8,43 +8,40 @@ pub(crate) mod image_writer;
 pub mod index;
 pub mod writer;
 
-pub use crate::file_error::FileError;
-pub(crate) use crate::file_error::failed;
-
 use std::fmt;
 
-/// The name of a directory of images that we write: nothing but a number in it is the peer's.
+/// Name of a directory of images that the receiver writes. Nothing in it but the number comes from the peer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DirName {
-    /// A round of a migration.
+    /// Round of a migration.
     Round(u32),
-    /// A dump by CRIU itself.
+    /// Dump by CRIU itself.
     Dump(u32),
-    /// What the process of this round is restored from, ahead of its memory.
+    /// Directory for a lazy restore from this round.
     Restore(u32),
 }
 
 impl DirName {
-    /// What it is called while it is not complete.
+    /// Returns the name of the directory while it is incomplete.
     #[must_use]
     pub fn temporary(self) -> String {
         format!(".{self}.tmp")
     }
 
-    /// The directory that has exactly this name, or this name while it is not complete.
+    /// Parses the name of a directory, complete or incomplete. Other spellings of the number are rejected.
     #[must_use]
-    pub fn of(name: &str) -> Option<Self> {
+    pub fn parse(name: &str) -> Option<Self> {
         let bare = name
             .strip_prefix('.')
             .and_then(|name| name.strip_suffix(".tmp"));
         let bare = bare.unwrap_or(name);
-        let found = match bare.split_once('-') {
+        let parsed = match bare.split_once('-') {
             Some(("criu", number)) => Self::Dump(number.parse().ok()?),
             Some(("restore", number)) => Self::Restore(number.parse().ok()?),
             Some(_) => return None,
             None => Self::Round(bare.parse().ok()?),
         };
-        (found.to_string() == name || found.temporary() == name).then_some(found)
+        (parsed.to_string() == name || parsed.temporary() == name).then_some(parsed)
     }
 }
 
@@ -58,17 +55,18 @@ impl fmt::Display for DirName {
     }
 }
 
-/// The name of a pages file.
+/// Returns the name of a pages file.
 #[must_use]
 pub fn pages_name(pages_id: u32) -> String {
     format!("pages-{pages_id}.img")
 }
 
-/// Pages files are numbered from here, so that CRIU's own (from 1, or 65537) can lie beside them.
+/// Number of the first pages file in a directory, so high that CRIU's own (from 1 or 65537) can lie beside
+/// it.
 pub const FIRST_PAGES_ID: u32 = 0x20001;
 
-/// Name of the symlink to the round before.
+/// Name of the symlink to the directory of the round before.
 pub const PARENT: &str = "parent";
 
-/// Name of the inventory.
+/// Name of CRIU's inventory.
 pub const INVENTORY: &str = "inventory.img";

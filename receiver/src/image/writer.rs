@@ -1,20 +1,17 @@
-//! Writes one directory of images, a round or a dump: complete, or not at all.
+//! Writer of one directory of images, a round or a dump, which appears complete or not at all.
 //!
-//! Everything goes into `.NAME.tmp`; the commit syncs every file and the directory, renames it to
-//! `NAME`, and syncs the directory above. Dropped before that, it takes its directory with it.
+//! Everything is written to `.NAME.tmp`. A commit syncs every file and the directory, renames the directory
+//! to `NAME`, and syncs the directory above. A writer that is dropped before that removes its directory.
 
-use super::chain::Cursor;
-use super::chain::{Levels, levels};
-pub(crate) use super::durable::create_image;
-pub use super::durable::{sync, sync_all};
+use super::chain::{Cursor, Levels, levels};
+use super::durable::{create_image, sync, sync_all};
 use super::format::{self, PagemapEntry};
 use super::image_writer::ImageWriter;
 use super::{DirName, FIRST_PAGES_ID, INVENTORY, PARENT};
 use crate::file_error::{FileError, failed};
-use crate::quota::{Bounds, Quota, QuotaError};
-use crate::refusal::Refusal;
+use crate::quota::{Bounds, Quota};
 use pageferry_common::criu::page_server::PageLocation;
-use pageferry_common::wire::{self, Entry, EntryKind};
+use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{ImageId, PageRange, StateName};
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, OpenOptions};
@@ -23,50 +20,26 @@ use std::os::unix::fs::{DirBuilderExt, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Why a directory cannot be written.
-#[derive(Debug, thiserror::Error)]
-pub enum WriteError {
-    /// The disk, or what is on it.
-    #[error(transparent)]
-    Storage(#[from] FileError),
-    /// It would be too much.
-    #[error(transparent)]
-    Quota(#[from] QuotaError),
-    /// What was sent makes no image.
-    #[error("{0}")]
-    Protocol(String),
-}
+pub use super::image_writer::WriteError;
 
-impl From<WriteError> for Refusal {
-    fn from(error: WriteError) -> Self {
-        match error {
-            WriteError::Storage(file) => file.into(),
-            WriteError::Quota(quota) => quota.into(),
-            WriteError::Protocol(what) => Self::new(wire::RefuseCode::Protocol, what),
-        }
-    }
-}
-
-/// What pages are that are simply there.
-const PRESENT: PageLocation = PageLocation::Present { lazy: false };
-
-/// One directory in the making.
+/// Writer of one directory.
 #[derive(Debug)]
 pub struct DirWriter {
-    /// The directory above.
+    /// Directory above.
     home: PathBuf,
     name: DirName,
     tmp: PathBuf,
     quota: Arc<Quota>,
-    /// The chain behind this one, its parent first.
+    /// Chain behind this directory, its parent first.
     parents: Levels,
+    /// Images that were opened.
     written: BTreeSet<ImageId>,
     open: Option<ImageWriter>,
     committed: bool,
 }
 
 impl DirWriter {
-    /// Begins the directory `name` in `home`.
+    /// Creates the directory `name` in `home`.
     ///
     /// # Errors
     /// [`WriteError`].
@@ -88,15 +61,15 @@ impl DirWriter {
         })
     }
 
-    /// Has it take no more than there is in a quota.
+    /// Charges everything that is written to a quota.
     #[must_use]
-    pub fn within(mut self, quota: &Arc<Quota>) -> Self {
+    pub fn with_quota(mut self, quota: &Arc<Quota>) -> Self {
         self.quota = Arc::clone(quota);
         self
     }
 
-    /// Puts `parent`, complete and in the same directory above, behind this one. What was opened
-    /// before has no parent.
+    /// Makes `parent`, a complete directory in the same `home`, the parent of this one. Images that are open
+    /// already get none.
     ///
     /// # Errors
     /// [`WriteError`].
@@ -107,7 +80,7 @@ impl DirWriter {
         Ok(())
     }
 
-    /// Adds the inventory of a pre-dump. `uptime_us` is the source host's uptime when its tree was
+    /// Writes the inventory of a pre-dump. `uptime_us` is the uptime of the source host when its tree was
     /// frozen, µs.
     ///
     /// # Errors
@@ -119,32 +92,32 @@ impl DirWriter {
         Ok(())
     }
 
-    /// What is put from now on belongs to this image, which must be new in this directory. Returns
-    /// whether its parent has it.
+    /// Opens an image, which must be new in this directory: all that is put from now on belongs to it.
+    /// Returns whether the parent has the image, too.
     ///
     /// # Errors
     /// [`WriteError`].
     pub fn open(&mut self, image: ImageId) -> Result<bool, WriteError> {
         self.close_image()?;
-        self.quota.image(self.written.len())?;
+        self.quota.charge_image(self.written.len())?;
         let pages_id = FIRST_PAGES_ID + self.written.len() as u32;
         if !self.written.insert(image) {
             return Err(WriteError::Protocol(format!("{image} was sent twice")));
         }
-        let mut writer = ImageWriter::create(&self.tmp, image, pages_id)?;
-        writer.parent = Cursor::open(&self.parents, image)?;
-        let has_parent = writer.parent.is_some();
-        self.open = Some(writer);
+        let parent = Cursor::open(&self.parents, image)?;
+        let has_parent = parent.is_some();
+        self.open = Some(ImageWriter::create(&self.tmp, image, pages_id)?.with_parent(parent));
         Ok(has_parent)
     }
 
-    /// Adds a chunk to the open image: entries behind all before them, and the pages of those that
-    /// have data.
+    /// Writes a chunk of the open image: entries behind all entries before, and the pages of those that have
+    /// data.
     ///
     /// # Errors
     /// [`WriteError`].
     pub fn put(&mut self, entries: &[Entry], pages: &[u8]) -> Result<(), WriteError> {
-        self.quota.entries(entries.len(), pages.len())?;
+        const PRESENT: PageLocation = PageLocation::Present { lazy: false };
+        self.quota.charge_entries(entries.len(), pages.len())?;
         let quota = Arc::clone(&self.quota);
         let mut rest = pages;
         for entry in entries {
@@ -153,26 +126,23 @@ impl DirWriter {
                 EntryKind::Data => {
                     let (now, later) = rest.split_at(entry.range.bytes() as usize);
                     rest = later;
-                    image.present(entry.range, PRESENT, now)?;
+                    image.put_present(entry.range, PRESENT, now)?;
                 }
-                EntryKind::Zero => {
-                    image.offset += entry.range.bytes();
-                    image.entry(entry.range, PRESENT)?;
-                }
+                EntryKind::Zero => image.put_zero(entry.range)?,
                 EntryKind::Copy => image.copy_from_parent(entry.range, &quota)?,
-                EntryKind::Parent => image.in_parent(entry.range)?,
+                EntryKind::Parent => image.put_in_parent(entry.range)?,
             }
         }
         Ok(())
     }
 
-    /// Adds pagemap entries to the open image as they are, behind all before them, and the pages of
+    /// Writes pagemap entries of the open image as they are, behind all entries before, and the pages of
     /// those that are present.
     ///
     /// # Errors
     /// [`WriteError`].
     pub fn put_as_is(&mut self, entries: &[PagemapEntry], pages: &[u8]) -> Result<(), WriteError> {
-        self.quota.entries(entries.len(), pages.len())?;
+        self.quota.charge_entries(entries.len(), pages.len())?;
         let mut rest = pages;
         for &PagemapEntry { range, place } in entries {
             let image = self.image_at(range)?;
@@ -180,32 +150,28 @@ impl DirWriter {
                 PageLocation::Present { .. } => {
                     let (now, later) = rest.split_at(range.bytes() as usize);
                     rest = later;
-                    image.present(range, place, now)?;
+                    image.put_present(range, place, now)?;
                 }
-                PageLocation::Parent => image.in_parent(range)?,
-                PageLocation::Elsewhere => image.entry(range, place)?,
+                PageLocation::Parent => image.put_in_parent(range)?,
+                PageLocation::Elsewhere => image.put_entry(range, place)?,
             }
         }
         Ok(())
     }
 
-    /// The open image, with its end moved behind `range`.
+    /// Returns the open image, ready for an entry of `range`.
     fn image_at(&mut self, range: PageRange) -> Result<&mut ImageWriter, WriteError> {
         let Some(image) = &mut self.open else {
             return Err(WriteError::Protocol("pages without an image".to_owned()));
         };
-        if range.start() < image.end {
-            let what = format!("{range} of {} comes after its end", image.image);
-            return Err(WriteError::Protocol(what));
-        }
-        image.end = range.end();
+        image.advance_to(range)?;
         Ok(image)
     }
 
-    /// Makes the directory durable and lets it appear under its name. Returns its path.
+    /// Makes the directory durable, and gives it its name. Returns its path.
     ///
     /// # Errors
-    /// [`WriteError`]; it does not appear then.
+    /// [`WriteError`]; the directory does not appear then.
     pub fn commit(mut self) -> Result<PathBuf, WriteError> {
         self.close_image()?;
         sync_all(&self.tmp)?;
@@ -215,11 +181,10 @@ impl DirWriter {
         Ok(path)
     }
 
-    /// Lets the directory appear under its name, whether or not it would survive a power failure. Returns its
-    /// path.
+    /// Gives the directory its name, without making it durable. Returns its path.
     ///
     /// # Errors
-    /// [`WriteError`]; it does not appear then.
+    /// [`WriteError`]; the directory does not appear then.
     pub fn publish(mut self) -> Result<PathBuf, WriteError> {
         self.close_image()?;
         let path = self.home.join(self.name.to_string());
@@ -245,8 +210,8 @@ impl Drop for DirWriter {
     }
 }
 
-/// Appends a piece to one of CRIU's images of state in a complete directory; the first piece takes
-/// the place of what was there.
+/// Appends a piece to one of CRIU's images of state in a complete directory. The first piece replaces an
+/// existing image.
 ///
 /// # Errors
 /// [`FileError`].
@@ -265,9 +230,7 @@ pub fn write_state(
             Ok(()) | Err(_) => drop(create_image(&path)?),
         }
     }
-    let append = || {
-        let mut file = OpenOptions::new().append(true).open(&path)?;
-        file.write_all(piece)
-    };
-    append().map_err(failed("write", &path))
+    let file = OpenOptions::new().append(true).open(&path);
+    file.and_then(|mut file| file.write_all(piece))
+        .map_err(failed("write", &path))
 }

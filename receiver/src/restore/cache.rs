@@ -52,7 +52,8 @@ impl RestoreCache {
         cache
     }
 
-    /// Notes that the pages that follow belong to `image`. `has_parent`: the round before has that image, too.
+    /// Notes that the pages that follow belong to `image`. `has_parent`: the round before has that image,
+    /// too.
     pub fn open_image(&mut self, image: ImageId, has_parent: bool) {
         self.segments.open(image, has_parent);
     }
@@ -61,7 +62,7 @@ impl RestoreCache {
     /// reconnect, its pages are read back from the rounds in `home`.
     pub fn set_memfd_name(&mut self, home: &Path, name: &MemfdName, has_parent: bool) {
         // Only a segment that is unknown and has a parent has an id here.
-        let Some(id) = self.segments.name(name, has_parent) else {
+        let Some(id) = self.segments.set_name(name, has_parent) else {
             return;
         };
         if !self.earlier.remove(&id) {

@@ -1,14 +1,14 @@
-//! The directory that a process is restored from before its memory is there.
+//! Directory for a lazy restore: CRIU's images of state, and of memory only what CRIU itself must restore.
 //!
-//! It has CRIU's images of state, and of memory only what CRIU needs to restore: nearly all private
-//! memory is not in it at all, and is filled in by us ([`crate::restore::filler`]). Making it takes time for
-//! entries, not for pages.
+//! Nearly all private memory is left out, and the filler process fills it in ([`crate::restore::filler`]).
+//! The time to make the directory grows with the number of pagemap entries, not of pages.
 
 use crate::file_error::{FileError, failed};
 use crate::image::DirName;
-use crate::image::chain::levels;
+use crate::image::catalog::Catalog;
+use crate::image::chain::{Levels, levels, names};
 use crate::image::format::PagemapEntry;
-use crate::image::index::{Catalog, Index, Pages};
+use crate::image::index::{Index, Pages};
 use crate::image::writer::{DirWriter, WriteError};
 use crate::restore::segments::{Prefilled, Segments};
 use pageferry_common::criu::images::records;
@@ -20,19 +20,19 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-/// Most pages that are copied for a restore, 16 MiB. Of more, CRIU is told that they are in the parent, for
-/// which it reads all pagemaps of the chain, time that grows with memory.
+/// Most pages that are copied into the directory, 16 MiB. If there are more, they are entries in the parent:
+/// then CRIU reads all pagemaps of the chain, which takes time that grows with memory.
 const COPIED_MAX: u64 = 4096;
 
 const MAP_PRIVATE: u32 = 0x02;
 const MAP_ANONYMOUS: u32 = 0x20;
 const MAP_LOCKED: u32 = 0x2000;
 const MAP_HUGETLB: u32 = 0x4_0000;
-/// Bits of a mapping's status: the vDSO, and the data beside it.
+/// Bits of a mapping's status in CRIU's image: the vDSO, and its data.
 const VDSO: u32 = 1 << 3;
 const VVAR: u32 = 1 << 12;
 
-/// CRIU's image of a process's memory, as far as it matters.
+/// CRIU's image of the memory of a process. Fields that are not needed here are left out, in all of these.
 #[derive(Clone, PartialEq, Message)]
 struct Mm {
     #[prost(message, repeated, tag = "14")]
@@ -52,22 +52,22 @@ struct Vma {
 }
 
 impl Vma {
-    /// Whether CRIU registers it with a userfaultfd: it does so with those alone.
+    /// Returns whether CRIU registers the mapping with a userfaultfd.
     fn is_lazy(&self) -> bool {
         let with = MAP_PRIVATE | MAP_ANONYMOUS;
         self.flags & (with | MAP_LOCKED | MAP_HUGETLB) == with && self.status & (VDSO | VVAR) == 0
     }
 }
 
-/// The machine that [`ThreadInfo`] is of.
+/// Machine type of a [`Core`] with a [`ThreadInfo`].
 const X86_64: i32 = 1;
 
-/// CRIU's image of a thread: only where its stack is.
+/// CRIU's image of a thread.
 #[derive(Clone, PartialEq, Message)]
 struct Core {
     #[prost(int32, required, tag = "1")]
     machine: i32,
-    /// A process that has ended, and not been waited for, has none.
+    /// Missing in a zombie.
     #[prost(message, optional, tag = "2")]
     x86: Option<ThreadInfo>,
 }
@@ -84,18 +84,18 @@ struct Registers {
     sp: u64,
 }
 
-/// A directory to restore from.
+/// Directory for a lazy restore.
 #[derive(Debug)]
 pub struct Prepared {
     /// Its path.
     pub dir: PathBuf,
-    /// Segments that CRIU is to take instead of reading their images, which are empty.
+    /// Segments that CRIU takes from memory; their pagemaps are empty.
     pub segments: Prefilled,
 }
 
-/// Makes the directory beside the newest round of `catalog`, a complete final one that CRIU's images of
-/// state are in; `segments` are those of its shared segments that are in memory already. `None` if these
-/// images do not tell where the stacks are (not x86-64).
+/// Makes the directory beside the newest round of `catalog`, which must be a complete final round with CRIU's
+/// images of state. `segments` are the shared segments that are in memory. Returns `None` if the images do
+/// not tell where the stacks are (not x86-64).
 ///
 /// # Errors
 /// [`WriteError`].
@@ -106,12 +106,12 @@ pub fn prepare(
 ) -> Result<Option<Prepared>, WriteError> {
     let round = DirName::Round(catalog.rounds());
     let top = home.join(round.to_string());
-    let Some(mut images) = split(&top, catalog)? else {
+    let Some(mut images) = split_images(&top, catalog)? else {
         return Ok(None);
     };
     let segments = segments.finish(&top, catalog)?;
     for image in &mut images {
-        if matches!(image.id, ImageId::Shmem(id) if segments.has(id)) {
+        if matches!(image.id, ImageId::Shmem(id) if segments.get(id).is_some()) {
             image.at_once.clear();
         }
     }
@@ -122,43 +122,46 @@ pub fn prepare(
         writer.follow(round)?;
     }
     let chain = levels(&top)?;
-    for Image {
-        id, index, at_once, ..
-    } in images
-    {
-        writer.open(id)?;
-        if at_once.is_empty() {
-            continue;
-        }
-        let pages = Pages::open(&chain, id, index.clone())?;
-        for (range, huge) in at_once {
-            match copied || huge {
-                true => copy(&mut writer, &pages, range)?,
-                false => {
-                    let place = PageLocation::Parent;
-                    writer.put_as_is(&[PagemapEntry { range, place }], &[])?;
-                }
-            }
-        }
+    for image in images {
+        put_image(&mut writer, &chain, image, copied)?;
     }
     let dir = writer.publish()?;
-    for name in crate::image::chain::names(&top)? {
-        if StateName::new(&name).is_some() {
-            let link = dir.join(&name);
-            fs::hard_link(top.join(&name), &link).map_err(failed("create", &link))?;
-        }
-    }
+    link_state(&top, &dir)?;
     Ok(Some(Prepared { dir, segments }))
 }
 
-/// Writes pages that are in an image.
+/// Writes the pages of an image that CRIU restores itself: a copy of each if `copied`, else entries in the
+/// parent.
+fn put_image(
+    writer: &mut DirWriter,
+    chain: &Levels,
+    image: Image<'_>,
+    copied: bool,
+) -> Result<(), WriteError> {
+    writer.open(image.id)?;
+    if image.at_once.is_empty() {
+        return Ok(());
+    }
+    let pages = Pages::open(chain, image.id, image.index.clone())?;
+    for (range, huge) in image.at_once {
+        if copied || huge {
+            copy(writer, &pages, range)?;
+        } else {
+            let place = PageLocation::Parent;
+            writer.put_as_is(&[PagemapEntry { range, place }], &[])?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes a copy of pages.
 fn copy(writer: &mut DirWriter, pages: &Pages, range: PageRange) -> Result<(), WriteError> {
     let mut buffer = vec![0; range.bytes().min(CHUNK_SIZE as u64) as usize];
     let mut rest = Some(range);
     while let Some(now) = rest {
-        let room = &mut buffer[..now.bytes().min(CHUNK_SIZE as u64) as usize];
-        let found = pages.read(now.start(), room)?;
-        let (now, later) = now.split_at(found);
+        let len = buffer.len().min(now.bytes() as usize);
+        let read = pages.read(now.start(), &mut buffer[..len])?;
+        let (now, later) = now.split_at(read);
         let range = now.expect("it is in the index");
         let place = PageLocation::Present { lazy: false };
         let data = &buffer[..range.bytes() as usize];
@@ -168,52 +171,64 @@ fn copy(writer: &mut DirWriter, pages: &Pages, range: PageRange) -> Result<(), W
     Ok(())
 }
 
-/// What a process that was restored from the directory of [`prepare`] waits for.
+/// Links CRIU's images of state into another directory.
+fn link_state(from: &Path, to: &Path) -> Result<(), FileError> {
+    for name in names(from)? {
+        if StateName::new(&name).is_some() {
+            let link = to.join(&name);
+            fs::hard_link(from.join(&name), &link).map_err(failed("create", &link))?;
+        }
+    }
+    Ok(())
+}
+
+/// Pages that a process misses after a lazy restore.
 #[derive(Debug)]
-pub struct Awaited {
-    /// Its pages.
+pub struct PendingPages {
+    /// All pages of its image.
     pub pages: Rc<Pages>,
-    /// Those that are missing.
+    /// Those that are missing, ascending.
     pub missing: Vec<PageRange>,
 }
 
-/// What the processes wait for that are restored from `round`, that of `catalog`; `None` as with
-/// [`prepare`].
+/// Returns the pages that each process misses after a lazy restore from `round`, the newest of `catalog`, by
+/// PID; `None` where [`prepare`] returns that.
 ///
 /// # Errors
 /// [`FileError`].
-pub fn awaited(
+pub fn pending_pages(
     round: &Path,
     catalog: Catalog,
-) -> Result<Option<BTreeMap<i32, Awaited>>, FileError> {
-    let Some(images) = split(round, &catalog)? else {
+) -> Result<Option<BTreeMap<i32, PendingPages>>, FileError> {
+    let Some(images) = split_images(round, &catalog)? else {
         return Ok(None);
     };
     let chain = levels(round)?;
     let later = images.into_iter().map(|image| (image.id, image.later));
     let mut later: BTreeMap<_, _> = later.collect();
-    let mut awaited = BTreeMap::new();
+    let mut pending = BTreeMap::new();
     for (id, index) in catalog.into_images() {
         if let (ImageId::Process(pid), Some(missing)) = (id, later.remove(&id)) {
             let pages = Rc::new(Pages::open(&chain, id, index)?);
-            awaited.insert(pid.cast_signed(), Awaited { pages, missing });
+            pending.insert(pid.cast_signed(), PendingPages { pages, missing });
         }
     }
-    Ok(Some(awaited))
+    Ok(Some(pending))
 }
 
-/// One image, by when its pages are needed.
+/// Pages of one image, by when they are needed.
 #[derive(Debug)]
 struct Image<'a> {
     id: ImageId,
     index: &'a Index,
-    /// By CRIU, and whether they are huge.
+    /// Pages that CRIU restores itself, and whether they are huge.
     at_once: Vec<(PageRange, bool)>,
+    /// Pages that the filler process fills in.
     later: Vec<PageRange>,
 }
 
-/// All images of the round in `top`; `None` if there are no stacks in CRIU's.
-fn split<'a>(top: &Path, catalog: &'a Catalog) -> Result<Option<Vec<Image<'a>>>, FileError> {
+/// Splits all images of the round in `top`; returns `None` if CRIU's images do not tell where the stacks are.
+fn split_images<'a>(top: &Path, catalog: &'a Catalog) -> Result<Option<Vec<Image<'a>>>, FileError> {
     let Some(stacks) = stacks(top)? else {
         return Ok(None);
     };
@@ -222,14 +237,14 @@ fn split<'a>(top: &Path, catalog: &'a Catalog) -> Result<Option<Vec<Image<'a>>>,
         let vmas = match id {
             ImageId::Process(pid) => match record::<Mm>(&top.join(format!("mm-{pid}.img")))? {
                 Some(mm) => mm.vmas,
-                // A process that has ended since: CRIU restores no memory of it.
+                // The process has exited since: CRIU restores no memory of it.
                 None => continue,
             },
             ImageId::Shmem(_) => Vec::new(),
         };
         let (mut at_once, mut later) = (Vec::new(), Vec::new());
         for range in index.ranges() {
-            pieces(range, &vmas, &stacks, |range, needed| match needed {
+            cut(range, &vmas, &stacks, |range, needed| match needed {
                 Needed::Later => later.push(range),
                 Needed::AtOnce { huge } => at_once.push((range, huge)),
             });
@@ -244,22 +259,18 @@ fn split<'a>(top: &Path, catalog: &'a Catalog) -> Result<Option<Vec<Image<'a>>>,
     Ok(Some(split))
 }
 
-/// When pages have to be there.
+/// When pages are needed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Needed {
-    /// When CRIU restores. Huge ones it reads from the newest directory only.
+    /// By CRIU, while it restores. It reads huge pages from the newest directory only.
     AtOnce { huge: bool },
-    /// When the process touches them.
+    /// By the process, when it touches them.
     Later,
 }
 
-/// Cuts a range where it changes when its pages are needed.
-fn pieces(
-    range: PageRange,
-    vmas: &[Vma],
-    stacks: &PageSet,
-    mut each: impl FnMut(PageRange, Needed),
-) {
+/// Cuts a range where it changes when its pages are needed, and calls `each` for each piece. Pages outside of
+/// all mappings count as needed at once.
+fn cut(range: PageRange, vmas: &[Vma], stacks: &PageSet, mut each: impl FnMut(PageRange, Needed)) {
     const AT_ONCE: Needed = Needed::AtOnce { huge: false };
     let mut at = range.start();
     let first = vmas.partition_point(|vma| vma.end <= at);
@@ -288,10 +299,11 @@ fn pieces(
     rest.into_iter().for_each(|rest| each(rest, AT_ONCE));
 }
 
-/// The pages that threads' stack pointers are in: wanted at once, whoever's they are.
+/// Returns the pages that the stack pointers of all threads point into. CRIU restores them itself, in each
+/// process that has a page there. `None` if the images do not tell.
 fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
     let mut stacks = PageSet::new();
-    for name in crate::image::chain::names(dir)? {
+    for name in names(dir)? {
         if !name.starts_with("core-") || !name.ends_with(".img") {
             continue;
         }
@@ -311,9 +323,9 @@ fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
     Ok(Some(stacks))
 }
 
-/// The one record of an image of state; `None` if there is no such image.
+/// Returns the first record of an image of state; `None` if there is no such image.
 fn record<M: Message + Default>(path: &Path) -> Result<Option<M>, FileError> {
-    let records = records(path).map_err(failed("understand", path))?;
+    let records = records(path).map_err(failed("parse", path))?;
     Ok(records.into_iter().next())
 }
 
@@ -335,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn every_page_is_in_one_piece() {
+    fn every_page_is_in_exactly_one_piece() {
         let anonymous = MAP_PRIVATE | MAP_ANONYMOUS;
         let vmas = [
             vma(1, 10, anonymous),
@@ -348,7 +360,7 @@ mod tests {
         let (now, later) = (Needed::AtOnce { huge: false }, Needed::Later);
         let pieces = |range| {
             let mut all = Vec::new();
-            pieces(range, &vmas, &stacks, |range, needed| {
+            cut(range, &vmas, &stacks, |range, needed| {
                 all.push((range, needed))
             });
             all

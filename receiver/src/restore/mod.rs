@@ -1,16 +1,22 @@
-//! Restoring what has arrived, with CRIU: everything up to the moment before it would run, and the
-//! rest only when the sender has said so.
+//! Restoring a migrated process with CRIU.
 //!
-//! What was decided is on the disk before it is done ([`Outcome`]), so that it is known whatever
-//! dies. A migration that is committed will run here, if need be restored once more; one that is
-//! aborted never will.
+//! 1. While rounds arrive, [`cache`] keeps what a restore would otherwise read back: where every page is, and
+//!    shared segments in memory ([`segments`]).
+//! 2. After the final round, [`lazy`] makes the directory that CRIU restores from, with nearly no memory in
+//!    it.
+//! 3. [`process`] has CRIU restore the tree, gives it the segments ([`segment_server`]), and holds the tree
+//!    back until the sender commits. The [`outcome`] is durable before the tree is resumed.
+//! 4. The process runs, and a process of its own ([`filler`]) fills in its memory.
+//!
+//! A committed migration will run here, if need be after another restore ([`complete`]). An aborted one never
+//! will.
 
 pub mod cache;
 pub mod filler;
 pub mod lazy;
 pub mod outcome;
 pub mod process;
-pub mod segment_server;
+mod segment_server;
 pub mod segments;
 
 pub use outcome::Outcome;

@@ -1,4 +1,7 @@
-//! What became of a migration: a durable file in its directory.
+//! The outcome of a migration, and the durable file in the migration's directory that holds it.
+//!
+//! The outcome is on the disk before anybody acts on it, so that it survives the death of every program
+//! involved: a committed migration runs here, if need be after another restore; an aborted one never does.
 
 use crate::file_error::{FileError, failed};
 use pageferry_common::proc::process::ProcessId;
@@ -8,94 +11,96 @@ use std::io::{self, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// The file in a migration's directory that has its [`Outcome`]. It always has as many bytes, so that another
-/// outcome only changes what is in one sector of the disk: at once or not at all, and durable without waiting
-/// for anything of the file system's.
-const OUTCOME: &str = "outcome.json";
+/// Name of the file. Its length is fixed, so that writing another outcome changes one sector of the disk and
+/// no metadata: the write is atomic, and durable without waiting for the file system's journal.
+const FILE_NAME: &str = "outcome.json";
 
-/// Length of that file, bytes: a sector. What is not used is blank.
-const OUTCOME_LEN: usize = 512;
+/// Length of the file, bytes: one sector, padded with blanks.
+const FILE_LEN: usize = 512;
 
-/// What became of a migration.
+/// Outcome of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// It will run here, and never again where it came from.
+    /// The process will run here, and never again on the source host.
     Committed {
-        /// The CRIU that holds it back or has just let it go.
+        /// The CRIU that holds the restored tree back, or has just resumed it.
         criu: Option<ProcessId>,
-        /// The restored root.
+        /// Root of the restored tree.
         root: Option<ProcessId>,
-        /// How it is to be restored, [`pageferry_common::criu::session::Options::bits`].
+        /// Options of the restore, as [`Options::bits`](pageferry_common::criu::session::Options::bits).
         options: u32,
     },
-    /// It runs here, or did.
+    /// The process runs here, or did.
     Running,
-    /// It will never run here.
+    /// The process will never run here.
     Aborted,
 }
 
 impl Outcome {
-    /// Reads what became of a migration; `None` if nothing has been decided.
+    /// Reads the outcome of the migration in `home`; `None` while it is undecided.
     ///
     /// # Errors
     /// [`FileError`].
     pub fn read(home: &Path) -> Result<Option<Self>, FileError> {
-        let path = home.join(OUTCOME);
+        let path = home.join(FILE_NAME);
         match fs::read(&path) {
             Ok(text) if text.trim_ascii().is_empty() => Ok(None),
-            Ok(text) => {
-                let outcome = serde_json::from_slice(&text).map_err(io::Error::from);
-                Ok(Some(outcome.map_err(failed("understand", &path))?))
-            }
+            Ok(text) => serde_json::from_slice(&text)
+                .map(Some)
+                .map_err(|error| failed("parse", &path)(error.into())),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(failed("read", &path)(error)),
         }
     }
 
-    /// Makes room for an outcome, durably, so that [`Outcome::record`] is fast.
+    /// Creates a blank file, durably, so that [`Outcome::write`] is fast later.
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn make_room(home: &Path) -> Result<(), FileError> {
-        write_new(home, &[b' '; OUTCOME_LEN]).map_err(failed("write", &home.join(OUTCOME)))
+    pub fn preallocate(home: &Path) -> Result<(), FileError> {
+        replace(home, &[b' '; FILE_LEN]).map_err(failed("write", &home.join(FILE_NAME)))
     }
 
-    /// Takes the room away again if nothing has been decided.
-    pub fn give_back_room(home: &Path) {
+    /// Removes the file of [`Outcome::preallocate`] if the outcome is still undecided.
+    pub fn discard_blank(home: &Path) {
         if matches!(Self::read(home), Ok(None)) {
-            // There may be none.
-            let _ = fs::remove_file(home.join(OUTCOME));
+            // It may not exist.
+            let _ = fs::remove_file(home.join(FILE_NAME));
         }
     }
 
-    /// Writes it down, durably.
+    /// Writes the outcome of the migration in `home`, durably.
     ///
     /// # Errors
-    /// [`FileError`]; it may or may not be written then.
-    pub fn record(self, home: &Path) -> Result<(), FileError> {
-        let path = home.join(OUTCOME);
-        let mut text = serde_json::to_vec(&self).expect("it is plain data");
-        assert!(text.len() <= OUTCOME_LEN, "it is short");
-        text.resize(OUTCOME_LEN, b' ');
-        let write = || match OpenOptions::new().write(true).open(&path) {
-            Ok(file) if file.metadata()?.len() == OUTCOME_LEN as u64 => {
-                file.write_all_at(&text, 0)?;
-                file.sync_data()
-            }
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            Ok(_) | Err(_) => write_new(home, &text),
-        };
-        write().map_err(failed("write", &path))
+    /// [`FileError`]; the outcome may or may not be on the disk then.
+    pub fn write(self, home: &Path) -> Result<(), FileError> {
+        let mut text = serde_json::to_vec(&self).expect("an outcome is plain data");
+        assert!(text.len() <= FILE_LEN, "an outcome fits into a sector");
+        text.resize(FILE_LEN, b' ');
+        overwrite(home, &text).map_err(failed("write", &home.join(FILE_NAME)))
     }
 }
 
-/// Puts an outcome in the place of what there was.
-fn write_new(home: &Path, text: &[u8]) -> io::Result<()> {
-    let (path, tmp) = (home.join(OUTCOME), home.join(".outcome.tmp"));
+/// Overwrites the file in place if it has its length already, else replaces it.
+fn overwrite(home: &Path, text: &[u8]) -> io::Result<()> {
+    match OpenOptions::new().write(true).open(home.join(FILE_NAME)) {
+        Ok(file) if file.metadata()?.len() == FILE_LEN as u64 => {
+            file.write_all_at(text, 0)?;
+            file.sync_data()
+        }
+        Ok(_) => replace(home, text),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => replace(home, text),
+        Err(error) => Err(error),
+    }
+}
+
+/// Creates the file, or replaces it atomically.
+fn replace(home: &Path, text: &[u8]) -> io::Result<()> {
+    let tmp = home.join(".outcome.tmp");
     let mut file = File::create(&tmp)?;
     file.write_all(text)?;
     file.sync_all()?;
-    fs::rename(&tmp, &path)?;
+    fs::rename(&tmp, home.join(FILE_NAME))?;
     File::open(home)?.sync_all()
 }

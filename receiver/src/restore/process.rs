@@ -1,9 +1,11 @@
-//! Restoring a process with CRIU.
+//! CRIU restoring a process: up to the moment before it would run, and the rest once the sender has
+//! committed.
 
-use crate::image::index::Catalog;
+use crate::image::catalog::Catalog;
 use crate::refusal::Refusal;
-use crate::restore::filler::handle::Filler;
+use crate::restore::filler::handle::FillerProcess;
 use crate::restore::outcome::Outcome;
+use crate::restore::segment_server::SegmentServer;
 use crate::restore::segments::Prefilled;
 use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
@@ -21,154 +23,140 @@ use std::sync::mpsc as blocking;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
-/// How often a committed migration is restored again before it is left to the next receiver.
-const ATTEMPTS: u32 = 10;
+/// Number of attempts to restore a committed migration again before it is left to the next receiver.
+const MAX_ATTEMPTS: u32 = 10;
 
-/// How long to wait before that.
-const BETWEEN_ATTEMPTS: Duration = Duration::from_millis(500);
+/// Delay between these attempts.
+const RETRY_DELAY: Duration = Duration::from_millis(500);
 
-/// What restores.
+/// Interval of checks whether an earlier CRIU has exited.
+const POLL_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How this receiver restores processes.
 #[derive(Debug, Clone)]
 pub struct Restorer {
-    /// CRIU.
+    /// CRIU to restore with.
     pub criu: Criu,
-    /// A process runs before its memory is in its place, which takes longer the more it has.
+    /// Whether a process runs before its memory is in its place.
     pub lazy: bool,
-    /// How long a restore may take, until the process could run.
-    pub within: Duration,
+    /// Longest time from the beginning of a restore until the process could run.
+    pub timeout: Duration,
 }
 
 impl Restorer {
-    /// Starts a CRIU for a migration in `home`, which takes time that is better spent on something else.
+    /// Starts a CRIU for the migration in `home`. Called early, for starting CRIU takes longer than restoring
+    /// a small process.
     ///
     /// # Errors
-    /// Why it cannot be started.
-    pub fn ready(&self, home: &Path) -> Result<CriuSession, Refusal> {
-        let start = || {
-            let library = self.lazy.then(|| preload::write(preload::RESTORE, home));
-            self.criu.start(library.transpose()?.as_deref())
-        };
-        start().map_err(|error| {
+    /// A refusal if CRIU cannot be started.
+    pub fn start_criu(&self, home: &Path) -> Result<CriuSession, Refusal> {
+        self.try_start_criu(home).map_err(|error| {
             Refusal::new(RefuseCode::Restore, format!("cannot start CRIU: {error}"))
         })
     }
+
+    fn try_start_criu(&self, home: &Path) -> io::Result<CriuSession> {
+        let library = match self.lazy {
+            true => Some(preload::write(preload::RESTORE, home)?),
+            false => None,
+        };
+        self.criu.start(library.as_deref())
+    }
 }
 
-/// Where a process is restored from.
+/// Images that a process is restored from.
 #[derive(Debug, Clone)]
 pub struct Images {
-    /// CRIU's images of state, and pagemaps.
+    /// Directory with CRIU's images of state, and pagemaps.
     pub dir: PathBuf,
-    /// The round whose pages are filled in once it runs, if they are, and where they are.
+    /// In a lazy restore: the round that holds the pages which are filled in once the process runs, and where
+    /// in its chain they are.
     pub pages: Option<(PathBuf, Arc<Catalog>)>,
-    /// Shared segments that are not read from the images.
+    /// Shared segments that CRIU does not read from the images.
     pub segments: Arc<Prefilled>,
 }
 
-/// How a restore goes.
+/// Progress of a restore.
 #[derive(Debug)]
 pub enum Progress {
-    /// Everything is there, held back; the CRIU that does so, and the restored root.
+    /// The tree is restored, and held back.
     Restored {
-        /// CRIU.
+        /// The CRIU that holds it back.
         criu: Option<ProcessId>,
-        /// The root.
+        /// Root of the restored tree.
         root: Option<ProcessId>,
     },
-    /// It runs.
+    /// The process runs.
     Running,
-    /// It failed, and nothing of it is left.
+    /// The restore failed, and nothing of it is left.
     Failed(String),
 }
 
-/// A restore under way. Dropped before [`Restoring::go`], it leaves nothing.
+/// A restore under way. Dropped before [`Restoring::resume`], it is undone.
 #[derive(Debug)]
 pub struct Restoring {
-    progress: mpsc::UnboundedReceiver<Progress>,
-    /// `None` once it may run.
-    go: Option<blocking::Sender<()>>,
+    progress_rx: mpsc::UnboundedReceiver<Progress>,
+    /// `None` once the process may run.
+    resume_tx: Option<blocking::Sender<()>>,
     /// CRIU's PID.
     criu: i32,
 }
 
 impl Restoring {
-    /// Begins to restore from a directory of images, with a CRIU that waits for that.
+    /// Begins a restore from a directory of images, by a CRIU that [`Restorer::start_criu`] has started.
     ///
     /// # Errors
     /// The kernel's, if there are too many threads.
     pub fn start(
         criu: Criu,
-        ready: CriuSession,
+        session: CriuSession,
         images: Images,
         options: Options,
     ) -> io::Result<Self> {
-        let (tell, progress) = mpsc::unbounded_channel();
-        let (go, may_go) = blocking::channel();
-        let pid = ready.pid();
+        let (progress_tx, progress_rx) = mpsc::unbounded_channel();
+        let (resume_tx, resume_rx) = blocking::channel();
+        let pid = session.pid();
+        let restore = Restore {
+            criu,
+            images,
+            options,
+            progress_tx,
+            resume_rx,
+            segment_server: None,
+            root: None,
+        };
         std::thread::Builder::new()
             .name("restore".into())
-            .spawn(move || {
-                let (last, filler) = match restore(&criu, ready, &images, options, &tell, &may_go) {
-                    Ok(filler) => (Progress::Running, filler),
-                    Err(error) => {
-                        let (why, log) = (with_causes(&error), images.dir.join("restore.log"));
-                        let said = last_errors(&log);
-                        let why = format!("CRIU cannot restore it: {why}: {said}");
-                        (Progress::Failed(why), None)
-                    }
-                };
-                let began = Instant::now();
-                // Nobody is there to hear it only if the connection is over.
-                let _ = tell.send(last);
-                drop(tell);
-                let Some(mut filler) = filler else {
-                    return;
-                };
-                match filler.finish() {
-                    Ok(true) => {
-                        let seconds = began.elapsed().as_secs_f64();
-                        tracing::info!(
-                            event = "memory_filled",
-                            seconds,
-                            "all of its memory is in its place"
-                        );
-                    }
-                    result => tracing::error!(
-                        event = "lazy_restore_failed",
-                        ?result,
-                        "its memory did not come to its place: the process is damaged"
-                    ),
-                }
-            })?;
+            .spawn(move || restore.run(session))?;
         Ok(Self {
-            progress,
-            go: Some(go),
+            progress_rx,
+            resume_tx: Some(resume_tx),
             criu: pid,
         })
     }
 
-    /// What happens next. To be asked until it is [`Progress::Running`] or [`Progress::Failed`].
+    /// Waits for the next step. Call it until it returns [`Progress::Running`] or [`Progress::Failed`].
     pub async fn next(&mut self) -> Progress {
-        let next = self.progress.recv().await;
+        let next = self.progress_rx.recv().await;
         next.unwrap_or_else(|| Progress::Failed("the restoring thread panicked".to_owned()))
     }
 
-    /// Lets it run.
-    pub fn go(&mut self) {
-        if let Some(go) = self.go.take() {
-            // It has failed meanwhile if nobody is there; it says so next.
-            let _ = go.send(());
+    /// Lets the process run.
+    pub fn resume(&mut self) {
+        if let Some(resume_tx) = self.resume_tx.take() {
+            // This fails if the restore has failed meanwhile, which `next` reports.
+            let _ = resume_tx.send(());
         }
     }
 
-    /// Kills CRIU with all that it has restored so far: it then has failed.
+    /// Kills CRIU and all that it has restored so far: the restore then fails.
     pub fn kill(&self) {
         kill_tree(self.criu);
     }
 
-    /// Undoes it; returns when nothing of it is left, or if it runs all the same.
+    /// Undoes the restore. Returns its last step: it may have come to run all the same.
     pub async fn abort(mut self) -> Progress {
-        self.go = None;
+        self.resume_tx = None;
         loop {
             match self.next().await {
                 Progress::Restored { .. } => {}
@@ -178,79 +166,131 @@ impl Restoring {
     }
 }
 
-/// Restores; returns what the process still depends on.
-fn restore(
-    criu: &Criu,
-    mut work: CriuSession,
-    images: &Images,
+/// A restore, on the thread that drives CRIU.
+struct Restore {
+    criu: Criu,
+    images: Images,
     options: Options,
-    tell: &mpsc::UnboundedSender<Progress>,
-    may_go: &blocking::Receiver<()>,
-) -> io::Result<Option<Filler>> {
-    let dir = File::open(&images.dir)?;
-    let filler = images.pages.as_ref();
-    let filler = filler.map(|(round, catalog)| Filler::start(round, catalog, &images.dir));
-    let mut filler = filler.transpose()?;
-    let mut start = || {
-        let mut server = None;
-        if !images.segments.is_empty() {
-            server = Some(images.segments.serve(&images.dir)?);
+    progress_tx: mpsc::UnboundedSender<Progress>,
+    resume_rx: blocking::Receiver<()>,
+    segment_server: Option<SegmentServer>,
+    /// Root of the tree, once it is restored.
+    root: Option<ProcessId>,
+}
+
+impl Restore {
+    /// Restores, reports every step, and waits until the memory of a lazily restored process is complete.
+    fn run(mut self, session: CriuSession) {
+        let (last, filler) = match self.restore(session) {
+            Ok(filler) => (Progress::Running, filler),
+            Err(error) => {
+                let why = with_causes(&error);
+                let errors = last_errors(&self.images.dir.join("restore.log"));
+                let why = format!("CRIU cannot restore the process: {why}: {errors}");
+                (Progress::Failed(why), None)
+            }
+        };
+        let began = Instant::now();
+        // This fails if the connection is over, and with it the interest in the restore.
+        let _ = self.progress_tx.send(last);
+        drop(self);
+        if let Some(filler) = filler {
+            report_filler(filler, began);
         }
-        criu.restore(&mut work, dir.as_fd(), &options, filler.is_some())?;
-        Ok(server)
-    };
-    let server = start().inspect_err(|_: &io::Error| {
-        // Nobody would ever connect to it.
-        filler.iter_mut().for_each(Filler::kill);
-    })?;
-    let mut restored = None;
-    let result = (|| {
+    }
+
+    /// Restores. Returns the filler process that a lazily restored process still depends on.
+    fn restore(&mut self, mut session: CriuSession) -> io::Result<Option<FillerProcess>> {
+        let mut filler = match &self.images.pages {
+            Some((round, catalog)) => Some(FillerProcess::start(round, catalog, &self.images.dir)?),
+            None => None,
+        };
+        let result = self.drive(&mut session, filler.as_ref());
+        // CRIU undoes what it has restored and not resumed, and exits.
+        drop(session);
+        let Err(error) = result else {
+            return Ok(filler);
+        };
+        // If CRIU was killed, it is unknown how far it came, and nothing may be left.
+        if let Some(root) = self.root.filter(|root| root.is_alive()) {
+            kill_tree(root.pid);
+        }
+        filler.iter_mut().for_each(FillerProcess::kill);
+        Err(error)
+    }
+
+    /// Has CRIU restore, hold the tree back until it may run, and resume it.
+    fn drive(
+        &mut self,
+        session: &mut CriuSession,
+        filler: Option<&FillerProcess>,
+    ) -> io::Result<()> {
+        if !self.images.segments.is_empty() {
+            let server = SegmentServer::start(&self.images.segments, &self.images.dir)?;
+            self.segment_server = Some(server);
+        }
+        let dir = File::open(&self.images.dir)?;
+        self.criu
+            .restore(session, dir.as_fd(), &self.options, filler.is_some())?;
         loop {
-            let event = work.event()?;
+            let event = session.event()?;
             tracing::debug!(?event, "CRIU");
             match event {
-                // Everything is in its place; a no now takes all of it away again.
+                // All is restored; aborting now undoes all of it.
                 Event::Stage { name, pid } if name == "post-restore" => {
-                    restored = pid.and_then(ProcessId::find);
-                    if server.as_ref().is_some_and(|server| !server.all_fetched()) {
-                        let what = "the library loaded into CRIU had no effect, which shared memory \
-                                    needs; receive --restore eager does without";
-                        return Err(io::Error::other(what));
-                    }
-                    // The time that it is held back is well used.
-                    filler.iter_mut().for_each(Filler::go);
-                    let _ = tell.send(Progress::Restored {
-                        criu: ProcessId::find(work.pid()),
-                        root: restored,
+                    self.root = pid.and_then(ProcessId::find);
+                    self.check_segments()?;
+                    // Fills memory while the tree is held back.
+                    filler.iter().for_each(|filler| filler.fill_all());
+                    let _ = self.progress_tx.send(Progress::Restored {
+                        criu: ProcessId::find(session.pid()),
+                        root: self.root,
                     });
-                    work.reply(match may_go.recv() {
+                    session.reply(match self.resume_rx.recv() {
                         Ok(()) => Reply::Continue,
                         Err(_) => Reply::Abort,
                     })?;
                 }
-                Event::Stage { .. } => work.reply(Reply::Continue)?,
+                Event::Stage { .. } => session.reply(Reply::Continue)?,
                 Event::Done => return Ok(()),
                 Event::Failed(why) => return Err(io::Error::other(why)),
             }
         }
-    })();
-    drop(work);
-    // CRIU takes away what it has not let go, unless it was killed itself: then nobody knows how far
-    // it came, and what is there must not be.
-    if let (Err(_), Some(root)) = (&result, restored.filter(|root| root.is_alive())) {
-        kill_tree(root.pid);
     }
-    match result {
-        Ok(()) => Ok(filler),
-        Err(error) => {
-            filler.iter_mut().for_each(Filler::kill);
-            Err(error)
+
+    /// Fails if CRIU has restored a shared segment empty.
+    fn check_segments(&self) -> io::Result<()> {
+        match &self.segment_server {
+            Some(server) if !server.all_fetched() => Err(io::Error::other(
+                "the library preloaded into CRIU had no effect, and shared memory needs it: \
+                 receive --restore eager does without",
+            )),
+            _ => Ok(()),
         }
     }
 }
 
-/// Kills a process and all its descendants, each parent before its children, so that it makes no
-/// more.
+/// Waits until the filler process exits, and logs whether the memory of the process is complete.
+fn report_filler(mut filler: FillerProcess, began: Instant) {
+    match filler.wait() {
+        Ok(true) => {
+            let seconds = began.elapsed().as_secs_f64();
+            tracing::info!(
+                event = "memory_filled",
+                seconds,
+                "lazy restore complete: all memory of the process is in its place"
+            );
+        }
+        result => tracing::error!(
+            event = "lazy_restore_failed",
+            ?result,
+            "lazy restore failed: the memory of the process is incomplete"
+        ),
+    }
+}
+
+/// Kills a process and all its descendants. Each is stopped before its children are listed, so that it forks
+/// no more.
 fn kill_tree(root: i32) {
     let _ = kill(Pid::from_raw(root), Signal::SIGSTOP);
     for tid in threads(root) {
@@ -259,60 +299,63 @@ fn kill_tree(root: i32) {
     let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
 }
 
-/// Sees to it that a migration that is committed runs: it does already, or is restored again.
-/// Returns when it runs.
+/// Makes a committed migration run if it does not: restores it again from `images`. Returns when it runs.
 ///
 /// # Errors
-/// Why it does not.
+/// The reason why it cannot run.
 pub async fn complete(
     criu: &Criu,
     home: &Path,
     images: &Path,
     outcome: Outcome,
 ) -> Result<(), String> {
-    let mut again = Options::default();
+    let mut restore_options = Options::default();
     if let Outcome::Committed {
         criu,
         root,
         options,
     } = outcome
     {
-        again = Options::from_bits(options).unwrap_or_default();
-        // Whoever restored it is dead; its CRIU then undoes what it has not let go.
+        restore_options = Options::from_bits(options).unwrap_or_default();
+        // The receiver that restored it is dead. Its CRIU then undoes what it has not resumed, and exits.
         while criu.is_some_and(ProcessId::is_alive) {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            tokio::time::sleep(POLL_INTERVAL).await;
         }
         if root.is_some_and(ProcessId::is_alive) {
-            return Outcome::Running.record(home).map_err(|e| with_causes(&e));
+            return Outcome::Running.write(home).map_err(|e| with_causes(&e));
         }
     }
-    tracing::warn!(event = "restoring_again", home = %home.display(), "committed, but not running: restoring it again");
+    tracing::warn!(
+        event = "restoring_again",
+        home = %home.display(),
+        "committed, but not running: restoring again"
+    );
     let images = Images {
         dir: images.to_owned(),
         pages: None,
         segments: Arc::default(),
     };
-    // It has to run. What is left of the copy before may be in the way for a moment: a PID is taken until
-    // whoever has inherited the process has waited for it.
+    // Retried, for the earlier copy may be in the way for a moment: its PIDs are taken until its new parent
+    // has waited for it.
     let mut attempt = 1;
-    while let Err(why) = restore_again(criu, &images, again).await {
-        if attempt == ATTEMPTS {
+    while let Err(why) = restore_eagerly(criu, &images, restore_options).await {
+        if attempt == MAX_ATTEMPTS {
             return Err(why);
         }
-        tracing::warn!(attempt, why, "trying again");
+        tracing::warn!(event = "restore_retry", attempt, why, "cannot restore yet");
         attempt += 1;
-        tokio::time::sleep(BETWEEN_ATTEMPTS).await;
+        tokio::time::sleep(RETRY_DELAY).await;
     }
-    Outcome::Running.record(home).map_err(|e| with_causes(&e))
+    Outcome::Running.write(home).map_err(|e| with_causes(&e))
 }
 
-/// Restores, all memory first, and lets run.
-async fn restore_again(criu: &Criu, images: &Images, options: Options) -> Result<(), String> {
+/// Restores, memory first, and lets the process run.
+async fn restore_eagerly(criu: &Criu, images: &Images, options: Options) -> Result<(), String> {
     let restoring = criu
         .start(None)
-        .and_then(|ready| Restoring::start(criu.clone(), ready, images.clone(), options));
+        .and_then(|session| Restoring::start(criu.clone(), session, images.clone(), options));
     let mut restoring = restoring.map_err(|error| error.to_string())?;
-    restoring.go();
+    restoring.resume();
     loop {
         match restoring.next().await {
             Progress::Restored { .. } => {}

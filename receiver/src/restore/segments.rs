@@ -1,11 +1,12 @@
-//! Shared segments of a migration, as the processes will have them: memfds, filled as rounds arrive, that
-//! CRIU takes instead of reading the images. Without that the time to restore would grow with them.
+//! Shared segments of a migration in memory: memfds, filled as rounds arrive, that CRIU takes instead of
+//! reading the images. Without them, the time to restore would grow with the size of the segments.
 //!
-//! They are memory that the restored processes need anyway. Any that cannot be kept (no memory, no name)
-//! is read from the images, and so is all that comes when little memory is left.
+//! They take memory that the restored processes need anyway. A segment that cannot be kept in memory (because
+//! it has no name, or little memory is available) is read from the images when restoring.
 
 use crate::file_error::{FileError, failed};
-use crate::image::index::{Catalog, Index, Pages};
+use crate::image::catalog::Catalog;
+use crate::image::index::{Index, Pages};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use pageferry_common::criu::images::records;
@@ -19,13 +20,16 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// How many bytes are kept before it is looked again how much memory is left.
-const LOOK_AFTER: u64 = 16 << 20;
+/// Bytes written to memfds between two checks of the available memory.
+const CHECK_INTERVAL: u64 = 16 << 20;
 
-/// CRIU's image of all memfds.
+/// Size of the buffer that recovered segments are read through, bytes.
+const RECOVERY_BUFFER: usize = 1 << 20;
+
+/// Name of CRIU's image of all memfds.
 const MEMFDS: &str = "memfd.img";
 
-/// What CRIU's image says of one memfd, as far as it matters.
+/// A memfd in CRIU's image. Fields that are not needed here are left out.
 #[derive(Clone, PartialEq, Message)]
 pub(super) struct MemfdInode {
     #[prost(string, required, tag = "1")]
@@ -40,14 +44,14 @@ pub(super) struct MemfdInode {
     hugetlb_flag: Option<u32>,
 }
 
-/// The segments of a migration whose rounds arrive.
+/// Segments of a migration, while its rounds arrive.
 #[derive(Debug)]
 pub struct Segments {
     memfds: BTreeMap<u64, Memfd>,
-    /// Whose pages come now, if they are kept.
+    /// Segment of the open image.
     open: Option<u64>,
-    /// Bytes that may be kept before the next look.
-    until_look: u64,
+    /// Bytes that may be written before the next check of the available memory.
+    until_check: u64,
     is_short: fn() -> bool,
 }
 
@@ -56,7 +60,7 @@ impl Default for Segments {
         Self {
             memfds: BTreeMap::new(),
             open: None,
-            until_look: 0,
+            until_check: 0,
             is_short: memory_is_short,
         }
     }
@@ -75,24 +79,43 @@ impl Memfd {
         let name = name.clone();
         Ok(Self { name, file })
     }
+
+    /// Writes a chunk. Pages that are in the parent are in the memfd already.
+    fn put(&self, entries: &[Entry], pages: &[u8]) -> io::Result<()> {
+        let mut rest = pages;
+        for entry in entries {
+            match entry.kind {
+                EntryKind::Data => {
+                    let (now, later) = rest.split_at(entry.range.bytes() as usize);
+                    rest = later;
+                    self.file.write_all_at(now, entry.range.start())?;
+                }
+                EntryKind::Zero => punch(&self.file, entry.range)?,
+                EntryKind::Parent | EntryKind::Copy => {}
+            }
+        }
+        Ok(())
+    }
 }
 
 impl Segments {
-    /// What is put from now on belongs to an image; whether that has a parent.
+    /// Opens an image: chunks put from now on belong to it. `has_parent` is whether the round before has the
+    /// image, too.
     pub fn open(&mut self, image: ImageId, has_parent: bool) {
         self.open = match image {
             ImageId::Shmem(id) => Some(id),
             ImageId::Process(_) => None,
         };
-        // What came before of one that has no parent is of another, or of no use.
+        // Without a parent, an earlier memfd with this id is of another segment, or useless.
         if let (Some(id), false) = (self.open, has_parent) {
             self.memfds.remove(&id);
         }
     }
 
-    /// The open image is of a segment of that name. One is kept from its first round on; the id of one that
-    /// is not kept and has a parent is returned, see [`Segments::recover`].
-    pub fn name(&mut self, name: &MemfdName, has_parent: bool) -> Option<u64> {
+    /// Sets the name of the segment of the open image, and keeps the segment in memory from its first round
+    /// on. Returns the segment's id if that is impossible because the segment has a parent and no memfd:
+    /// [`Segments::recover`] can then create one.
+    pub fn set_name(&mut self, name: &MemfdName, has_parent: bool) -> Option<u64> {
         let id = self.open?;
         match self.memfds.get(&id) {
             Some(known) if known.name == *name => {}
@@ -100,18 +123,17 @@ impl Segments {
             None if has_parent => return Some(id),
             None => match Memfd::new(name) {
                 Ok(memfd) => drop(self.memfds.insert(id, memfd)),
-                Err(error) => {
-                    tracing::warn!(id, %error, "a shared segment will be read when restoring");
-                }
+                Err(error) => warn_not_kept(id, &error),
             },
         }
         None
     }
 
-    /// Keeps a segment from now on whose rounds so far were not kept: `pages` has them.
+    /// Keeps a segment in memory from now on whose rounds so far came over an earlier connection: reads them
+    /// from `pages`.
     ///
     /// # Errors
-    /// [`FileError`].
+    /// [`FileError`], also if little memory is available.
     pub fn recover(
         &mut self,
         id: u64,
@@ -120,8 +142,8 @@ impl Segments {
         pages: &Pages,
     ) -> Result<(), FileError> {
         let at = Path::new(name.as_str());
-        let memfd = Memfd::new(name).map_err(failed("make", at))?;
-        let mut buffer = vec![0; 1 << 20];
+        let memfd = Memfd::new(name).map_err(failed("create", at))?;
+        let mut buffer = vec![0; RECOVERY_BUFFER];
         for range in index.ranges() {
             let mut rest = Some(range);
             while let Some(range) = rest {
@@ -130,8 +152,8 @@ impl Segments {
                 let Some(now) = now else {
                     return Err(failed("fill", at)(io::ErrorKind::UnexpectedEof.into()));
                 };
-                if self.has_no_room(now.bytes()) {
-                    let short = io::Error::other("little memory is left");
+                if !self.reserve(now.bytes()) {
+                    let short = io::Error::other("little memory is available");
                     return Err(failed("fill", at)(short));
                 }
                 let content = &buffer[..now.bytes() as usize];
@@ -144,87 +166,78 @@ impl Segments {
         Ok(())
     }
 
-    /// Whether there is too little memory to keep so many bytes.
-    fn has_no_room(&mut self, bytes: u64) -> bool {
-        match self.until_look.checked_sub(bytes) {
+    /// Returns whether enough memory is available to keep this number of bytes more. Looks at the available
+    /// memory only once for every [`CHECK_INTERVAL`].
+    fn reserve(&mut self, bytes: u64) -> bool {
+        match self.until_check.checked_sub(bytes) {
             Some(rest) => {
-                self.until_look = rest;
-                false
+                self.until_check = rest;
+                true
             }
+            None if (self.is_short)() => false,
             None => {
-                let short = (self.is_short)();
-                if !short {
-                    self.until_look = LOOK_AFTER;
-                }
-                short
+                self.until_check = CHECK_INTERVAL;
+                true
             }
         }
     }
 
-    /// Keeps a chunk of the open image.
+    /// Puts a chunk of the open image, if its segment is kept in memory.
     pub fn put(&mut self, entries: &[Entry], pages: &[u8]) {
         let Some(id) = self.open.filter(|id| self.memfds.contains_key(id)) else {
             return;
         };
-        if self.has_no_room(pages.len() as u64) {
-            tracing::warn!(
-                id,
-                "little memory is left: a shared segment will be read when restoring"
-            );
-            self.memfds.remove(&id);
-            return;
-        }
-        let memfd = &self.memfds[&id];
-        let mut rest = pages;
-        let kept = entries.iter().try_for_each(|entry| match entry.kind {
-            EntryKind::Data => {
-                let (now, later) = rest.split_at(entry.range.bytes() as usize);
-                rest = later;
-                memfd.file.write_all_at(now, entry.range.start())
-            }
-            EntryKind::Zero => punch(&memfd.file, entry.range),
-            EntryKind::Parent | EntryKind::Copy => Ok(()),
-        });
-        if let Err(error) = kept {
-            tracing::warn!(id, %error, "a shared segment will be read when restoring");
+        let result = match self.reserve(pages.len() as u64) {
+            true => self.memfds[&id].put(entries, pages),
+            false => Err(io::Error::other("little memory is available")),
+        };
+        if let Err(error) = result {
+            warn_not_kept(id, &error);
             self.memfds.remove(&id);
         }
     }
 
-    /// Those that CRIU would make when it restores from `round`, that of `catalog`, each as it would be
-    /// with its pages.
+    /// Returns the segments that CRIU would create as memfds when it restores from `round`, the newest of
+    /// `catalog`: each with its size and pages.
     ///
     /// # Errors
     /// [`FileError`].
     pub fn finish(&mut self, round: &Path, catalog: &Catalog) -> Result<Prefilled, FileError> {
+        let mut memfds = std::mem::take(&mut self.memfds);
         let mut ready = BTreeMap::new();
         let path = round.join(MEMFDS);
-        let records = records::<MemfdInode>(&path).map_err(failed("understand", &path))?;
-        for memfd in records {
-            let id = u64::from(memfd.shmid);
-            let ours = self.memfds.remove(&id);
-            let Some(ours) = ours.filter(|ours| ours.name.as_str() == memfd.name) else {
+        let records = records::<MemfdInode>(&path).map_err(failed("parse", &path))?;
+        for inode in records {
+            let id = u64::from(inode.shmid);
+            let Some(memfd) = memfds.remove(&id) else {
                 continue;
             };
-            if memfd.hugetlb_flag.unwrap_or(0) != 0 || memfd.size == 0 {
+            let is_huge = inode.hugetlb_flag.unwrap_or(0) != 0;
+            if memfd.name.as_str() != inode.name || is_huge || inode.size == 0 {
                 continue;
             }
             let Some(index) = catalog.get(ImageId::Shmem(id)) else {
                 continue;
             };
-            match complete(&ours.file, &memfd, index) {
-                Ok(()) => drop(ready.insert(id, ours.file)),
-                Err(error) => {
-                    tracing::warn!(id, %error, "a shared segment is read when restoring");
-                }
+            match complete(&memfd.file, &inode, index) {
+                Ok(()) => drop(ready.insert(id, memfd.file)),
+                Err(error) => warn_not_kept(id, &error),
             }
         }
-        self.memfds.clear();
         Ok(Prefilled(ready))
     }
 }
 
-/// Whether less than a quarter of this host's memory is left for others.
+fn warn_not_kept(id: u64, error: &io::Error) {
+    tracing::warn!(
+        event = "segment_not_cached",
+        id,
+        %error,
+        "shared segment not kept in memory: it is read from its image when restoring"
+    );
+}
+
+/// Returns whether less than a quarter of this host's memory is available.
 fn memory_is_short() -> bool {
     MemInfo::read().is_ok_and(is_short)
 }
@@ -236,9 +249,10 @@ fn is_short(memory: MemInfo) -> bool {
     }
 }
 
-/// Gives a memfd its size, takes away the pages that the last round does not list any more, and seals it
-/// if no seal may be added: that is all that tells a memfd that was never to have any.
-fn complete(file: &File, memfd: &MemfdInode, pages: &Index) -> io::Result<()> {
+/// Completes a memfd: sets its size, removes pages that the last round does not list any more, and seals it
+/// if the original forbids adding seals. (A memfd that was created without `MFD_ALLOW_SEALING` has that seal
+/// alone. CRIU adds any other seals itself.)
+fn complete(file: &File, inode: &MemfdInode, pages: &Index) -> io::Result<()> {
     let mut end = 0;
     for range in pages.ranges() {
         if let Some(gap) = PageRange::from_bounds(end, range.start()) {
@@ -247,35 +261,42 @@ fn complete(file: &File, memfd: &MemfdInode, pages: &Index) -> io::Result<()> {
         end = range.end();
     }
     file.set_len(end)?;
-    file.set_len(memfd.size)?;
-    let seals = SealFlag::from_bits_truncate(memfd.seals.cast_signed());
+    file.set_len(inode.size)?;
+    let seals = SealFlag::from_bits_truncate(inode.seals.cast_signed());
     if seals == SealFlag::F_SEAL_SEAL {
         fcntl(file, FcntlArg::F_ADD_SEALS(seals))?;
     }
     Ok(())
 }
 
+/// Punches a hole, which reads as zeros.
 fn punch(file: &File, range: PageRange) -> io::Result<()> {
     let hole = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     let (start, bytes) = (range.start().cast_signed(), range.bytes().cast_signed());
     Ok(fallocate(file, hole, start, bytes)?)
 }
 
-/// Segments with all their pages, by their ids.
+/// Segments with all their pages, as memfds, by segment id.
 #[derive(Debug, Default)]
-pub struct Prefilled(pub(super) BTreeMap<u64, File>);
+pub struct Prefilled(BTreeMap<u64, File>);
 
 impl Prefilled {
-    /// Whether a segment is among them: its images need not be read.
+    /// Returns the memfd of a segment; with one, the segment's image need not be read.
     #[must_use]
-    pub fn has(&self, id: u64) -> bool {
-        self.0.contains_key(&id)
+    pub fn get(&self, id: u64) -> Option<&File> {
+        self.0.get(&id)
     }
 
-    /// Whether there are none.
+    /// Returns whether there is no segment.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    /// Returns the number of segments.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.0.len()
     }
 }
 
@@ -293,7 +314,8 @@ pub(super) mod tests {
     pub(in crate::restore) const ID: u64 = 7;
     const NAME: &str = "/dev/zero";
 
-    /// One round: each page is not there (0), data, zero (2), or kept if it was there (3).
+    /// Writes one round. `step % 6` says what becomes of each page: missing (0), zero (2), in the parent if
+    /// that has it (3 and more), or data. Returns the expected content.
     pub(in crate::restore) fn put_round(
         home: &Path,
         segments: &mut Segments,
@@ -309,7 +331,7 @@ pub(super) mod tests {
         let image = ImageId::Shmem(ID);
         let has_parent = writer.open(image).unwrap();
         segments.open(image, has_parent);
-        segments.name(&MemfdName::new(NAME).unwrap(), has_parent);
+        segments.set_name(&MemfdName::new(NAME).unwrap(), has_parent);
         let mut new = vec![None; steps.len()];
         for (page, &step) in steps.iter().enumerate() {
             let (kind, content) = match (step % 6, old.get(page).copied().flatten()) {
@@ -364,7 +386,7 @@ pub(super) mod tests {
         #![proptest_config(ProptestConfig::with_cases(40))]
 
         #[test]
-        fn a_segment_is_what_the_last_round_says(
+        fn segment_equals_the_last_round(
             rounds in prop::collection::vec(prop::collection::vec(any::<u8>(), 8), 1..5),
         ) {
             let home = tempfile::tempdir().unwrap();
@@ -373,22 +395,22 @@ pub(super) mod tests {
             for (round, steps) in (1u32..).zip(&rounds) {
                 model = put_round(home.path(), &mut segments, round, &model, steps);
             }
-            // As long as the pages, or longer.
+            // Longer than its last page.
             let memfd = memfd(model.len() + 2);
-            let ready = finish(home.path(), &mut segments, rounds.len() as u32, &memfd);
-            prop_assert!(ready.has(ID));
+            let prefilled = finish(home.path(), &mut segments, rounds.len() as u32, &memfd);
+            prop_assert!(prefilled.get(ID).is_some());
             let mut content = vec![1; (model.len() + 2) * PAGE];
-            ready.0[&ID].read_exact_at(&mut content, 0).unwrap();
+            prefilled.0[&ID].read_exact_at(&mut content, 0).unwrap();
             for (index, page) in content.chunks(PAGE).enumerate() {
                 let byte = model.get(index).copied().flatten().unwrap_or(0);
                 prop_assert!(page.iter().all(|&found| found == byte), "page {index}");
             }
-            prop_assert_eq!(ready.0[&ID].metadata().unwrap().len(), memfd.size);
+            prop_assert_eq!(prefilled.0[&ID].metadata().unwrap().len(), memfd.size);
         }
     }
 
     #[test]
-    fn only_what_criu_would_make_alike_is_given() {
+    fn only_segments_that_criu_would_create_alike_are_prefilled() {
         let (good, steps) = (memfd(8), [1; 8]);
         for (memfd, fine) in [
             (good.clone(), true),
@@ -424,10 +446,10 @@ pub(super) mod tests {
             let home = tempfile::tempdir().unwrap();
             let mut segments = Segments::default();
             put_round(home.path(), &mut segments, 1, &[], &steps);
-            let ready = finish(home.path(), &mut segments, 1, &memfd);
-            assert_eq!(ready.has(ID), fine, "{memfd:?}");
+            let prefilled = finish(home.path(), &mut segments, 1, &memfd);
+            assert_eq!(prefilled.get(ID).is_some(), fine, "{memfd:?}");
         }
-        // One that was not kept from its beginning.
+        // A segment that was not kept from its first round on.
         let home = tempfile::tempdir().unwrap();
         let old = put_round(home.path(), &mut Segments::default(), 1, &[], &steps);
         let mut segments = Segments::default();
@@ -436,7 +458,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn nothing_is_kept_when_little_memory_is_left() {
+    fn no_segment_is_kept_when_little_memory_is_available() {
         let home = tempfile::tempdir().unwrap();
         let mut segments = Segments {
             is_short: || true,

@@ -388,9 +388,9 @@ impl Dump {
         let writer = match &mut self.writer {
             Some(writer) => writer,
             None => {
-                self.quota.round(1)?;
+                self.quota.check_round(1)?;
                 let writer = DirWriter::begin(self.store.dir(), self.name)?;
-                let mut writer = writer.within(&self.quota);
+                let mut writer = writer.with_quota(&self.quota);
                 self.parent.map_or(Ok(()), |parent| writer.follow(parent))?;
                 self.writer.insert(writer)
             }

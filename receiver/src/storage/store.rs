@@ -1,9 +1,10 @@
 //! `--dir`: one directory for each migration, one in it for each round; and one for each dump that
 //! CRIU itself sends.
 
+use crate::file_error::{FileError, failed};
+use crate::image::DirName;
 use crate::image::chain::names;
-use crate::image::writer::{create_image, sync};
-use crate::image::{DirName, FileError, failed};
+use crate::image::durable::{create_image, sync};
 use crate::storage::lease::{Disconnect, Lease, Leases};
 use nix::fcntl::{Flock, FlockArg};
 use pageferry_common::{Claim, ImageId, Token};
@@ -167,7 +168,7 @@ impl Store {
             return Err(failed("go on with", home)(what));
         }
         let numbers = names(home)?.into_iter();
-        let numbers = numbers.filter_map(|name| match DirName::of(&name) {
+        let numbers = numbers.filter_map(|name| match DirName::parse(&name) {
             Some(round @ DirName::Round(number)) if round.to_string() == name => Some(number),
             Some(_) | None => None,
         });
@@ -214,7 +215,7 @@ impl Store {
 
     /// The numbers of all complete dumps by CRIU.
     fn dumps(&self) -> Result<Vec<u32>, FileError> {
-        let number = |name: String| match DirName::of(&name) {
+        let number = |name: String| match DirName::parse(&name) {
             Some(dump @ DirName::Dump(number)) if dump.to_string() == name => Some(number),
             _ => None,
         };
@@ -239,7 +240,7 @@ impl Store {
 /// directory is the user's.
 fn remove_torn_in(dir: &Path, ours: impl Fn(DirName) -> bool) -> Result<(), FileError> {
     for name in names(dir)? {
-        if DirName::of(&name).is_some_and(|it| ours(it) && it.temporary() == name) {
+        if DirName::parse(&name).is_some_and(|it| ours(it) && it.temporary() == name) {
             let path = dir.join(name);
             tracing::info!(path = %path.display(), "removing what is torn");
             fs::remove_dir_all(&path).map_err(failed("remove", &path))?;

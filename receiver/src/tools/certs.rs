@@ -1,4 +1,4 @@
-//! `receive certs`: an authority, and a certificate for each end.
+//! `receive certs`: creates an authority, and a certificate for the sender and the receiver each.
 
 use crate::file_error::{FileError, failed};
 use rcgen::{
@@ -12,25 +12,26 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 use time::OffsetDateTime;
 
-/// What the sender's certificate is called.
+/// Name of the sender's files, and the name in its certificate.
 pub const SENDER: &str = "send";
 
-/// What the receiver's files are called.
+/// Name of the receiver's files.
 pub const RECEIVER: &str = "receive";
 
-/// Why there are none.
+/// Reason why certificates cannot be created.
 #[derive(Debug, thiserror::Error)]
 pub enum CertsError {
-    /// The directory.
+    /// The files cannot be written.
     #[error(transparent)]
     File(#[from] FileError),
-    /// A name, or the library.
-    #[error("cannot make a certificate")]
+    /// A name is invalid, or the library failed.
+    #[error("cannot create a certificate")]
     Make(#[from] rcgen::Error),
 }
 
-/// Writes into `dir`, which is new, an authority (`ca.pem`, `ca.key`) and what it has signed: `receive.pem`
-/// with the names (or addresses) `hosts`, `send.pem` with the name `send`, and their keys.
+/// Creates the directory `dir` with an authority (`ca.pem`, `ca.key`) and two certificates that it has
+/// signed, with their keys: `receive.pem` for the names or addresses `hosts`, and `send.pem` for the name
+/// `send`.
 ///
 /// # Errors
 /// [`CertsError`].
@@ -39,10 +40,12 @@ pub fn make(dir: &Path, hosts: &[String], valid: Range<OffsetDateTime>) -> Resul
         .mode(0o700)
         .create(dir)
         .map_err(failed("create", dir))?;
-    let params = |names: &[String], called: &str| -> Result<_, rcgen::Error> {
+    let params = |names: &[String], common_name: &str| -> Result<_, rcgen::Error> {
         let mut params = CertificateParams::new(names.to_vec())?;
         (params.not_before, params.not_after) = (valid.start, valid.end);
-        params.distinguished_name.push(DnType::CommonName, called);
+        params
+            .distinguished_name
+            .push(DnType::CommonName, common_name);
         Ok(params)
     };
     let key = KeyPair::generate()?;
@@ -68,7 +71,7 @@ pub fn make(dir: &Path, hosts: &[String], valid: Range<OffsetDateTime>) -> Resul
     Ok(())
 }
 
-/// Writes a certificate that anybody may read, and a key that only its owner can.
+/// Writes a certificate that everyone can read, and a key that only its owner can.
 fn write(dir: &Path, name: &str, certificate: &str, key: &str) -> Result<(), FileError> {
     for (extension, text, mode) in [("pem", certificate, 0o644), ("key", key, 0o600)] {
         let path = dir.join(name).with_extension(extension);

@@ -1,8 +1,8 @@
-//! Merges a chain into one directory that needs no other.
+//! `receive flatten`: merges a chain into one self-contained directory.
 
 use crate::file_error::{FileError, failed};
 use crate::image::chain::{Cursor, images, levels, names, newest_round};
-use crate::image::image_writer::ImageWriter;
+use crate::image::image_writer::{ImageWriter, LazyPages};
 use crate::image::{FIRST_PAGES_ID, PARENT};
 use pageferry_common::ImageId;
 use std::fs::{self, DirBuilder};
@@ -10,28 +10,28 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-/// What was merged.
+/// Counts of a merged chain.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Flattened {
-    /// Directories of the chain.
+    /// Number of directories in the chain.
     pub levels: usize,
-    /// Memory images.
+    /// Number of memory images.
     pub images: usize,
-    /// Pages in them.
+    /// Number of pages in them.
     pub pages: u64,
 }
 
-/// Which pages are merged.
+/// Pages to merge.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pages {
-    /// All.
+    /// All pages.
     All,
-    /// Those without which a restored process cannot run: instead of the others there are holes.
+    /// Only pages that a restored process cannot run without. Holes replace the others.
     NotLazy,
 }
 
-/// Merges the chain that ends in `dir` into the new directory `out`; images that are not memory are
-/// copied as they are. `progress` hears of every image begun.
+/// Merges the chain that ends in `dir` into the new directory `out`. Copies other files than memory images as
+/// they are. Calls `progress` at the beginning of every image.
 ///
 /// # Errors
 /// [`FileError`]; `out` does not appear then.
@@ -43,7 +43,7 @@ pub fn flatten(
 ) -> Result<Flattened, FileError> {
     let top = newest_round(dir)?;
     let chain = levels(&top)?;
-    must_be_new(out)?;
+    check_new(out)?;
     let mut tmp = out.as_os_str().to_owned();
     tmp.push(format!(".tmp-{}", std::process::id()));
     let tmp = PathBuf::from(tmp);
@@ -51,12 +51,12 @@ pub fn flatten(
         .mode(0o700)
         .create(&tmp)
         .map_err(failed("create", &tmp))?;
-    let removed_on_failure = Unfinished(&tmp);
+    let unfinished = Unfinished(&tmp);
 
     let images = images(&top)?;
-    let wanted = match pages {
-        Pages::All => |_| true,
-        Pages::NotLazy => |lazy: bool| !lazy,
+    let lazy = match pages {
+        Pages::All => LazyPages::Copy,
+        Pages::NotLazy => LazyPages::Skip,
     };
     let mut done = Flattened {
         levels: chain.len(),
@@ -65,11 +65,12 @@ pub fn flatten(
     };
     for (number, &image) in images.iter().enumerate() {
         progress(image);
+        // One cursor lists the entries, the other reads their pages, which are at other levels, too.
         let mut list = Cursor::open(&chain, image)?.expect("it was listed");
         let mut cursor = Cursor::open(&chain, image)?.expect("it was listed");
         let mut writer = ImageWriter::create(&tmp, image, FIRST_PAGES_ID + number as u32)?;
         while let Some(entry) = list.next_entry()? {
-            writer.copy(&mut cursor, entry.range, wanted)?;
+            writer.copy(&mut cursor, entry.range, lazy)?;
             done.pages += entry.range.pages();
         }
         writer.close()?;
@@ -82,11 +83,12 @@ pub fn flatten(
         }
     }
     fs::rename(&tmp, out).map_err(failed("create", out))?;
-    std::mem::forget(removed_on_failure);
+    std::mem::forget(unfinished);
     Ok(done)
 }
 
-fn must_be_new(out: &Path) -> Result<(), FileError> {
+/// Checks that `out` is missing or empty.
+fn check_new(out: &Path) -> Result<(), FileError> {
     match fs::read_dir(out) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(failed("use", out)(error)),
@@ -97,11 +99,12 @@ fn must_be_new(out: &Path) -> Result<(), FileError> {
     }
 }
 
+/// Removes the temporary directory if merging fails.
 struct Unfinished<'a>(&'a Path);
 
 impl Drop for Unfinished<'_> {
     fn drop(&mut self) {
-        // Best effort: the name says that it is temporary.
+        // Best effort: the name shows that it is temporary.
         let _ = fs::remove_dir_all(self.0);
     }
 }

@@ -1,4 +1,4 @@
-//! The offline commands.
+//! Offline commands.
 
 pub mod certs;
 pub mod flatten;

@@ -1,30 +1,32 @@
-//! Checks a chain: every entry in bounds, every in-parent entry resolved, sizes right.
+//! `receive verify`: checks that all entries of a chain are valid, those in the parent are resolved, and
+//! sizes are right.
 
 use crate::file_error::FileError;
 use crate::image::chain::{Cursor, Levels, images, levels, names, newest_round};
 use crate::image::pages_name;
 use crate::with_causes;
+use pageferry_common::ImageId;
 use pageferry_common::criu::page_server::PageLocation;
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// What was checked, and what is wrong with it.
+/// Result of checking a chain.
 #[derive(Debug, Default)]
 pub struct Verified {
-    /// Directories of the chain.
+    /// Number of directories in the chain.
     pub levels: usize,
-    /// Memory images in all of them.
+    /// Number of memory images in all directories.
     pub images: usize,
-    /// Pages in the newest.
+    /// Number of pages in the newest directory.
     pub pages: u64,
-    /// One line for each thing that is wrong.
+    /// One line for each problem.
     pub problems: Vec<String>,
 }
 
 /// Checks the chain that ends in `dir`.
 ///
 /// # Errors
-/// [`FileError`] if there is no chain to check; what is wrong with one is in the result.
+/// [`FileError`] if there is no chain to check. Problems of a chain are in the result.
 pub fn verify(dir: &Path) -> Result<Verified, FileError> {
     let top = newest_round(dir)?;
     let chain = levels(&top)?;
@@ -33,12 +35,12 @@ pub fn verify(dir: &Path) -> Result<Verified, FileError> {
         ..Verified::default()
     };
     for level in 0..chain.len() {
-        let from_here: Levels = chain[level..].into();
-        let dir = &from_here[0];
+        let rest: Levels = chain[level..].into();
+        let dir = &rest[0];
         let mut numbers = BTreeSet::new();
         for image in images(dir)? {
             verified.images += 1;
-            match check_image(&from_here, image, &mut numbers, &mut verified.problems) {
+            match check_image(&rest, image, &mut numbers, &mut verified.problems) {
                 Ok(pages) if level == 0 => verified.pages += pages,
                 Ok(_) => {}
                 Err(error) => verified.problems.push(with_causes(&error)),
@@ -56,10 +58,11 @@ pub fn verify(dir: &Path) -> Result<Verified, FileError> {
     Ok(verified)
 }
 
-/// Checks one image at one level against that level and the one behind it. Returns its pages.
+/// Checks one image at the first level of `chain`, against that level and the next. Returns the number of its
+/// pages.
 fn check_image(
     chain: &Levels,
-    image: pageferry_common::ImageId,
+    image: ImageId,
     numbers: &mut BTreeSet<u32>,
     problems: &mut Vec<String>,
 ) -> Result<u64, FileError> {
@@ -83,18 +86,21 @@ fn check_image(
                     problem(format!("{range} is not in the parent"));
                 }
             }
-            PageLocation::Elsewhere => problem(format!("{range} is nowhere")),
+            PageLocation::Elsewhere => problem(format!("{range} is nowhere in the chain")),
         }
     }
     let (needed, there) = cursor.extent()?;
     if needed != there {
         problem(format!(
-            "its entries have {needed} bytes of pages, its pages file has {there}"
+            "its entries need {needed} bytes of pages, its pages file has {there}"
         ));
     }
     let (number, counts_agree) = cursor.pages_id();
     if !numbers.insert(number) {
-        problem(format!("it shares {} with another", pages_name(number)));
+        problem(format!(
+            "it shares {} with another image",
+            pages_name(number)
+        ));
     }
     if !counts_agree {
         problem("not every entry has its page count in both fields".to_owned());

@@ -3,8 +3,9 @@
 use super::{Input, PAGE, scratch};
 use pageferry_common::criu::images::children_are_waited_for;
 use pageferry_common::{ImageId, PAGE_SIZE};
+use pageferry_receiver::image::catalog::Catalog;
 use pageferry_receiver::image::chain::{Cursor, Levels, images as images_in, levels, newest_round};
-use pageferry_receiver::image::index::{Catalog, Index, Pages};
+use pageferry_receiver::image::index::{Index, Pages};
 use pageferry_receiver::restore::lazy::prepare;
 use pageferry_receiver::restore::segments::Segments;
 use pageferry_receiver::session::page_client::Served;

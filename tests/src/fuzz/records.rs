@@ -5,8 +5,8 @@ use pageferry_common::criu::session::{Event, Options};
 use pageferry_common::needed_files::{BUILD_ID_MAX, build_id};
 use pageferry_common::{ImageId, MemfdName, MigrationId, StateName, Token};
 use pageferry_receiver::image::DirName;
+use pageferry_receiver::image::catalog::Catalog;
 use pageferry_receiver::image::format::{PagemapEntry, PagemapReader, write_pagemap_head};
-use pageferry_receiver::image::index::Catalog;
 use pageferry_receiver::restore::Outcome;
 use pageferry_receiver::server::detect::{Dialect, detect};
 use pageferry_sender::handover::record::Record;
@@ -111,7 +111,7 @@ fn names(text: &str) {
     if let Some(image) = ImageId::from_pagemap_name(text) {
         assert_eq!(image.pagemap_name(), text);
     }
-    if let Some(dir) = DirName::of(text) {
+    if let Some(dir) = DirName::parse(text) {
         assert!(dir.to_string() == text || dir.temporary() == text);
     }
     if let Some(name) = StateName::new(text) {

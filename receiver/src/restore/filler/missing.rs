@@ -1,18 +1,18 @@
-//! What is not there yet of one process's memory, and where in its images it is.
+//! Pages that an address space still misses, and where in the images they are.
 
 use pageferry_common::PageRange;
 use std::collections::BTreeMap;
 
-/// Pages by the address where they are wanted. Each has its address in the images, which is another once
-/// the process has moved them.
+/// Missing pages by their address. Each also has its address in the images, which differs once the process
+/// has moved the page (`mremap`).
 #[derive(Debug, Clone, Default)]
 pub struct Missing {
-    /// By their first address: one past the last, and the first address in the images.
+    /// Start address of each piece: its end address, and its start address in the images.
     pieces: BTreeMap<u64, (u64, u64)>,
 }
 
 impl Missing {
-    /// Pages in the order of their addresses, which are those in the images.
+    /// Creates the set of pages in `ranges`, which ascend. Their addresses are those in the images.
     #[must_use]
     pub fn new(ranges: &[PageRange]) -> Self {
         let joined = ranges.chunk_by(|one, next| one.end() == next.start());
@@ -25,7 +25,7 @@ impl Missing {
         }
     }
 
-    /// Adds pages that are not in it, `image` being the address of the first in the images.
+    /// Adds pages that are not in the set. `image` is the address of the first one in the images.
     fn insert(&mut self, range: PageRange, image: u64) {
         let start = match self.pieces.range(..=range.start()).next_back() {
             Some((&start, &(end, before)))
@@ -39,8 +39,8 @@ impl Missing {
         self.pieces.insert(start, (range.end(), image));
     }
 
-    /// The first of the pages in `range` that are missing, up to a gap, and the first one's address in
-    /// the images.
+    /// Returns the first missing pages in `range`, up to a gap, and the address of the first one in the
+    /// images.
     #[must_use]
     pub fn first_in(&self, range: PageRange) -> Option<(PageRange, u64)> {
         let before = self.pieces.range(..=range.start()).next_back();
@@ -55,12 +55,12 @@ impl Missing {
             })
     }
 
-    /// Takes pages out, missing or not.
+    /// Removes pages, whether or not they are missing.
     pub fn remove(&mut self, range: PageRange) {
         self.take(range, |_, _| {});
     }
 
-    /// What was at `from` is at `to` now.
+    /// Moves pages: those at `from` are at `to` now.
     pub fn remap(&mut self, from: PageRange, to: PageRange) {
         let mut moved = Vec::new();
         self.take(from, |range, image| moved.push((range, image)));
@@ -72,6 +72,7 @@ impl Missing {
         }
     }
 
+    /// Removes the missing pages in `range`, and calls `each` for each piece with its address in the images.
     fn take(&mut self, range: PageRange, mut each: impl FnMut(PageRange, u64)) {
         while let Some((found, image)) = self.first_in(range) {
             let (&start, &(end, first)) = self
@@ -91,13 +92,13 @@ impl Missing {
         }
     }
 
-    /// All of it, in order.
+    /// Returns the missing pages, in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = PageRange> + '_ {
         let ranges = self.pieces.iter();
         ranges.filter_map(|(&start, &(end, _))| PageRange::from_bounds(start, end))
     }
 
-    /// Whether everything is there.
+    /// Returns whether no page is missing.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pieces.is_empty()
@@ -145,9 +146,8 @@ mod tests {
     }
 
     proptest! {
-        /// It is what a map of single pages would be.
         #[test]
-        fn like_single_pages(
+        fn ranges_behave_like_a_map_of_single_pages(
             inserted in proptest::collection::btree_set(0..60u64, 0..50),
             steps in proptest::collection::vec(step(), 0..20),
         ) {

@@ -7,7 +7,8 @@ mod restore;
 pub use restore::finish_all;
 
 use crate::image::DirName;
-use crate::image::writer::{DirWriter, sync, sync_all, write_state};
+use crate::image::durable::{sync, sync_all};
+use crate::image::writer::{DirWriter, write_state};
 use crate::quota::Quota;
 use crate::refusal::{Failure, Refusal};
 use crate::restore::cache::RestoreCache;
@@ -153,8 +154,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         migration.rounds = rounds;
         let mut ready = None;
         if let (true, Some(restorer)) = (moves, restorer) {
-            Outcome::make_room(&home).map_err(Refusal::from)?;
-            ready = Some(restorer.ready(&home)?);
+            Outcome::preallocate(&home).map_err(Refusal::from)?;
+            ready = Some(restorer.start_criu(&home)?);
         }
         let work = {
             let (kept, quota) = (kept.clone(), Arc::clone(&quota));
@@ -174,7 +175,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let home = &migration.directory;
         let _ = fs::remove_file(home.join(preload::NAME));
         if migration.rounds == 0 {
-            Outcome::give_back_room(home);
+            Outcome::discard_blank(home);
         }
         result
     }
@@ -208,7 +209,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                         let what = format!("round {round} after {}", migration.rounds);
                         return Err(Refusal::new(RefuseCode::Protocol, what).into());
                     }
-                    quota.round(round)?;
+                    quota.check_round(round)?;
                     let begin = Job::Begin {
                         round,
                         parent,
@@ -254,10 +255,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                     let first = state.as_ref() != Some(&name);
                     let images = images_of(migration)?;
                     if first {
-                        quota.image(states)?;
+                        quota.charge_image(states)?;
                         states += 1;
                     }
-                    quota.bytes(piece.len() as u64)?;
+                    quota.charge_bytes(piece.len() as u64)?;
                     write_state(&images, &name, first, &piece)?;
                     state = (!last).then_some(name);
                 }
@@ -327,14 +328,14 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 self.slot = Some(pending.promote()?);
                 // There may be many files.
                 let (quota, home) = (Arc::clone(quota), home.clone());
-                let counted = spawn_blocking(move || quota.count(&home)).await;
+                let counted = spawn_blocking(move || quota.charge_existing(&home)).await;
                 counted.expect("counting does not panic")?;
                 before
             }
             false => {
                 self.slot = Some(pending.promote()?);
                 // Where no round could be, there is to be no directory.
-                quota.round(1)?;
+                quota.check_round(1)?;
                 let taken = self.take(store, &home, cut).await?;
                 store.create(&claim)?;
                 (taken, 0)
@@ -581,7 +582,7 @@ fn work(
                 uptime_us,
             } => {
                 let writer = DirWriter::begin(home, DirName::Round(number))?;
-                let mut writer = writer.within(quota);
+                let mut writer = writer.with_quota(quota);
                 parent.map_or(Ok(()), |parent| writer.follow(DirName::Round(parent)))?;
                 writer.write_inventory(uptime_us)?;
                 round = Some(writer);

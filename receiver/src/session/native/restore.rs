@@ -6,7 +6,7 @@
 use super::{Session, WORKING_INTERVAL, owned};
 use crate::image::DirName;
 use crate::image::chain::newest_round;
-use crate::image::writer::{sync, sync_all};
+use crate::image::durable::{sync, sync_all};
 use crate::refusal::{Failure, Refusal};
 use crate::restore::cache::RestoreCache;
 use crate::restore::lazy::Prepared;
@@ -64,7 +64,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         let durable = spawn_blocking(move || sync_all(&round_dir).and_then(|()| sync(&above)));
         let restoring = Restoring::start(restorer.criu.clone(), ready, images, options);
         let mut restoring = restoring.map_err(|error| refusal(error.to_string()))?;
-        let (criu, root) = match self.restored(&mut restoring, restorer.within).await {
+        let (criu, root) = match self.restored(&mut restoring, restorer.timeout).await {
             Ok(Progress::Restored { criu, root }) => (criu, root),
             Ok(Progress::Running) => unreachable!("it runs when it may"),
             Ok(Progress::Failed(why)) => return Err(aborted(home, refusal(why).into())),
@@ -92,13 +92,13 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             root,
             options,
         };
-        if let Err(error) = committed.record(home) {
+        if let Err(error) = committed.write(home) {
             return self
                 .undo(restoring, home, Refusal::from(error).into())
                 .await;
         }
         tracing::debug!("written down");
-        restoring.go();
+        restoring.resume();
         loop {
             // The sender may be gone: it runs here all the same.
             match self.wait_for(&mut restoring).await {
@@ -112,7 +112,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         // "committed" later finds the process alive.
         let written = {
             let home = home.to_owned();
-            spawn_blocking(move || Outcome::Running.record(&home))
+            spawn_blocking(move || Outcome::Running.write(&home))
         };
         let said = self.writer.send(&Message::Running).await;
         if let Err(error) = written.await.expect("writing it down does not panic") {
@@ -198,7 +198,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             Some(Outcome::Aborted) => false,
             None => {
                 if home.is_dir() {
-                    Outcome::Aborted.record(&home)?;
+                    Outcome::Aborted.write(&home)?;
                 }
                 false
             }
@@ -212,7 +212,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
 /// Writes down that a migration will not run here. If that fails, the sender must not be told so: the
 /// commit may be on the disk, so it has to ask again.
 fn aborted(home: &Path, why: Failure) -> Failure {
-    match Outcome::Aborted.record(home) {
+    match Outcome::Aborted.write(home) {
         Ok(()) => why,
         Err(error) => {
             tracing::error!(
