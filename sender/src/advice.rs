@@ -1,10 +1,10 @@
-//! The exit code and the hint of each error.
+//! The exit code and the hint of each error: what a user or a script can do about it.
 
 use crate::copy::stream::StreamError;
 use crate::copy::{CollectError, ListError, SendError};
-use crate::dirty::{self, NoTracker};
+use crate::dirty::{NoTracker, TrackError};
 use crate::freeze::{FreezeError, TreeError};
-use crate::handover::{HandoverError, RecordError};
+use crate::handover::{HandoverError, ResolveError};
 use crate::migrate::MigrateError;
 use crate::sink::SinkError;
 use pageferry_common::cli::{Exit, Plaintext, PlaintextForbidden};
@@ -16,172 +16,222 @@ use std::io;
 /// Why `send` failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Failure {
+    /// The target does not exist.
+    #[error("there is no process {0}")]
+    NoTarget(i32),
+    /// The receiver is on another host, and the connection would not be encrypted.
     #[error(transparent)]
     Plaintext(#[from] PlaintextForbidden),
+    /// The name of the receiver's host cannot be resolved.
     #[error("cannot find {to}")]
-    Resolve { to: String, source: io::Error },
+    Address { to: String, source: io::Error },
+    /// The certificates cannot be used.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The kernel lacks the dirty tracker.
     #[error(transparent)]
     Tracker(#[from] NoTracker),
-    #[error(transparent)]
-    Migrate(#[from] MigrateError),
+    /// CRIU cannot be used.
     #[error(transparent)]
     Criu(#[from] CriuError),
-    #[error("an option for CRIU")]
-    Option(#[from] BadOption),
-    #[error(transparent)]
-    Record(#[from] RecordError),
-    #[error("the record of process {0} is damaged")]
-    BadRecord(i32),
+    /// An option for CRIU is invalid or reserved.
+    #[error("invalid option for CRIU")]
+    CriuOption(#[from] BadOption),
+    /// The sender lacks capabilities that CRIU needs.
     #[error("cannot move a process without {}", .0.join(", "))]
-    MayNotMove(Vec<&'static str>),
+    Capabilities(Vec<&'static str>),
+    /// Signals, random numbers or memory could not be set up.
     #[error("cannot prepare")]
     Prepare(#[source] io::Error),
+    /// The migration failed.
+    #[error(transparent)]
+    Migrate(#[from] MigrateError),
+    /// An interrupted hand-over could not be resolved.
+    #[error(transparent)]
+    Resolve(#[from] ResolveError),
 }
 
-const MAY_NOT_TRACE: &str = "run it as root or as the target's user; for others' processes, and those that \
-    are not dumpable, it takes CAP_SYS_PTRACE";
+/// What to do about an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Advice {
+    /// Exit code for scripts.
+    pub exit: Exit,
+    /// Hint for the user.
+    pub hint: &'static str,
+}
 
-const MAY_NOT_READ: &str = "run it as root or as the target's user; what /proc tells of others' processes, and \
-    of those that are not dumpable, takes CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
+const TARGET_RUNS: &str = "the target runs";
 
-const MAY_NOT_OPEN: &str = "run it as root: shared memory takes CAP_CHECKPOINT_RESTORE, and others' \
+const IS_PID_RIGHT: &str = "is the PID right?";
+
+const MAY_NOT_TRACE: &str = "run it as root or as the target's user; processes of other users, and processes \
+    that are not dumpable, need CAP_SYS_PTRACE";
+
+const MAY_NOT_READ: &str = "run it as root or as the target's user; /proc of other users' processes, and of \
+    processes that are not dumpable, needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
+
+const MAY_NOT_OPEN: &str = "run it as root: shared memory needs CAP_CHECKPOINT_RESTORE, and that of other users \
     CAP_DAC_READ_SEARCH";
 
-const MAY_NOT_SIGNAL: &str = "run it as root or as the target's user; to stop or end others' processes takes \
-    CAP_KILL";
+const MAY_NOT_SIGNAL: &str = "run it as root or as the target's user; stopping or killing other users' processes \
+    needs CAP_KILL";
 
 const DESCRIPTORS: &str = "the target runs; allow more descriptors (ulimit -n, LimitNOFILE=)";
 
 const CERTIFICATES: &str = "`receive certs DIR --host NAME` makes certificates for both ends: here \
     --tls-ca ca.pem --tls-cert send.pem --tls-key send.key";
 
-/// The exit code of a failure, and what to do about it.
-pub(crate) fn judge(failure: &Failure) -> (Exit, &'static str) {
+const DO_NOT_RESUME: &str = "do not resume the copy here before that";
+
+const RECEIVER_LOG: &str = "the target runs; the receiver's log has details";
+
+fn advice(exit: Exit, hint: &'static str) -> Advice {
+    Advice { exit, hint }
+}
+
+/// Returns the exit code and the hint for a failure of `send`.
+pub(crate) fn of_failure(failure: &Failure) -> Advice {
     match failure {
-        Failure::Plaintext(_) => (Exit::Usage, Plaintext::ADVICE),
-        Failure::Tls(_) => (Exit::Usage, CERTIFICATES),
-        Failure::Resolve { .. } => (Exit::Failed, "--to takes HOST:PORT"),
-        Failure::Tracker(_) => (
+        Failure::NoTarget(_) => advice(Exit::TargetGone, IS_PID_RIGHT),
+        Failure::Plaintext(_) => advice(Exit::Usage, Plaintext::ADVICE),
+        Failure::Address { .. } => advice(Exit::Failed, "--to takes HOST:PORT"),
+        Failure::Tls(_) => advice(Exit::Usage, CERTIFICATES),
+        Failure::Tracker(_) => advice(
             Exit::Failed,
             "--tracker auto takes what this kernel has; --tracker hash works everywhere",
         ),
-        Failure::Criu(_) => (
+        Failure::Criu(_) => advice(
             Exit::Failed,
-            "--migrate takes CRIU 4.1 or later: scripts/install-criu installs one, --criu names it",
+            "--migrate needs CRIU 4.1 or later: scripts/install-criu installs it, --criu takes its path",
         ),
-        Failure::Option(_) => (Exit::Usage, "what follows -- is for CRIU"),
-        Failure::Record(_) => (
-            Exit::Failed,
-            "without a record, no move of this process was lost sight of",
-        ),
-        Failure::MayNotMove(_) => (Exit::NotPermitted, "CRIU takes root and CAP_SYS_ADMIN"),
-        Failure::BadRecord(_) => (Exit::Failed, ""),
-        Failure::Prepare(_) => (Exit::Failed, ""),
-        Failure::Migrate(error) => judge_migration(error),
+        Failure::CriuOption(_) => advice(Exit::Usage, "arguments after -- are options for CRIU"),
+        Failure::Capabilities(_) => advice(Exit::NotPermitted, "CRIU needs root and CAP_SYS_ADMIN"),
+        Failure::Prepare(_) => advice(Exit::Failed, ""),
+        Failure::Migrate(error) => of_migration(error),
+        Failure::Resolve(error) => of_resolve(error),
     }
 }
 
-fn judge_migration(error: &MigrateError) -> (Exit, &'static str) {
+fn of_migration(error: &MigrateError) -> Advice {
     match error {
-        MigrateError::TargetGone(_) => (Exit::TargetGone, "is the PID right?"),
-        MigrateError::Uptime(_) => (Exit::Failed, ""),
-        MigrateError::HandoversLost(_) => (
-            Exit::Failed,
-            "the target runs; the receiver's log says more",
-        ),
-        MigrateError::Handover(error) => judge_handover(error),
-        MigrateError::Sink(error)
-        | MigrateError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
-        MigrateError::Freeze(error) => judge_freeze(error),
-        MigrateError::Tree(error) => match error {
-            CollectError::List(ListError::Proc { source, .. }) => judge_io(source, MAY_NOT_READ),
-            CollectError::List(ListError::Segment { source, .. }) => judge_io(source, MAY_NOT_OPEN),
-            CollectError::Track(dirty::TrackError::Io { source, .. }) => {
-                judge_io(source, MAY_NOT_READ)
-            }
-            CollectError::Track(dirty::TrackError::Freeze(error)) => judge_freeze(error),
-        },
-        MigrateError::Send(SendError::Ambiguous(_)) => (Exit::Failed, ""),
-        MigrateError::Send(SendError::Stream(StreamError::Source(error))) => {
-            judge_io(error, MAY_NOT_READ)
-        }
+        MigrateError::TargetGone(_) => advice(Exit::TargetGone, ""),
+        MigrateError::Freeze(error) => of_freeze(error),
+        MigrateError::Collect(error) => of_collect(error),
+        MigrateError::Send(error) => of_send(error),
+        MigrateError::Sink(error) => of_sink(error),
+        MigrateError::Handover(error) => of_handover(error),
+        MigrateError::HandoversLost(_) => advice(Exit::Failed, RECEIVER_LOG),
+        MigrateError::Uptime(_) => advice(Exit::Failed, TARGET_RUNS),
     }
 }
 
-fn judge_handover(error: &HandoverError) -> (Exit, &'static str) {
+fn of_handover(error: &HandoverError) -> Advice {
     match error {
-        HandoverError::InDoubt { .. } => (Exit::InDoubt, "do not let it go on before that"),
-        HandoverError::Sink(error)
-        | HandoverError::Send(SendError::Stream(StreamError::Sink(error))) => judge_sink(error),
-        HandoverError::Files { .. } => (
+        HandoverError::Files { .. } => advice(
             Exit::Refused,
-            "install them there, the same builds; the target runs",
+            "the target runs; install the same builds of these files on the receiver's host",
         ),
-        HandoverError::MayNotStop(_) => (Exit::NotPermitted, MAY_NOT_SIGNAL),
-        HandoverError::Stop(_)
-        | HandoverError::Dump(_)
+        HandoverError::TargetGone(_) => advice(Exit::TargetGone, ""),
+        HandoverError::Collect(error) => of_collect(error),
+        HandoverError::Send(error) => of_send(error),
+        HandoverError::Sink(error) => of_sink(error),
+        HandoverError::MayNotStop(_) => advice(Exit::NotPermitted, MAY_NOT_SIGNAL),
+        HandoverError::InDoubt(_) => advice(Exit::InDoubt, DO_NOT_RESUME),
+        HandoverError::CannotFreeze(_)
+        | HandoverError::CriuFailed(_)
+        | HandoverError::CriuExited(_)
+        | HandoverError::CriuFinishedEarly
+        | HandoverError::NoPageServer
+        | HandoverError::PageServer(_)
+        | HandoverError::Cancelled
+        | HandoverError::FollowerThread(_)
         | HandoverError::Io(_)
-        | HandoverError::Pages(_)
-        | HandoverError::Send(_)
-        | HandoverError::Tree(_)
-        | HandoverError::Record(_) => (Exit::Failed, "the target runs"),
+        | HandoverError::Record(_) => advice(Exit::Failed, TARGET_RUNS),
     }
 }
 
-fn judge_freeze(error: &FreezeError) -> (Exit, &'static str) {
+fn of_resolve(error: &ResolveError) -> Advice {
     match error {
-        FreezeError::Freezer(_) => (Exit::Failed, "the target runs"),
-        FreezeError::Tree(error) => match error {
-            TreeError::NoProcess(_) => (Exit::TargetGone, "is the PID right?"),
-            TreeError::Traced { .. } => (
-                Exit::Failed,
-                "a process has one tracer at a time: detach the other first",
-            ),
-            TreeError::NotPermitted(_) => (Exit::NotPermitted, MAY_NOT_TRACE),
-            TreeError::MayNotSignal(_) => (Exit::NotPermitted, MAY_NOT_SIGNAL),
-            TreeError::OwnTree(_) => (
-                Exit::Usage,
-                "start it from outside the tree (another terminal, setsid, systemd-run)",
-            ),
-            TreeError::Stuck { .. } => (Exit::Failed, "the target runs; try again later"),
-            TreeError::Io { .. } => (Exit::Failed, "the target runs"),
-        },
+        ResolveError::Record(_) => advice(
+            Exit::Failed,
+            "no migration of this process is unresolved if there is no record of it",
+        ),
+        ResolveError::Damaged(_) => advice(Exit::Failed, ""),
+        ResolveError::MayNotSignal(error) => of_tree(error),
+        ResolveError::InDoubt(_) => advice(Exit::InDoubt, DO_NOT_RESUME),
     }
 }
 
-fn judge_io(error: &io::Error, may_not: &'static str) -> (Exit, &'static str) {
+fn of_freeze(error: &FreezeError) -> Advice {
+    match error {
+        FreezeError::Freezer(_) => advice(Exit::Failed, TARGET_RUNS),
+        FreezeError::Tree(error) => of_tree(error),
+    }
+}
+
+fn of_tree(error: &TreeError) -> Advice {
+    match error {
+        TreeError::NoProcess(_) => advice(Exit::TargetGone, IS_PID_RIGHT),
+        TreeError::Traced { .. } => advice(
+            Exit::Failed,
+            "a process can have one tracer at a time: detach the other first",
+        ),
+        TreeError::NotPermitted(_) => advice(Exit::NotPermitted, MAY_NOT_TRACE),
+        TreeError::MayNotSignal(_) => advice(Exit::NotPermitted, MAY_NOT_SIGNAL),
+        TreeError::OwnTree(_) => advice(
+            Exit::Usage,
+            "start it from outside the tree (another terminal, setsid, systemd-run)",
+        ),
+        TreeError::Stuck { .. } => advice(Exit::Failed, "the target runs; try again later"),
+        TreeError::Io { .. } => advice(Exit::Failed, TARGET_RUNS),
+    }
+}
+
+fn of_collect(error: &CollectError) -> Advice {
+    match error {
+        CollectError::List(ListError::Proc { source, .. })
+        | CollectError::Track(TrackError::Io { source, .. }) => of_io(source, MAY_NOT_READ),
+        CollectError::List(ListError::Segment { source, .. }) => of_io(source, MAY_NOT_OPEN),
+        CollectError::Track(TrackError::Freeze(error)) => of_freeze(error),
+    }
+}
+
+fn of_send(error: &SendError) -> Advice {
+    match error {
+        SendError::Ambiguous(_) => advice(Exit::Failed, TARGET_RUNS),
+        SendError::Stream(StreamError::Source(error)) => of_io(error, MAY_NOT_READ),
+        SendError::Stream(StreamError::Sink(error)) => of_sink(error),
+    }
+}
+
+/// Returns the advice for an error of the kernel; `forbidden` is the hint if the kernel forbids it.
+fn of_io(error: &io::Error, forbidden: &'static str) -> Advice {
     match (error.kind(), error.raw_os_error()) {
-        (io::ErrorKind::PermissionDenied, _) => (Exit::NotPermitted, may_not),
-        (_, Some(libc::EMFILE | libc::ENFILE)) => (Exit::Failed, DESCRIPTORS),
-        _ => (Exit::Failed, "the target runs"),
+        (io::ErrorKind::PermissionDenied, _) => advice(Exit::NotPermitted, forbidden),
+        (_, Some(libc::EMFILE | libc::ENFILE)) => advice(Exit::Failed, DESCRIPTORS),
+        _ => advice(Exit::Failed, TARGET_RUNS),
     }
 }
 
-fn judge_sink(error: &SinkError) -> (Exit, &'static str) {
+fn of_sink(error: &SinkError) -> Advice {
     match error {
-        SinkError::Connect { .. } => (
+        SinkError::Connect { .. } => advice(
             Exit::Failed,
             "is `receive --listen PORT --dir DIR` running there, and the port right?",
         ),
-        SinkError::Wire(WireError::Refused { .. }) => (
-            Exit::Refused,
-            "the target runs; the receiver's log says more",
-        ),
-        SinkError::Tls(_) => (Exit::Refused, CERTIFICATES),
-        SinkError::PageServer(_) => (
+        SinkError::Wire(WireError::Refused { .. }) => advice(Exit::Refused, RECEIVER_LOG),
+        SinkError::Tls(_) => advice(Exit::Refused, CERTIFICATES),
+        SinkError::PageServer(_) => advice(
             Exit::Failed,
             "the target runs; start `criu page-server` once for each round, from the second on with \
              --prev-images-dir",
         ),
-        SinkError::NoRestore => (Exit::Refused, "start it with `receive --restore`"),
-        SinkError::State(_) => (Exit::Failed, "the target runs"),
-        SinkError::Interrupted => (Exit::Interrupted, "the target runs"),
-        SinkError::Wire(_) | SinkError::UnexpectedReply => (
+        SinkError::NoRestore => advice(Exit::Refused, "start it with `receive --restore`"),
+        SinkError::Interrupted => advice(Exit::Interrupted, TARGET_RUNS),
+        SinkError::Wire(_) | SinkError::UnexpectedReply => advice(
             Exit::Failed,
-            "the target runs; the receiver keeps the rounds it acknowledged",
+            "the target runs; the receiver keeps the rounds that it has acknowledged",
         ),
-        SinkError::Io(_) => (Exit::Failed, "the target runs"),
+        SinkError::State(_) | SinkError::Io(_) => advice(Exit::Failed, TARGET_RUNS),
     }
 }

@@ -1,39 +1,39 @@
-//! When to stop pre-copying: pure policy, decided from what was measured.
+//! Decides when to stop pre-copying: pure policy over what the rounds have shown.
 
 use std::time::Duration;
 
-/// What the user allows.
+/// Limits set by the user.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Longest the tree may be frozen in the last round, if that can be reached.
+    /// Longest acceptable freeze of the final round; exceeded if more rounds would not reach it.
     pub max_downtime: Duration,
-    /// Most pre-dump rounds before the last one.
+    /// Maximum number of pre-dump rounds before the final one.
     pub max_rounds: u32,
-    /// Exactly so many pre-dump rounds, and no last one.
+    /// Exact number of pre-dump rounds, without a final one.
     pub exact_rounds: Option<u32>,
 }
 
-/// What one round showed.
+/// What one round has shown.
 #[derive(Debug, Clone, Copy)]
 pub struct Observed {
     /// Bytes of pages sent, before compression.
     pub sent: u64,
-    /// From the freeze to the ack.
+    /// Time from the freeze to the ack.
     pub took: Duration,
-    /// Of that, the time that does not depend on how much was sent: collecting and scanning.
+    /// Part of `took` that does not depend on the amount sent: freezing and scanning.
     pub overhead: Duration,
-    /// Bytes that were dirty again when the round was acked.
+    /// Bytes that were dirty when the round was acked.
     pub dirty_after: u64,
 }
 
 /// What to do next.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
-    /// Another round while the tree runs.
+    /// Another round while the target runs.
     PreDump,
-    /// The last round, frozen.
+    /// The final round, while the target is frozen.
     Final(Why),
-    /// Nothing: the rounds asked for are done.
+    /// Nothing: all rounds that were asked for are done.
     Done,
 }
 
@@ -41,29 +41,29 @@ pub enum Next {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Why {
-    /// What is dirty can be sent within the downtime allowed.
+    /// The dirty pages can be sent within the downtime allowed.
     Converged,
-    /// The tree dirties memory faster than it can be sent.
+    /// The target dirties memory faster than the sender can send it.
     Diverging,
-    /// Further rounds leave as much dirty as those before.
+    /// Further rounds leave as much dirty as earlier ones.
     Plateau,
-    /// The rounds allowed are used up.
+    /// The maximum number of rounds is reached.
     MaxRounds,
 }
 
-/// Rounds that must agree before a workload counts as diverging.
+/// Number of consecutive rounds after which a workload counts as diverging.
 const DIVERGING_ROUNDS: usize = 3;
 
-/// Rounds over which what is left must shrink, and by how much (a tenth).
+/// Number of rounds over which the dirty memory must shrink by a tenth.
 const PLATEAU_ROUNDS: usize = 4;
 
-/// Less time for the last pages is not worth another round.
-const SHORT: Duration = Duration::from_millis(5);
+/// If sending the last pages takes less time than this, another round does not pay.
+const NEGLIGIBLE_TRANSFER: Duration = Duration::from_millis(5);
 
-/// Rounds that sent less say little about the link's rate, bytes.
-const RATE_SAMPLE: u64 = 8 << 20;
+/// Bytes that a round must have sent to be a sample of the link's rate.
+const MIN_RATE_SAMPLE: u64 = 8 << 20;
 
-/// Decides from all rounds so far, the oldest first.
+/// Returns what to do next, from all rounds so far, the oldest first.
 #[must_use]
 pub fn decide(history: &[Observed], limits: &Limits) -> Next {
     if let Some(rounds) = limits.exact_rounds {
@@ -110,24 +110,27 @@ pub fn decide(history: &[Observed], limits: &Limits) -> Next {
     }
 }
 
-/// Whether another round would leave less than half as much for the last: if it took less than half as
-/// long as the one before, less than half as much would be written meanwhile.
+/// Returns whether another round would at least halve what is left for the final round: a round that takes less
+/// than half as long as the last one leaves less than half as much dirty.
 fn is_worthwhile(history: &[Observed]) -> bool {
     let (Some(last), Some(next)) = (history.last(), downtime(history)) else {
         return false;
     };
-    next.saturating_sub(last.overhead) > SHORT && next * 2 < last.took
+    next.saturating_sub(last.overhead) > NEGLIGIBLE_TRANSFER && next * 2 < last.took
 }
 
-/// How long the last round would freeze the tree; `None` before anything is known.
+/// Estimates for how long the final round would freeze the target; `None` before the first round.
 #[must_use]
 pub fn downtime(history: &[Observed]) -> Option<Duration> {
     let last = history.last()?;
     let rate_of = |round: &Observed| round.sent as f64 / round.took.as_secs_f64().max(1e-9);
-    let telling = history.iter().rev().find(|round| round.sent >= RATE_SAMPLE);
-    let rate = match telling {
+    let sample = history
+        .iter()
+        .rev()
+        .find(|round| round.sent >= MIN_RATE_SAMPLE);
+    let rate = match sample {
         Some(round) => rate_of(round),
-        // Only small rounds: the best of them still underestimates the link.
+        // All rounds were small: even the fastest underestimates the link.
         None => history.iter().map(rate_of).fold(0.0, f64::max),
     };
     let transfer = match last.dirty_after {
@@ -161,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_table() {
+    fn each_history_leads_to_its_step() {
         let converging = [round(1000, 1000, 400), round(400, 400, 250)];
         let halving = [round(1000, 1000, 400), round(400, 400, 100)];
         let diverging = [
@@ -193,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn limits_bind() {
+    fn limits_are_obeyed() {
         let slow = [round(1000, 1000, 500), round(500, 500, 400)];
         let max_rounds = |max_rounds| Limits {
             max_rounds,
@@ -211,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn the_estimate_uses_the_last_round_that_says_something_of_the_rate() {
+    fn the_estimate_takes_the_rate_from_the_last_large_round() {
         let history = [round(1000, 1000, 100), round(1, 500, 100)];
         let estimate = downtime(&history).unwrap();
         assert_eq!(estimate.as_millis(), 110);

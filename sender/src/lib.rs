@@ -1,12 +1,11 @@
-//! The sending side of Pageferry: freezes a process tree for moments, finds out which pages were
-//! written, reads them from outside, and streams them.
+//! The sending side of Pageferry: freezes a process tree for moments, finds the pages that were written, reads
+//! them from outside, and sends them.
 //!
-//! Read [`migrate`] from top to bottom; everything else is called from there. `unsafe` stands only
-//! in [`sys`].
+//! Read [`migrate`] from top to bottom; everything else is called from there. All `unsafe` code is in [`sys`].
 
 #![deny(unsafe_code)]
 
-pub mod advice;
+mod advice;
 pub mod baseline;
 pub mod cli;
 pub mod converge;
@@ -15,7 +14,9 @@ pub mod dirty;
 pub mod freeze;
 pub mod handover;
 pub mod migrate;
+mod parts;
 pub mod progress;
+mod recorder;
 pub mod report;
 pub mod run;
 pub mod sink;

@@ -1,4 +1,4 @@
-//! `send`: copies the memory of a running process tree to another host.
+//! `send`: copies the memory of a running process tree to another host, or moves the tree itself.
 
 #![forbid(unsafe_code)]
 
@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     {
         return match freeze::freezer::serve() {
             Ok(()) => ExitCode::SUCCESS,
-            // The sender notices that the socket is closed.
+            // The sender detects that the socket is closed.
             Err(_) => ExitCode::FAILURE,
         };
     }

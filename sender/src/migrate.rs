@@ -1,56 +1,60 @@
-//! The migration, from top to bottom.
+//! A migration, from top to bottom: plans a round, runs it, records it, until the target is copied or moved.
 
-use crate::converge::{self, Limits, Next, Observed, Why};
+use crate::converge::{self, Limits, Next, Why};
 use crate::copy::stream::StreamError;
-use crate::copy::{CollectError, Copier, Pass, Scanned, SendError};
-use crate::dirty::DirtyTracker;
-use crate::freeze::{FreezeError, Freezer, Then, check_signal_permission};
-use crate::handover::{self, Handover, HandoverError};
-use crate::progress::Progress;
-use crate::report::{Report, RoundReport};
-use crate::sink::{PageSink, Receipt, SinkError, TargetState};
+use crate::copy::{CollectError, Pass, SendError};
+use crate::freeze::{FreezeError, Then, check_signal_permission};
+use crate::handover::{Handover, HandoverError};
+use crate::recorder::{Recorder, Round};
+use crate::report::{Kind, Report};
+use crate::sink::{PageSink, Receipt, SinkError};
 use crate::sys::sched::RealtimePriority;
 use pageferry_common::proc::uptime;
 use pageferry_common::wire::RoundKind;
-use pageferry_common::{BufferPool, PAGE_SIZE, with_causes};
+use pageferry_common::with_causes;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-/// Why a migration ended early. The target runs.
+pub use crate::parts::Parts;
+
+/// How often a hand-over may lose its connection before the migration fails.
+const MAX_LOST_HANDOVERS: u32 = 5;
+
+/// Why a migration failed. Unless it is [`HandoverError::InDoubt`], the target runs.
 #[derive(Debug, thiserror::Error)]
 pub enum MigrateError {
-    /// The tree could not be stopped.
+    /// The target could not be frozen.
     #[error("cannot stop the target")]
     Freeze(#[from] FreezeError),
-    /// Its mappings could not be listed.
+    /// The mappings of the target could not be listed, or its writes not tracked.
     #[error("cannot list the target's memory")]
-    Tree(#[from] CollectError),
-    /// Its memory could not be read, or not be sent.
+    Collect(#[from] CollectError),
+    /// The memory of the target could not be read or sent.
     #[error("cannot copy the target's memory")]
     Send(#[from] SendError),
-    /// The receiver.
-    #[error("cannot hand over a round")]
+    /// The receiver or the connection to it failed.
+    #[error("cannot send a round")]
     Sink(#[from] SinkError),
-    /// The root process ended.
-    #[error("process {0} ended")]
+    /// A process of the target exited: the root, or any process while the target was frozen.
+    #[error("process {0} exited")]
     TargetGone(i32),
-    /// The process could not follow its memory.
+    /// The target could not be handed over.
     #[error(transparent)]
     Handover(#[from] HandoverError),
     /// The connection was lost in every hand-over.
     #[error("the connection was lost in {0} hand-overs")]
     HandoversLost(u32),
-    /// The host's uptime is not to be had.
+    /// The uptime of the host could not be read.
     #[error("cannot read /proc/uptime")]
     Uptime(#[source] io::Error),
 }
 
 impl MigrateError {
-    /// What the sink says of a connection that is lost.
+    /// Returns the sink's error if the connection was lost and nothing else is wrong.
     ///
     /// # Errors
-    /// The error itself, if it is something else.
-    fn broken_connection(self) -> Result<SinkError, Self> {
+    /// `self`, if it is anything else.
+    fn lost_connection(self) -> Result<SinkError, Self> {
         match self {
             Self::Sink(sink)
             | Self::Send(SendError::Stream(StreamError::Sink(sink)))
@@ -63,215 +67,263 @@ impl MigrateError {
     }
 }
 
-/// What moves, and until when.
+/// What to migrate, and when to stop.
 #[derive(Debug)]
 pub struct Plan {
-    /// The tree's root.
+    /// PID of the root of the target.
     pub root: i32,
-    /// When to stop.
+    /// When to stop pre-copying.
     pub limits: Limits,
-    /// What becomes of the tree after a final round.
+    /// What to do with the target after the final round.
     pub then: Then,
-    /// The process itself follows with the last round.
+    /// How to hand the target over; `None` if only its memory is copied.
     pub handover: Option<Handover>,
 }
 
-/// The machinery a migration runs on, all of it set up before the first freeze.
-pub struct Parts<'a> {
-    /// Stops the tree.
-    pub freezer: &'a mut Freezer,
-    /// Finds what was written.
-    pub tracker: &'a mut dyn DirtyTracker,
-    /// Takes the rounds.
-    pub sink: &'a mut dyn PageSink,
-    /// Buffers between reading and sending.
-    pub pool: &'a BufferPool,
-    /// What the user sees meanwhile.
-    pub progress: &'a Progress,
-}
-
-/// How often a hand-over may lose its connection.
-const HANDOVERS_LOST: u32 = 5;
-
-/// What is known of a round before the receiver has it.
-#[derive(Debug, Default)]
-struct Attempt {
-    stopped: Duration,
-    scanned: Scanned,
-}
-
-/// Copies or moves a process tree, in rounds. Each round stops the tree, lists its mappings, ends the
-/// trackers' epoch and begins the next; a pre-dump round lets the tree run before it reads
-/// anything, a final round after the receiver has acked it; if the process itself follows its memory,
-/// the final round is part of the hand-over. A round whose connection is lost is sent again. The rounds done
-/// are added to `report`.
+/// Copies or moves the target in rounds.
+///
+/// Each round freezes the target, lists its mappings and ends the tracker's epoch. A pre-dump round thaws the
+/// target before it reads any memory; a final round thaws it when the receiver has acked the round. If the
+/// target moves, its final round is part of the hand-over. A round whose connection is lost is sent again.
+/// Completed rounds are added to `report`.
 ///
 /// # Errors
-/// [`MigrateError`]. Whatever it is, the tree runs then (but for [`HandoverError::InDoubt`]), and the
-/// receiver has the rounds acked before.
-pub fn migrate(
-    plan: &Plan,
-    tree: &mut Copier,
-    mut parts: Parts<'_>,
-    report: &mut Report,
-) -> Result<(), MigrateError> {
+/// [`MigrateError`]. The target runs then, except after [`HandoverError::InDoubt`], and the receiver keeps the
+/// rounds that it has acked.
+pub fn migrate(plan: &Plan, parts: Parts<'_>, report: &mut Report) -> Result<(), MigrateError> {
     let began = Instant::now();
     if let Some(handover) = &plan.handover {
         handover.check_files(plan.root, parts.sink)?;
     }
-    let mut history = Vec::new();
-    let (mut round, mut handovers_lost) = (1, 0);
-    // While the connection was lost, the tree has gone on.
-    let mut catch_up = false;
-    loop {
-        let mut next = converge::decide(&history, &plan.limits);
-        if std::mem::take(&mut catch_up) && plan.limits.max_rounds > 0 && next != Next::Done {
-            next = Next::PreDump;
-        }
-        let name = match next {
-            Next::Done => break,
-            Next::PreDump => "pre-dump",
-            Next::Final(why) => {
-                announce_end(why, &history, plan);
-                report.ended = Some(why);
-                "final"
-            }
-        };
-        let progress = parts.progress;
-        progress.update(|status| (status.round, status.kind) = (round, name));
-
-        let start = Instant::now();
-        let mut attempt = Attempt::default();
-        let sent = match (next, &plan.handover) {
-            (Next::Final(_), Some(handover)) => {
-                match hand_over(plan, handover, &mut round, tree, &mut parts, report) {
-                    Ok(()) => break,
-                    Err(error) => Err(error),
-                }
-            }
-            (Next::Final(_), None) => last_round(plan, round, tree, &mut parts, &mut attempt),
-            (Next::PreDump | Next::Done, _) => {
-                pre_dump(plan, round, tree, &mut parts, &mut attempt)
-            }
-        };
-        let took = start.elapsed();
-        let (receipt, went_on) = match sent {
-            Ok(receipt) => (receipt, false),
-            Err(error) => {
-                let receipt = parts.sink.reconnect(error.broken_connection()?)?;
-                report.totals.reconnects += 1;
-                catch_up = true;
-                if plan.handover.is_some() && matches!(next, Next::Final(_)) {
-                    handovers_lost += 1;
-                    if handovers_lost == HANDOVERS_LOST {
-                        return Err(MigrateError::HandoversLost(HANDOVERS_LOST));
-                    }
-                }
-                match receipt {
-                    Some(receipt) => (receipt, true),
-                    None => {
-                        tree.lost(parts.tracker);
-                        continue;
-                    }
-                }
-            }
-        };
-        tree.acked();
-        let done = round_report(
-            round,
-            name,
-            &receipt,
-            attempt.stopped,
-            took,
-            attempt.scanned.pages,
-        );
-        tracing::info!(
-            event = "round_done",
-            round,
-            kind = name,
-            frozen_ms = done.frozen_ms,
-            sent_pages = done.sent_pages,
-            unchanged_pages = done.unchanged_pages,
-            zero_pages = done.zero_pages,
-            bytes_wire = done.bytes_wire,
-            scan_ms = attempt.scanned.scan_time.as_secs_f64() * 1e3,
-            seconds = done.seconds,
-            "round done"
-        );
-        round += 1;
-        let sent = done.bytes_raw;
-        report.add(done);
-        // It is the last only if the tree is as it says.
-        let stays = plan.handover.is_none() && (plan.then == Then::Run || !went_on);
-        if matches!(next, Next::Final(_)) && stays {
-            break;
-        }
-
-        if !tree.root_alive() {
-            return Err(MigrateError::TargetGone(plan.root));
-        }
-        let dirty_after = tree.pending_pages(parts.tracker) * PAGE_SIZE;
-        progress.update(|status| status.dirty_rate = dirty_after as f64 / took.as_secs_f64());
-        history.push(Observed {
-            sent,
-            took,
-            overhead: attempt.stopped + attempt.scanned.scan_time,
-            dirty_after,
-        });
-    }
-    match parts.sink.finish() {
-        // Everything is acked already.
-        Err(error) if error.is_broken_connection() => {
-            tracing::warn!(
-                why = with_causes(&error),
-                "the receiver's goodbye was not heard"
-            );
-        }
-        goodbye => goodbye?,
-    }
-    (report.processes, report.segments) = tree.size();
-    report.totals.seconds = began.elapsed().as_secs_f64();
+    let recorder = Recorder::new(report, parts.progress);
+    let mut migration = Migration {
+        plan,
+        parts,
+        recorder,
+        catch_up: false,
+        lost_handovers: 0,
+    };
+    migration.run_rounds()?;
+    finish(migration.parts.sink)?;
+    let size = migration.parts.copier.size();
+    migration.recorder.finish(size, began.elapsed());
     Ok(())
 }
 
-/// A round while the tree runs.
-fn pre_dump(
-    plan: &Plan,
-    round: u32,
-    tree: &mut Copier,
-    parts: &mut Parts<'_>,
-    attempt: &mut Attempt,
-) -> Result<Receipt, MigrateError> {
-    let Parts { tracker, sink, .. } = parts;
-    sink.prepare()?;
-    let urgent = RealtimePriority::raise();
-    let mut frozen = parts.freezer.freeze(plan.root)?;
-    let uptime = uptime::read().map_err(MigrateError::Uptime)?;
-    tree.collect(&mut frozen, *tracker)?;
-    attempt.stopped = frozen.thaw(Then::Run)?;
-    drop(urgent);
-    let frozen_ms = attempt.stopped.as_secs_f64() * 1e3;
-    parts.progress.update(|status| status.frozen_ms = frozen_ms);
-    sink.begin(round, RoundKind::PreDump, uptime)?;
-    tree.survey_descriptors()?;
-    attempt.scanned = tree.send(Pass::PreCopy, *tracker, *sink, parts.pool)?;
-    Ok(sink.commit()?)
+/// The next thing to do.
+#[derive(Debug, Clone, Copy)]
+enum Step<'a> {
+    /// A round while the target runs.
+    PreDump,
+    /// The last round, while the target is frozen.
+    Final(Why),
+    /// The last round and the target itself.
+    HandOver(Why, &'a Handover),
 }
 
-/// The last round, of a frozen tree.
-fn last_round(
-    plan: &Plan,
-    round: u32,
-    tree: &mut Copier,
+impl Step<'_> {
+    fn kind(self) -> Kind {
+        match self {
+            Self::PreDump => Kind::PreDump,
+            Self::Final(_) | Self::HandOver(..) => Kind::Final,
+        }
+    }
+}
+
+/// How a step succeeded.
+#[derive(Debug)]
+enum Success {
+    /// The receiver has acked the round.
+    Acked(Receipt),
+    /// The target runs at the receiver.
+    HandedOver,
+}
+
+/// When the ack of a round arrived.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ack {
+    /// On the connection that sent the round, before the target was thawed.
+    InTime,
+    /// On a later connection. The target has run meanwhile.
+    Late,
+}
+
+/// A migration under way.
+struct Migration<'a, 'p> {
+    plan: &'a Plan,
+    parts: Parts<'p>,
+    recorder: Recorder<'a>,
+    /// Whether the target ran while the connection was lost, so that another pre-dump round pays.
+    catch_up: bool,
+    lost_handovers: u32,
+}
+
+impl<'a> Migration<'a, '_> {
+    fn run_rounds(&mut self) -> Result<(), MigrateError> {
+        while let Some(step) = self.next_step() {
+            self.announce(step);
+            let mut round = Round::new(self.recorder.next_round(), step.kind());
+            let done = match step {
+                Step::PreDump => self.pre_dump(&mut round),
+                Step::Final(_) => self.final_round(&mut round),
+                Step::HandOver(_, handover) => self.hand_over(handover, round.number),
+            };
+            round.took = round.began.elapsed();
+            let ack = match done {
+                Ok(Success::HandedOver) => break,
+                Ok(Success::Acked(receipt)) => {
+                    round.receipt = receipt;
+                    Ack::InTime
+                }
+                Err(error) => match self.reconnect(error, step)? {
+                    Some(receipt) => {
+                        round.receipt = receipt;
+                        Ack::Late
+                    }
+                    None => continue,
+                },
+            };
+            self.parts.copier.acked();
+            self.recorder.record(&round);
+            if self.is_last(step, ack) {
+                break;
+            }
+            self.observe(&round)?;
+        }
+        Ok(())
+    }
+
+    /// Returns the next step; `None` if all rounds that were asked for are done.
+    fn next_step(&mut self) -> Option<Step<'a>> {
+        let plan = self.plan;
+        let next = converge::decide(self.recorder.history(), &plan.limits);
+        let catch_up = std::mem::take(&mut self.catch_up) && plan.limits.max_rounds > 0;
+        match (next, &plan.handover) {
+            (Next::Done, _) => None,
+            (Next::PreDump, _) => Some(Step::PreDump),
+            (Next::Final(_), _) if catch_up => Some(Step::PreDump),
+            (Next::Final(why), None) => Some(Step::Final(why)),
+            (Next::Final(why), Some(handover)) => Some(Step::HandOver(why, handover)),
+        }
+    }
+
+    fn announce(&mut self, step: Step<'_>) {
+        match step {
+            Step::PreDump => {}
+            Step::Final(why) | Step::HandOver(why, _) => {
+                self.recorder.end_pre_copy(why, &self.plan.limits);
+            }
+        }
+        self.recorder.begin(step.kind());
+    }
+
+    /// Sends a round while the target runs.
+    fn pre_dump(&mut self, round: &mut Round) -> Result<Success, MigrateError> {
+        let Parts {
+            freezer,
+            copier,
+            tracker,
+            sink,
+            pool,
+            ..
+        } = &mut self.parts;
+        sink.prepare()?;
+        let priority = RealtimePriority::raise();
+        let mut frozen = freezer.freeze(self.plan.root)?;
+        let uptime = uptime::read().map_err(MigrateError::Uptime)?;
+        copier.collect(&mut frozen, *tracker)?;
+        round.frozen = frozen.thaw(Then::Run)?;
+        drop(priority);
+        self.recorder.show_frozen(round.frozen);
+        sink.begin(round.number, RoundKind::PreDump, uptime)?;
+        copier.survey_descriptors()?;
+        round.scanned = copier.send(Pass::PreCopy, *tracker, *sink, pool)?;
+        Ok(Success::Acked(sink.commit()?))
+    }
+
+    /// Sends the last round while the target is frozen.
+    fn final_round(&mut self, round: &mut Round) -> Result<Success, MigrateError> {
+        let Plan { root, then, .. } = *self.plan;
+        self.parts.sink.prepare()?;
+        self.parts
+            .with_frozen_timeout(|parts| send_final(parts, root, then, round))
+    }
+
+    /// Sends the last rounds and the target itself.
+    fn hand_over(&mut self, handover: &Handover, first: u32) -> Result<Success, MigrateError> {
+        let root = self.plan.root;
+        self.parts.sink.prepare()?;
+        let done = self
+            .parts
+            .with_frozen_timeout(|parts| handover.run(root, first, parts));
+        self.recorder.record_handover(first, &done);
+        let downtime = done.result?;
+        self.recorder.handed_over(downtime);
+        Ok(Success::HandedOver)
+    }
+
+    /// Reconnects after a step that lost its connection. Returns the receipt of the round in flight if the
+    /// receiver has it after all.
+    fn reconnect(
+        &mut self,
+        error: MigrateError,
+        step: Step<'_>,
+    ) -> Result<Option<Receipt>, MigrateError> {
+        let receipt = self.parts.sink.reconnect(error.lost_connection()?)?;
+        self.recorder.reconnected();
+        self.catch_up = true;
+        if let Step::HandOver(..) = step {
+            self.lost_handovers += 1;
+            if self.lost_handovers == MAX_LOST_HANDOVERS {
+                return Err(MigrateError::HandoversLost(MAX_LOST_HANDOVERS));
+            }
+        }
+        if receipt.is_none() {
+            self.parts.copier.lost(self.parts.tracker);
+        }
+        Ok(receipt)
+    }
+
+    /// Returns whether a step whose round is acked was the last. If the target has run since the final round
+    /// although it should be stopped or killed, another final round is needed.
+    fn is_last(&self, step: Step<'_>, ack: Ack) -> bool {
+        match step {
+            Step::PreDump | Step::HandOver(..) => false,
+            Step::Final(_) => ack == Ack::InTime || self.plan.then == Then::Run,
+        }
+    }
+
+    /// Adds what a round showed to the history that the next step is decided from.
+    fn observe(&mut self, round: &Round) -> Result<(), MigrateError> {
+        let Parts {
+            copier, tracker, ..
+        } = &mut self.parts;
+        if !copier.root_alive() {
+            return Err(MigrateError::TargetGone(self.plan.root));
+        }
+        self.recorder.observe(round, copier.pending_pages(*tracker));
+        Ok(())
+    }
+}
+
+/// Freezes the target, sends the last round, and does with the target what the user asked for.
+fn send_final(
     parts: &mut Parts<'_>,
-    attempt: &mut Attempt,
-) -> Result<Receipt, MigrateError> {
-    let Parts { tracker, sink, .. } = parts;
-    sink.prepare()?;
-    sink.set_target_state(TargetState::Frozen);
-    let urgent = RealtimePriority::raise();
-    let mut frozen = parts.freezer.freeze(plan.root)?;
-    match plan.then {
+    root: i32,
+    then: Then,
+    round: &mut Round,
+) -> Result<Success, MigrateError> {
+    let Parts {
+        freezer,
+        copier,
+        tracker,
+        sink,
+        pool,
+        ..
+    } = parts;
+    let priority = RealtimePriority::raise();
+    let mut frozen = freezer.freeze(root)?;
+    match then {
         Then::Run => {}
         Then::Stop => frozen.sigstop()?,
         Then::Kill => {
@@ -281,105 +333,33 @@ fn last_round(
         }
     }
     let uptime = uptime::read().map_err(MigrateError::Uptime)?;
-    tree.collect(&mut frozen, *tracker)?;
-    // Reading and sending takes longer than anybody may be kept waiting.
-    drop(urgent);
-    sink.begin(round, RoundKind::Final, uptime)?;
-    tree.survey_descriptors()?;
-    attempt.scanned = tree.send(Pass::Final, *tracker, *sink, parts.pool)?;
-    // Killed while frozen (by the OOM killer, say): no image of it is whole.
-    if let Some(pid) = tree.first_exited() {
+    copier.collect(&mut frozen, *tracker)?;
+    // Reading and sending takes too long to keep other programs from the processor.
+    drop(priority);
+    sink.begin(round.number, RoundKind::Final, uptime)?;
+    copier.survey_descriptors()?;
+    let sent = copier.send(Pass::Final, *tracker, *sink, pool);
+    // Killed while frozen, by the OOM killer for example: its image is incomplete. This explains any error.
+    if let Some(pid) = copier.first_exited() {
         return Err(MigrateError::TargetGone(pid));
     }
+    round.scanned = sent?;
     let receipt = sink.commit()?;
-    attempt.stopped = frozen.thaw(plan.then)?;
-    sink.set_target_state(TargetState::Running);
-    Ok(receipt)
+    round.frozen = frozen.thaw(then)?;
+    Ok(Success::Acked(receipt))
 }
 
-/// The last rounds, and the process itself.
-fn hand_over(
-    plan: &Plan,
-    handover: &Handover,
-    round: &mut u32,
-    tree: &mut Copier,
-    parts: &mut Parts<'_>,
-    report: &mut Report,
-) -> Result<(), MigrateError> {
-    parts.sink.prepare()?;
-    parts.sink.set_target_state(TargetState::Frozen);
-    let first = *round;
-    let done = handover.run(
-        plan.root,
-        round,
-        handover::Parts {
-            tree,
-            tracker: &mut *parts.tracker,
-            sink: &mut *parts.sink,
-            pool: parts.pool,
-        },
-    )?;
-    parts.sink.set_target_state(TargetState::Running);
-    let stopped = Duration::from_secs_f64(done.downtime.total_ms() / 1e3);
-    let last = done.rounds.len() - 1;
-    for (index, sent) in done.rounds.iter().enumerate() {
-        // The tree does not run between them.
-        let (name, stopped) = match index == last {
-            true => ("final", stopped),
-            false => ("during-dump", Duration::ZERO),
-        };
-        let scanned = sent.scanned.pages;
-        report.add(round_report(
-            first + index as u32,
-            name,
-            &sent.receipt,
-            stopped,
-            sent.took,
-            scanned,
-        ));
-    }
-    tracing::info!(event = "handed_over", downtime = ?done.downtime, "handed over: it runs at the receiver");
-    report.handover = Some(done.downtime);
-    Ok(())
-}
-
-fn announce_end(why: Why, history: &[Observed], plan: &Plan) {
-    let estimate = converge::downtime(history).unwrap_or_default();
-    match why {
-        Why::Converged => tracing::info!(?estimate, "little enough is dirty: the last round"),
-        Why::Diverging => tracing::warn!(
-            ?estimate, allowed = ?plan.limits.max_downtime,
-            "the target dirties memory faster than it can be sent: more rounds would not help"
-        ),
-        Why::Plateau => tracing::warn!(
-            ?estimate, allowed = ?plan.limits.max_downtime,
-            "rounds no longer leave less dirty: more would not help"
-        ),
-        Why::MaxRounds => tracing::warn!(
-            ?estimate, allowed = ?plan.limits.max_downtime,
-            "--max-rounds is used up"
-        ),
-    }
-}
-
-fn round_report(
-    round: u32,
-    kind: &'static str,
-    receipt: &Receipt,
-    stopped: Duration,
-    took: Duration,
-    scanned_pages: u64,
-) -> RoundReport {
-    RoundReport {
-        round,
-        kind,
-        frozen_ms: stopped.as_secs_f64() * 1e3,
-        scanned_pages,
-        sent_pages: receipt.totals.data_pages,
-        unchanged_pages: receipt.totals.parent_pages,
-        zero_pages: receipt.totals.zero_pages,
-        bytes_raw: receipt.totals.data_pages * PAGE_SIZE,
-        bytes_wire: receipt.bytes_wire,
-        seconds: took.as_secs_f64(),
+fn finish(sink: &mut dyn PageSink) -> Result<(), SinkError> {
+    match sink.finish() {
+        // All rounds are acked already.
+        Err(error) if error.is_broken_connection() => {
+            tracing::warn!(
+                event = "finish_unconfirmed",
+                why = with_causes(&error),
+                "the connection was lost after the last round"
+            );
+            Ok(())
+        }
+        finished => finished,
     }
 }

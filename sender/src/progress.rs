@@ -1,4 +1,4 @@
-//! A line that is redrawn on a terminal, and nothing elsewhere: there the log tells of each round.
+//! A progress line on a terminal. Elsewhere there is none: the log has a line for each round.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,64 +7,64 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// Back to the start of the line, and everything in it gone.
+/// Escape sequence that returns to the start of the line and clears it.
 const CLEAR: &str = "\r\x1b[K";
 
-/// How often the line is redrawn.
-const INTERVAL: Duration = Duration::from_millis(200);
+/// Time between two updates of the line.
+const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
-/// What the sink counts as it goes.
+/// Counters that the sink updates while it sends.
 #[derive(Debug, Default)]
 pub struct Counters {
-    /// Bytes on the wire, framing and all.
+    /// Bytes on the wire, framing included.
     pub bytes: AtomicU64,
-    /// Pages announced, with or without content.
+    /// Number of pages announced in the round, with or without content.
     pub pages: AtomicU64,
 }
 
-/// What the line shows beside what the sink counts.
+/// What the line shows besides the counters.
 #[derive(Debug, Clone, Default)]
 pub struct Status {
-    /// The round in progress.
+    /// Number of the round in progress.
     pub round: u32,
-    /// `pre-dump` or `final`.
+    /// Kind of the round in progress: `pre-dump` or `final`.
     pub kind: &'static str,
-    /// How long the tree was stopped in the last round, ms.
+    /// Time for which the target was frozen in the last round, ms.
     pub frozen_ms: f64,
-    /// Bytes dirtied a second during the last round.
+    /// Bytes dirtied per second during the last round.
     pub dirty_rate: f64,
 }
 
-/// The display. Dropping it ends it and leaves a clean line.
+/// The progress line. Dropping it stops the updates and clears the line.
 #[derive(Debug)]
 pub struct Progress {
     status: Arc<Mutex<Status>>,
-    /// Dropped to end the thread.
-    end: Option<mpsc::Sender<()>>,
+    /// Dropped to stop the thread.
+    stop_tx: Option<mpsc::Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Progress {
-    /// Starts the display if standard error is a terminal.
+    /// Starts the updates if standard error is a terminal.
     #[must_use]
     pub fn start(counters: Arc<Counters>) -> Self {
         let status = Arc::new(Mutex::new(Status::default()));
-        let (end, ended) = mpsc::channel();
+        let (stop_tx, stop_rx) = mpsc::channel();
         let thread = stderr().is_terminal().then(|| {
             let status = Arc::clone(&status);
             std::thread::Builder::new()
                 .name("progress".into())
-                .spawn(move || draw(&status, &counters, &ended))
+                .spawn(move || draw(&status, &counters, &stop_rx))
         });
         Self {
             status,
-            end: Some(end),
-            // Without a thread there is no display, which hurts nobody.
+            stop_tx: Some(stop_tx),
+            // The line is optional: without a thread there is none.
             thread: thread.and_then(Result::ok),
         }
     }
 
-    /// Changes what is shown.
+    /// Changes what the line shows.
     pub fn update(&self, change: impl FnOnce(&mut Status)) {
         change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
     }
@@ -72,18 +72,18 @@ impl Progress {
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        self.end = None;
+        self.stop_tx = None;
         if let Some(thread) = self.thread.take() {
-            // It only writes to the terminal; how that went is of no interest.
+            // The thread only writes to the terminal; a failure there does not matter.
             let _ = thread.join();
         }
     }
 }
 
-fn draw(status: &Mutex<Status>, counters: &Counters, ended: &mpsc::Receiver<()>) {
+fn draw(status: &Mutex<Status>, counters: &Counters, stop_rx: &mpsc::Receiver<()>) {
     const MIB: f64 = (1 << 20) as f64;
     let (mut before, mut at) = (counters.bytes.load(Ordering::Relaxed), Instant::now());
-    while ended.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Timeout) {
+    while stop_rx.recv_timeout(REDRAW_INTERVAL) == Err(RecvTimeoutError::Timeout) {
         let (now, then) = (counters.bytes.load(Ordering::Relaxed), at);
         at = Instant::now();
         let rate = (now - before) as f64 / (at - then).as_secs_f64();
@@ -94,7 +94,7 @@ fn draw(status: &Mutex<Status>, counters: &Counters, ended: &mpsc::Receiver<()>)
             .clone();
         let _ = write!(
             stderr(),
-            "{CLEAR}round {} ({}): {} pages, {:.0} MiB sent, {:.0} MiB/s; dirtied {:.1} MiB/s; stopped {:.2} ms",
+            "{CLEAR}round {} ({}): {} pages, {:.0} MiB sent, {:.0} MiB/s; dirtied {:.1} MiB/s; frozen {:.2} ms",
             status.round,
             status.kind,
             counters.pages.load(Ordering::Relaxed),
@@ -107,7 +107,7 @@ fn draw(status: &Mutex<Status>, counters: &Counters, ended: &mpsc::Receiver<()>)
     let _ = write!(stderr(), "{CLEAR}");
 }
 
-/// Standard error for log lines: on a terminal each takes the place of the progress line.
+/// Standard error for log lines. On a terminal, a log line replaces the progress line, which is redrawn below.
 #[derive(Debug, Default)]
 pub struct LogWriter;
 

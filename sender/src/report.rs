@@ -1,31 +1,55 @@
-//! What a migration did, as `--json` prints it.
+//! The report of a migration, as `--json` prints it.
 
 use crate::converge::Why;
 use serde::Serialize;
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// Kind of a round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// Sent while the target ran.
+    PreDump,
+    /// Sent while CRIU dumped the state of a target that moves.
+    DuringDump,
+    /// Sent last, while the target was frozen.
+    Final,
+}
+
+impl Kind {
+    /// Returns the name in reports and log lines.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::PreDump => "pre-dump",
+            Self::DuringDump => "during-dump",
+            Self::Final => "final",
+        }
+    }
+}
 
 /// One round.
 #[derive(Debug, Clone, Serialize)]
 pub struct RoundReport {
-    /// Counts from 1.
+    /// Number of the round, from 1.
     pub round: u32,
-    /// `pre-dump`, `final`, or `during-dump`: sent while CRIU dumped the state of a tree that moves.
-    pub kind: &'static str,
-    /// How long the tree was stopped, ms; of a hand-over, all of it is the final round's.
+    /// Kind of the round.
+    pub kind: Kind,
+    /// Time for which the target was frozen, ms. The final round includes all of a hand-over.
     pub frozen_ms: f64,
-    /// Populated pages looked at.
+    /// Number of populated pages scanned.
     pub scanned_pages: u64,
-    /// Pages whose content was sent.
+    /// Number of pages sent with content.
     pub sent_pages: u64,
-    /// Pages the receiver had already.
+    /// Number of pages that the receiver had already.
     pub unchanged_pages: u64,
-    /// Pages announced as zero.
+    /// Number of pages announced as zero.
     pub zero_pages: u64,
     /// Bytes of page content sent, before compression.
     pub bytes_raw: u64,
-    /// Bytes on the wire, framing and all.
+    /// Bytes on the wire, framing included.
     pub bytes_wire: u64,
-    /// From the freeze to the ack, s.
+    /// Time from the freeze to the ack, s.
     pub seconds: f64,
 }
 
@@ -34,74 +58,88 @@ pub struct RoundReport {
 pub struct Totals {
     /// Number of rounds.
     pub rounds: u32,
-    /// Longest stop of a pre-dump round, ms.
+    /// Longest freeze of a pre-dump round, ms.
     pub max_pre_dump_frozen_ms: f64,
-    /// Stop of the final round, ms; absent without one.
+    /// Freeze of the final round, ms; absent without a final round.
     pub downtime_ms: Option<f64>,
-    /// As in the rounds.
+    /// Number of pages sent with content.
     pub sent_pages: u64,
-    /// As in the rounds.
+    /// Bytes of page content sent, before compression.
     pub bytes_raw: u64,
-    /// As in the rounds.
+    /// Bytes on the wire, framing included.
     pub bytes_wire: u64,
-    /// From the first freeze to the end, s.
+    /// Time from the begin of the migration to its end, s.
     pub seconds: f64,
-    /// How often the connection was lost, and made again.
+    /// How often the connection was lost and made again.
     pub reconnects: u32,
 }
 
-/// How long nothing ran, by phase, ms.
+/// Time for which no copy ran, by phase, ms.
 #[derive(Debug, Clone, Serialize)]
 pub struct Downtime {
-    /// Freezing the tree, and dumping what is not memory.
+    /// Freezing the target, and dumping everything except memory.
     pub state_ms: f64,
     /// Reading and sending the last pages, until they are durable.
     pub pages_ms: f64,
     /// Sending CRIU's images, and restoring.
     pub restore_ms: f64,
-    /// Deciding, and letting the copy run.
+    /// Committing, and resuming the copy.
     pub resume_ms: f64,
+    #[serde(skip)]
+    began: Instant,
+    /// End of the last complete phase.
     #[serde(skip)]
     last: Instant,
 }
 
 impl Downtime {
-    /// The tree is about to be frozen.
+    /// Returns a downtime that begins now: the target is about to be frozen.
     #[must_use]
     pub fn begin() -> Self {
+        let now = Instant::now();
         Self {
             state_ms: 0.0,
             pages_ms: 0.0,
             restore_ms: 0.0,
             resume_ms: 0.0,
-            last: Instant::now(),
+            began: now,
+            last: now,
         }
     }
 
-    /// All but memory was dumped.
+    /// Ends the first phase: at `at`, everything except memory was dumped.
     pub fn state_dumped(&mut self, at: Instant) {
         self.state_ms = self.lap(at);
     }
 
-    /// The receiver has the last pages.
+    /// Ends the second phase: the receiver has the last pages.
     pub fn last_pages_sent(&mut self) {
         self.pages_ms = self.lap(Instant::now());
     }
 
-    /// It could run at the receiver.
+    /// Ends the third phase: the copy is ready to run.
     pub fn restored(&mut self) {
         self.restore_ms = self.lap(Instant::now());
     }
 
-    /// It runs there.
+    /// Ends the last phase: the copy runs.
     pub fn running(&mut self) {
         self.resume_ms = self.lap(Instant::now());
     }
 
-    /// All of it, ms.
+    /// Returns the sum of all phases, ms.
     #[must_use]
     pub fn total_ms(&self) -> f64 {
         self.state_ms + self.pages_ms + self.restore_ms + self.resume_ms
+    }
+
+    /// Returns the time from the begin to the end of the last phase, or to now if phases are missing.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        match self.resume_ms > 0.0 {
+            true => self.last - self.began,
+            false => self.began.elapsed(),
+        }
     }
 
     fn lap(&mut self, now: Instant) -> f64 {
@@ -113,30 +151,30 @@ impl Downtime {
 /// The whole migration.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
-    /// The root's PID.
+    /// PID of the root.
     pub pid: i32,
-    /// Processes in the last round.
+    /// Number of processes in the last round.
     pub processes: usize,
-    /// Shared segments in the last round.
+    /// Number of shared segments in the last round.
     pub segments: usize,
     /// Random id of the migration.
     pub migration: String,
-    /// Where the receiver put it.
+    /// Directory of the receiver for this migration.
     pub directory: String,
-    /// The dirty tracker used.
+    /// Name of the dirty tracker.
     pub tracker: &'static str,
-    /// Of the hand-over, if the process itself moved.
+    /// Downtime by phase, if the target moved.
     pub handover: Option<Downtime>,
     /// Why pre-copying ended; absent if no final round was asked for.
     pub ended: Option<Why>,
-    /// The rounds, the first first.
+    /// The rounds, in order.
     pub rounds: Vec<RoundReport>,
-    /// Their sums.
+    /// Sums over the rounds.
     pub totals: Totals,
 }
 
 impl Report {
-    /// Of a migration that has done nothing yet.
+    /// Returns the report of a migration without any rounds yet.
     #[must_use]
     pub fn new(pid: i32, tracker: &'static str) -> Self {
         Self {
@@ -158,8 +196,8 @@ impl Report {
         let totals = &mut self.totals;
         totals.rounds += 1;
         match round.kind {
-            "final" => totals.downtime_ms = Some(round.frozen_ms),
-            _ => {
+            Kind::Final => totals.downtime_ms = Some(round.frozen_ms),
+            Kind::PreDump | Kind::DuringDump => {
                 totals.max_pre_dump_frozen_ms = totals.max_pre_dump_frozen_ms.max(round.frozen_ms);
             }
         }

@@ -194,12 +194,13 @@ fn rounds_are_right(choice: TrackerChoice, written_pages: WrittenPages, lost_at:
     };
     let parts = Parts {
         freezer: &mut freezer,
+        copier: &mut tree,
         tracker: tracker.as_mut(),
         sink: &mut sink,
         pool: &BufferPool::new(2),
         progress: &Progress::start(Arc::default()),
     };
-    migrate(&plan, &mut tree, parts, &mut report).unwrap();
+    migrate(&plan, parts, &mut report).unwrap();
     for round in &report.rounds {
         eprintln!("{name}: {round:?}");
     }

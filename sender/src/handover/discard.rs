@@ -1,60 +1,73 @@
-//! A page server that throws pages away.
+//! A page server that discards what CRIU sends to it.
+//!
+//! CRIU cannot dump without dumping memory, so the sender poses as the page server of the dump. The pages
+//! are discarded, because the sender copies memory itself. The end of CRIU's pages marks the point at which
+//! CRIU has removed its code from the target while the target is still frozen.
 
 use super::HandoverError;
-use super::dump::Next;
 use pageferry_common::PAGE_SIZE;
 use pageferry_common::criu::page_server::{Command, HEADER_MAX, Header, PageLocation, Width};
 use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
-/// Our end of CRIU's page server: it takes pages and throws them away.
-pub(super) struct Endpoint {
-    pub(super) stream: UnixStream,
+/// Size of the buffer for discarded pages, bytes.
+const SCRAP_SIZE: usize = 1 << 20;
+
+/// State of the stream of pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pages {
+    /// More messages may follow.
+    Open,
+    /// CRIU has sent all pages, and waits for the status.
+    Complete,
+    /// CRIU closed the socket without completing the pages.
+    Closed,
+}
+
+/// The sender's end of CRIU's page-server connection.
+pub(super) struct DiscardingPageServer {
+    stream: UnixStream,
+    /// Header width of this CRIU; unknown before the first message.
     width: Option<Width>,
-    /// Whether CRIU has come to dump any process.
-    pub(super) opened: bool,
-    /// Pages thrown away.
-    pub(super) pages: u64,
-    pub(super) ended: bool,
+    state: Pages,
+    opened: bool,
+    discarded: u64,
     scrap: Vec<u8>,
 }
 
-impl Endpoint {
+impl DiscardingPageServer {
     pub(super) fn new(stream: UnixStream) -> Self {
         Self {
             stream,
             width: None,
+            state: Pages::Open,
             opened: false,
-            pages: 0,
-            ended: false,
-            scrap: vec![0; 1 << 20],
+            discarded: 0,
+            scrap: vec![0; SCRAP_SIZE],
         }
     }
 
-    /// Takes one message.
-    pub(super) fn step(&mut self) -> Result<Option<Next>, HandoverError> {
-        let mut bytes = [0; HEADER_MAX];
-        let (first, more) = bytes.split_at_mut(Width::Narrow.header_len());
-        match self.stream.read(&mut first[..1])? {
-            0 => {
-                // CRIU is gone, which its other socket says too.
-                self.ended = true;
-                return Ok(None);
-            }
-            _ => self.stream.read_exact(&mut first[1..])?,
-        }
-        let begins = self.width.is_none();
-        let narrow: &[u8; 24] = (&*first).try_into().expect("as long as a narrow header");
-        let width = *self.width.get_or_insert_with(|| Width::of_dump(narrow));
-        let header = match (width, Header::decode(narrow, Width::Narrow)) {
-            (Width::Narrow, header) => header?,
-            // A dump of nothing could be either.
-            (Width::Wide, Ok(close)) if begins && close.command == Command::Close => close,
-            (Width::Wide, _) => {
-                self.stream.read_exact(more)?;
-                Header::decode(&bytes, width)?
-            }
+    /// Returns the socket to poll before [`Self::recv`]; `None` once the stream has ended.
+    pub(super) fn fd(&self) -> Option<BorrowedFd<'_>> {
+        (self.state == Pages::Open).then(|| self.stream.as_fd())
+    }
+
+    /// Returns whether CRIU has opened an image, that is, has begun to dump a process.
+    pub(super) fn has_images(&self) -> bool {
+        self.opened
+    }
+
+    /// Number of pages discarded.
+    pub(super) fn discarded(&self) -> u64 {
+        self.discarded
+    }
+
+    /// Receives one message, discards its pages and replies to it. Returns the state after it.
+    pub(super) fn recv(&mut self) -> Result<Pages, HandoverError> {
+        let Some(header) = self.recv_header()? else {
+            self.state = Pages::Closed;
+            return Ok(self.state);
         };
         match header.command {
             Command::Open { answered } => {
@@ -64,28 +77,55 @@ impl Endpoint {
                 }
             }
             Command::HasParent => self.stream.write_all(&[0; 4])?,
-            Command::Add(PageLocation::Present { .. }) => {
-                self.pages += header.pages;
-                let mut left = header.pages.saturating_mul(PAGE_SIZE);
-                while left > 0 {
-                    let now = left.min(self.scrap.len() as u64) as usize;
-                    self.stream.read_exact(&mut self.scrap[..now])?;
-                    left -= now as u64;
-                }
-            }
+            Command::Add(PageLocation::Present { .. }) => self.discard(header.pages)?,
             Command::Add(PageLocation::Parent | PageLocation::Elsewhere) | Command::Get => {}
-            Command::Close => {
-                // Of a dump of nothing, the rest of a wide header may follow.
-                self.ended = true;
-                let at = Instant::now();
-                return Ok(Some(Next::PagesEnd { at }));
-            }
+            // After a dump of nothing, the rest of a wide header may remain unread.
+            Command::Close => self.state = Pages::Complete,
         }
-        Ok(None)
+        Ok(self.state)
     }
 
-    /// Answers CRIU's end: 0 if all is safe, anything else to make it undo the dump.
-    pub(super) fn status(&mut self, status: i32) -> io::Result<()> {
-        self.stream.write_all(&status.to_le_bytes())
+    /// Receives a header; `None` if CRIU closed the socket.
+    fn recv_header(&mut self) -> Result<Option<Header>, HandoverError> {
+        let mut bytes = [0; HEADER_MAX];
+        let (first, more) = bytes.split_at_mut(Width::Narrow.header_len());
+        if self.stream.read(&mut first[..1])? == 0 {
+            return Ok(None);
+        }
+        self.stream.read_exact(&mut first[1..])?;
+        let is_first = self.width.is_none();
+        let narrow: &[u8; 24] = (&*first).try_into().expect("as long as a narrow header");
+        let width = *self.width.get_or_insert_with(|| Width::of_dump(narrow));
+        let header = match (width, Header::decode(narrow, Width::Narrow)) {
+            (Width::Narrow, header) => header?,
+            // The width of a dump of nothing cannot be detected.
+            (Width::Wide, Ok(close)) if is_first && close.command == Command::Close => close,
+            (Width::Wide, _) => {
+                self.stream.read_exact(more)?;
+                Header::decode(&bytes, width)?
+            }
+        };
+        Ok(Some(header))
+    }
+
+    fn discard(&mut self, pages: u64) -> io::Result<()> {
+        self.discarded += pages;
+        let mut left = pages.saturating_mul(PAGE_SIZE);
+        while left > 0 {
+            let now = left.min(self.scrap.len() as u64) as usize;
+            self.stream.read_exact(&mut self.scrap[..now])?;
+            left -= now as u64;
+        }
+        Ok(())
+    }
+
+    /// Confirms all pages; CRIU completes the dump.
+    pub(super) fn confirm(&mut self) -> io::Result<()> {
+        self.stream.write_all(&0i32.to_le_bytes())
+    }
+
+    /// Rejects the pages; CRIU undoes the dump and fails.
+    pub(super) fn reject(&mut self) -> io::Result<()> {
+        self.stream.write_all(&(-1i32).to_le_bytes())
     }
 }

@@ -1,113 +1,268 @@
-//! CRIU's dump under way: follows CRIU's sockets.
+//! A dump by CRIU that is under way.
+//!
+//! CRIU talks to the sender on three sockets: its RPC, the page-server connection, and, with
+//! [`StateDump::Preload`], a socket on which the library in CRIU reports that the target has stopped.
 
-use super::HandoverError;
-use super::discard::Endpoint;
+use super::discard::{DiscardingPageServer, Pages};
+use super::{Handover, HandoverError, StateDump};
 use crate::freeze::FrozenProcess;
 use crate::target::smaps::VmFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use pageferry_common::criu::session::{CriuSession, Event, Reply};
+use pageferry_common::criu::preload;
+use pageferry_common::criu::session::{CriuSession, Event, Reply, last_errors};
 use pageferry_common::sys::fdpass;
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// How often it is looked whether a dump is still wanted.
-pub(super) const CHECK: Duration = Duration::from_millis(100);
+/// How often the sender checks whether the dump was cancelled.
+pub(super) const CANCEL_POLL_INTERVAL: Duration = Duration::from_millis(100);
 
-/// A dump under way.
-pub(super) struct Dump {
-    /// Dropped before `work`, which waits for a CRIU that may be waiting for us to read.
-    pub(super) endpoint: Endpoint,
-    /// Where the library in CRIU tells that the tree has stopped; `None` after it has.
-    pub(super) stopped: Option<OwnedFd>,
-    /// Tells of mappings what CRIU would read of `smaps`.
-    pub(super) flags: Option<VmFlags>,
-    pub(super) work: CriuSession,
-    /// CRIU opens it by our number.
-    pub(super) _dir: File,
-}
+/// Name of the socket on which the library in CRIU reports that the target has stopped
+/// (`common/preload/dump.rs`), in the directory of images.
+const STOPPED_SOCKET: &str = "stopped.socket";
 
+/// What CRIU did next.
 #[derive(Debug)]
 pub(super) enum Next {
+    /// CRIU reached a stage and waits for the reply, or finished, or failed.
     Criu(Event),
-    /// The tree has stopped. CRIU waits until this is dropped.
-    Stopped(OwnedFd),
-    PagesEnd {
-        /// When CRIU said so.
+    /// The target has stopped. CRIU waits until this is dropped.
+    TargetStopped(OwnedFd),
+    /// CRIU has sent all pages, and its code has left the target. CRIU waits for the status of the pages.
+    PagesComplete {
+        /// When CRIU sent the last page-server message.
         at: Instant,
     },
 }
 
+/// What CRIU waits for before it does anything else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Awaited {
+    Nothing,
+    /// The reply to a stage.
+    Reply,
+    /// The status of the pages.
+    PagesStatus,
+}
+
+/// A dump under way. If it is dropped, CRIU undoes it and the target runs again.
+pub(super) struct Dump {
+    /// Dropped before `session`: that waits for CRIU, which may be blocked writing pages.
+    pages: DiscardingPageServer,
+    /// Listens for the library in CRIU; `None` once the target has stopped.
+    stopped: Option<OwnedFd>,
+    /// Reads what CRIU needs of `smaps`; `None` if CRIU has to read the kernel's file.
+    flags: Option<VmFlags>,
+    session: CriuSession,
+    awaited: Awaited,
+    images: PathBuf,
+    /// CRIU opens the directory by this descriptor.
+    _dir: File,
+}
+
 impl Dump {
-    /// Waits for what CRIU does next, on any of its sockets, as long as `wanted`: a dump for a receiver that
-    /// is gone, or that nobody wants any more, need not be awaited.
+    /// Starts CRIU, which dumps the tree under `root` into the directory `images`.
+    pub(super) fn start(
+        handover: &Handover,
+        root: i32,
+        images: &Path,
+    ) -> Result<Self, HandoverError> {
+        let (mut library, mut stopped, mut flags) = (None, None, None);
+        if handover.state_dump == StateDump::Preload {
+            library = Some(preload::write(preload::DUMP, images)?);
+            stopped = Some(fdpass::listen(&images.join(STOPPED_SOCKET))?);
+            let probed = VmFlags::probe().inspect_err(|why| {
+                tracing::info!(
+                    event = "kernel_smaps_needed", %why,
+                    "CRIU reads smaps from the kernel: the downtime grows with the memory of the target"
+                );
+            });
+            flags = probed.ok();
+        }
+        let (ours, theirs) = UnixStream::pair()?;
+        let dir = File::open(images)?;
+        let session = handover.criu.dump(
+            root,
+            dir.as_fd(),
+            theirs.as_fd(),
+            library.as_deref(),
+            &handover.options,
+        )?;
+        Ok(Self {
+            pages: DiscardingPageServer::new(ours),
+            stopped,
+            flags,
+            session,
+            awaited: Awaited::Nothing,
+            images: images.to_owned(),
+            _dir: dir,
+        })
+    }
+
+    /// Directory of the images.
+    pub(super) fn images(&self) -> &Path {
+        &self.images
+    }
+
+    /// The page server of the dump.
+    pub(super) fn pages(&self) -> &DiscardingPageServer {
+        &self.pages
+    }
+
+    /// Waits for what CRIU does next, on any of its sockets. Fails as soon as `check` does.
     pub(super) fn next(
         &mut self,
-        wanted: &mut dyn FnMut() -> Result<(), HandoverError>,
+        check: &mut dyn FnMut() -> Result<(), HandoverError>,
     ) -> Result<Next, HandoverError> {
         loop {
-            wanted()?;
-            let (told, sent, stopped) = {
-                let mut fds = vec![PollFd::new(self.work.fd(), PollFlags::POLLIN)];
-                let mut add = |fd| {
-                    fds.push(PollFd::new(fd, PollFlags::POLLIN));
-                    fds.len() - 1
-                };
-                let stream = (!self.endpoint.ended).then(|| add(self.endpoint.stream.as_fd()));
-                let stopped = self.stopped.as_ref().map(|listener| add(listener.as_fd()));
-                let timeout = PollTimeout::try_from(CHECK).expect("it is short");
-                match poll(&mut fds, timeout) {
-                    Err(nix::Error::EINTR) => continue,
-                    other => other.map_err(io::Error::from)?,
-                };
-                let ready = |at: Option<usize>| at.is_some_and(|at| fds[at].any() == Some(true));
-                (ready(Some(0)), ready(stream), ready(stopped))
-            };
-            if sent && let Some(step) = self.endpoint.step()? {
-                return Ok(step);
+            check()?;
+            let ready = self.wait()?;
+            if ready.pages && self.pages.recv()? == Pages::Complete {
+                self.awaited = Awaited::PagesStatus;
+                let at = Instant::now();
+                return Ok(Next::PagesComplete { at });
             }
-            if stopped && let Some(listener) = self.stopped.take() {
-                return Ok(Next::Stopped(fdpass::accept(listener.as_fd())?));
+            if ready.stopped
+                && let Some(listener) = self.stopped.take()
+            {
+                let held = fdpass::accept(listener.as_fd())?;
+                return Ok(Next::TargetStopped(held));
             }
-            if told {
-                return Ok(Next::Criu(self.work.event()?));
+            if ready.session {
+                let event = self.session.event().map_err(HandoverError::CriuExited)?;
+                if let Event::Stage { .. } = event {
+                    self.awaited = Awaited::Reply;
+                }
+                return Ok(Next::Criu(event));
             }
         }
     }
 
-    /// Leaves what CRIU wants of each process's `smaps` where the library in it looks for that. Without it CRIU
-    /// reads the kernel's.
-    pub(super) fn leave_smaps(
+    /// Polls CRIU's sockets, for at most [`CANCEL_POLL_INTERVAL`].
+    fn wait(&self) -> Result<Ready, HandoverError> {
+        let mut fds = vec![PollFd::new(self.session.fd(), PollFlags::POLLIN)];
+        let mut add = |fd| {
+            fds.push(PollFd::new(fd, PollFlags::POLLIN));
+            fds.len() - 1
+        };
+        let pages = self.pages.fd().map(&mut add);
+        let stopped = self.stopped.as_ref().map(|listener| add(listener.as_fd()));
+        let timeout = PollTimeout::try_from(CANCEL_POLL_INTERVAL).expect("it is short");
+        match poll(&mut fds, timeout) {
+            Ok(_) => {}
+            Err(nix::Error::EINTR) => return Ok(Ready::default()),
+            Err(error) => return Err(io::Error::from(error).into()),
+        }
+        let ready = |at: Option<usize>| at.is_some_and(|at| fds[at].any() == Some(true));
+        Ok(Ready {
+            session: ready(Some(0)),
+            pages: ready(pages),
+            stopped: ready(stopped),
+        })
+    }
+
+    /// Lets CRIU dump until it has sent all pages, finishes or fails.
+    pub(super) fn follow(&mut self, cancelled: &AtomicBool) -> Result<Next, HandoverError> {
+        let mut check = || match cancelled.load(Ordering::Relaxed) {
+            true => Err(HandoverError::Cancelled),
+            false => Ok(()),
+        };
+        loop {
+            match self.next(&mut check)? {
+                Next::Criu(Event::Stage { .. }) => self.reply_continue()?,
+                end => return Ok(end),
+            }
+        }
+    }
+
+    /// Writes a short `smaps` of each process to where the library in CRIU looks for it. CRIU reads the
+    /// kernel's file of a process without one.
+    pub(super) fn write_smaps_stub(
         &self,
         processes: &[FrozenProcess],
-        images: &Path,
     ) -> Result<(), HandoverError> {
         let Some(flags) = &self.flags else {
             return Ok(());
         };
         for process in processes {
             match flags.smaps(process.tid) {
-                Ok(smaps) => fs::write(images.join(format!("smaps-{}", process.pid)), smaps)?,
-                Err(why) => tracing::debug!(process.pid, %why, "its flags are not to be had"),
+                Ok(smaps) => {
+                    fs::write(self.images.join(format!("smaps-{}", process.pid)), smaps)?;
+                }
+                Err(why) => tracing::debug!(process.pid, %why, "cannot read the flags of mappings"),
             }
         }
         Ok(())
     }
 
-    /// Lets CRIU go on until its end, or that of its pages.
-    pub(super) fn until_end(&mut self, unwanted: &AtomicBool) -> Result<Next, HandoverError> {
-        let mut wanted = || match unwanted.load(Ordering::Relaxed) {
-            true => Err(HandoverError::Dump("nobody wants it any more".to_owned())),
-            false => Ok(()),
+    /// Lets CRIU go on from the stage at which it waits.
+    pub(super) fn reply_continue(&mut self) -> Result<(), HandoverError> {
+        self.awaited = Awaited::Nothing;
+        let replied = self.session.reply(Reply::Continue);
+        replied.map_err(HandoverError::CriuExited)
+    }
+
+    /// Confirms that all pages are safe, so that CRIU completes the dump.
+    pub(super) fn confirm_pages(&mut self) -> io::Result<()> {
+        self.awaited = Awaited::Nothing;
+        self.pages.confirm()
+    }
+
+    /// Rejects the pages, so that CRIU undoes the dump and reports why it failed.
+    pub(super) fn reject_pages(&mut self) -> io::Result<()> {
+        self.awaited = Awaited::Nothing;
+        self.pages.reject()
+    }
+
+    /// Makes CRIU undo the dump. Returns when CRIU has exited, and the target runs again.
+    pub(super) fn abort(mut self) {
+        let replied = match self.awaited {
+            // Dropping the sockets is enough. Waiting for a reply could block: CRIU may be writing pages.
+            Awaited::Nothing => return,
+            Awaited::Reply => self.session.reply(Reply::Abort),
+            Awaited::PagesStatus => self.pages.reject(),
         };
-        loop {
-            match self.next(&mut wanted)? {
-                Next::Criu(Event::Stage { .. }) => self.work.reply(Reply::Continue)?,
-                end => return Ok(end),
-            }
+        let undone = replied.and_then(|()| {
+            while let Event::Stage { .. } = self.session.event_or_refuse()? {}
+            Ok(())
+        });
+        if let Err(why) = undone {
+            // The kernel ends the traces of a CRIU that has exited.
+            tracing::debug!(%why, "CRIU exited before it reported that the dump is undone");
         }
     }
+
+    /// Lets CRIU kill the target, which ends the dump. Fails if CRIU does not report success.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        self.session.reply(Reply::Continue)?;
+        match self.session.event()? {
+            Event::Done => Ok(()),
+            other => Err(io::Error::other(format!("CRIU reported {other:?}"))),
+        }
+    }
+
+    /// Returns the error for a dump that CRIU reports as failed, with the last errors in CRIU's log.
+    pub(super) fn failure(&self, reason: &str) -> HandoverError {
+        let errors = last_errors(&self.images.join("dump.log"));
+        if errors.contains("Unseizable") {
+            return HandoverError::CannotFreeze(errors);
+        }
+        HandoverError::CriuFailed(match errors.is_empty() {
+            true => reason.to_owned(),
+            false => format!("{reason}: {errors}"),
+        })
+    }
+}
+
+/// Which of CRIU's sockets have something to read.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ready {
+    session: bool,
+    pages: bool,
+    stopped: bool,
 }

@@ -1,5 +1,4 @@
-//! What is written down before a hand-over is decided: enough for `send --resolve` to find out how it
-//! ended, whoever died meanwhile.
+//! The record of a hand-over: enough for `send --resolve` to find out how it ended, whatever died meanwhile.
 
 use crate::target::process::{namespace_depth, pid_in_namespace};
 use nix::sys::signal::{Signal, kill};
@@ -13,39 +12,39 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How often it is looked whether a tree is gone: nothing tells of processes that are not ours.
-const LOOK: Duration = Duration::from_millis(1);
+/// How often the sender checks whether a killed tree has exited: the kernel notifies only parents.
+const POLL_INTERVAL: Duration = Duration::from_millis(1);
 
-/// A hand-over that is about to be decided.
+/// A hand-over that is about to be committed.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
-    /// Where the receiver listens.
+    /// Address of the receiver.
     pub to: String,
-    /// What it knows the migration by: 32 hex digits.
+    /// Id of the migration, 32 hex digits.
     id: String,
-    /// What proves to it that we may ask: 64 hex digits.
+    /// Secret that authorises the sender to ask for the outcome, 64 hex digits.
     token: String,
-    /// The root, as its own PID namespace counts.
+    /// PID of the root in its own PID namespace.
     root_pid: u32,
     root: i32,
     tree: Vec<ProcessId>,
-    /// Those of the tree that were stopped by somebody else's signal.
+    /// PIDs of processes that had a job-control stop before the migration; they stay stopped.
     #[serde(default)]
     stopped: Vec<i32>,
 }
 
-/// A record that cannot be read or written.
+/// Why a record could not be read, written or removed.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {what} {}", path.display())]
+#[error("cannot {action} {}", path.display())]
 pub struct RecordError {
-    what: &'static str,
+    action: &'static str,
     path: PathBuf,
     source: io::Error,
 }
 
 impl Record {
-    /// Of the tree under `root`, which is frozen; `stopped` are those who already were, by their PIDs where they
-    /// see themselves.
+    /// Returns a record of the tree under `root`, which must be frozen. `stopped` are the PIDs, in their own
+    /// namespace, of processes with a job-control stop.
     #[must_use]
     pub fn new(to: &str, claim: Claim, root: i32, stopped: &[u32]) -> Self {
         let tree = crate::freeze::process_list(root);
@@ -67,7 +66,7 @@ impl Record {
         }
     }
 
-    /// Which migration it is; `None` if that is not what was written down.
+    /// Returns the identity of the migration; `None` if the record is damaged.
     #[must_use]
     pub fn claim(&self) -> Option<Claim> {
         Some(Claim {
@@ -77,7 +76,7 @@ impl Record {
         })
     }
 
-    /// Writes it down, durably as far as the place is.
+    /// Writes the record: to a temporary file, synced, renamed. It is as durable as its directory.
     ///
     /// # Errors
     /// [`RecordError`].
@@ -99,55 +98,56 @@ impl Record {
             File::open(dir)?.sync_all()
         };
         write().map_err(|source| RecordError {
-            what: "write",
+            action: "write",
             path: path.clone(),
             source,
         })
     }
 
-    /// The record of the tree under `root`.
+    /// Reads the record of the tree under `root`.
     ///
     /// # Errors
-    /// [`RecordError`]; `NotFound` if there is none.
+    /// [`RecordError`], also if there is no record.
     pub fn read(root: i32) -> Result<Self, RecordError> {
         let path = path(root);
         let read = || Ok(serde_json::from_slice(&fs::read(&path)?)?);
         read().map_err(|source| RecordError {
-            what: "read",
+            action: "read",
             path: path.clone(),
             source,
         })
     }
 
-    /// It is decided, and done.
+    /// Removes the record of the tree under `root`, once the hand-over is resolved.
     ///
     /// # Errors
     /// [`RecordError`].
     pub fn remove(root: i32) -> Result<(), RecordError> {
         let path = path(root);
         fs::remove_file(&path).map_err(|source| RecordError {
-            what: "remove",
+            action: "remove",
             path,
             source,
         })
     }
 
-    /// Sends a signal to every process of the tree that still is the one it was. Returns one that we may
-    /// not signal, if there is one.
+    /// Sends a signal to every process of the tree that still is the recorded one. Returns the PID of a
+    /// process that the sender may not signal, if there is one.
     pub fn signal(&self, signal: Signal) -> Option<i32> {
-        self.signal_but(&[], signal)
+        self.signal_except(&[], signal)
     }
 
-    /// Lets the tree go on after a SIGSTOP, but for those whom somebody else had stopped before.
-    pub fn let_go(&self) {
-        self.signal_but(&self.stopped, Signal::SIGCONT);
+    /// Resumes the tree after a SIGSTOP, except processes with a job-control stop from before the migration.
+    pub fn release(&self) {
+        self.signal_except(&self.stopped, Signal::SIGCONT);
     }
 
-    fn signal_but(&self, others: &[i32], signal: Signal) -> Option<i32> {
+    fn signal_except(&self, excluded: &[i32], signal: Signal) -> Option<i32> {
         let mut forbidden = None;
-        let meant = |process: &&ProcessId| !others.contains(&process.pid) && process.is_alive();
-        for process in self.tree.iter().filter(meant) {
-            // One that ended meanwhile needs none.
+        let selected =
+            |process: &&ProcessId| !excluded.contains(&process.pid) && process.is_alive();
+        for process in self.tree.iter().filter(selected) {
+            // ESRCH is no failure: the process has exited meanwhile.
             if kill(Pid::from_raw(process.pid), signal) == Err(nix::Error::EPERM) {
                 forbidden = Some(process.pid);
             }
@@ -155,10 +155,10 @@ impl Record {
         forbidden
     }
 
-    /// Waits until the whole tree, killed before, is gone.
-    pub fn await_end(&self) {
+    /// Waits until the whole tree, killed before, has exited.
+    pub fn await_exit(&self) {
         while self.tree.iter().any(|process| process.is_alive()) {
-            std::thread::sleep(LOOK);
+            std::thread::sleep(POLL_INTERVAL);
         }
     }
 }
