@@ -11,7 +11,7 @@ use std::io::{self, BufReader};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Longest chain that is followed. A migration with so many rounds makes no sense.
+/// Longest chain that is followed: more rounds than any sensible migration has.
 const DEPTH_MAX: usize = 4096;
 
 /// Returns `dir` itself if it holds images, else its newest complete round.

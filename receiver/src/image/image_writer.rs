@@ -108,7 +108,10 @@ impl ImageWriter {
     /// Checks that an entry of `range` is behind all before.
     pub(super) fn advance_to(&mut self, range: PageRange) -> Result<(), WriteError> {
         if range.start() < self.end {
-            let what = format!("{range} of {} comes after its end", self.image);
+            let what = format!(
+                "{range} of {} overlaps or precedes the entry before",
+                self.image
+            );
             return Err(WriteError::Protocol(what));
         }
         self.end = range.end();

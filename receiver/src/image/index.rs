@@ -120,7 +120,7 @@ impl Index {
             while let (PageLocation::Parent, Some(run)) = (entry.place, parent.peek())
                 && let Some(found) = run.range.intersect(range)
             {
-                // The rest of the entry may be resolved all the same.
+                // The rest of the entry may still be resolved.
                 unresolved = unresolved.or(PageRange::from_bounds(at, found.start()));
                 let skip = found.start() - run.range.start();
                 self.push(Run {

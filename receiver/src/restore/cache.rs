@@ -1,4 +1,4 @@
-//! What is kept in memory of arriving rounds, so that a restore need not read it back from the images.
+//! Cache of arriving rounds, so that a restore need not read them back from the images.
 
 use crate::file_error::FileError;
 use crate::image::DirName;
@@ -14,13 +14,12 @@ use pageferry_common::{ImageId, MemfdName};
 use std::collections::BTreeSet;
 use std::path::Path;
 
-/// Contents of shared segments, and where the newest copy of each page is: filled by the thread that
-/// writes rounds, used up by the restore. If a part of it cannot be kept, the restore reads that part from
-/// the images instead.
+/// Contents of the shared segments, and the location of the newest copy of each page. The thread that writes
+/// rounds fills it, and the restore takes it. What cannot be kept is read from the images instead.
 #[derive(Debug)]
 pub struct RestoreCache {
     segments: Segments,
-    /// `None` once it could not be kept.
+    /// `None` once a round could not be taken in.
     catalog: Option<Catalog>,
     /// Segments that arrived in rounds of an earlier connection.
     earlier: BTreeSet<u64>,
@@ -52,14 +51,14 @@ impl RestoreCache {
         cache
     }
 
-    /// Notes that the pages that follow belong to `image`. `has_parent`: the round before has that image,
-    /// too.
+    /// Opens an image: chunks put from now on belong to it. `has_parent` is whether the round before has the
+    /// image, too.
     pub fn open_image(&mut self, image: ImageId, has_parent: bool) {
         self.segments.open(image, has_parent);
     }
 
-    /// Notes that the open image is that of a memfd with this name. If the segment arrived before a
-    /// reconnect, its pages are read back from the rounds in `home`.
+    /// Sets the name of the segment of the open image. If its earlier rounds arrived before a reconnect, reads
+    /// their pages back from the rounds in `home`.
     pub fn set_memfd_name(&mut self, home: &Path, name: &MemfdName, has_parent: bool) {
         // Only a segment that is unknown and has a parent has an id here.
         let Some(id) = self.segments.set_name(name, has_parent) else {
@@ -74,7 +73,7 @@ impl RestoreCache {
                 event = "segment_not_cached",
                 id,
                 why,
-                "a shared segment will be read when restoring"
+                "shared segment not kept in memory: it is read from its image when restoring"
             );
         }
     }
@@ -92,7 +91,7 @@ impl RestoreCache {
         self.segments.recover(id, name, index, &pages)
     }
 
-    /// Keeps the pages of one chunk of the open image if it is a segment's.
+    /// Puts a chunk of the open image; it is kept if the image is a segment's.
     pub fn put(&mut self, entries: &[Entry], pages: &[u8]) {
         self.segments.put(entries, pages);
     }
@@ -105,7 +104,7 @@ impl RestoreCache {
             tracing::warn!(
                 event = "catalog_not_cached",
                 why,
-                "all memory will be read when restoring"
+                "catalog not kept in memory: all memory is read from the images when restoring"
             );
             self.catalog = None;
         }

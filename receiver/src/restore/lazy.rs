@@ -95,7 +95,7 @@ pub struct Prepared {
 
 /// Makes the directory beside the newest round of `catalog`, which must be a complete final round with CRIU's
 /// images of state. `segments` are the shared segments that are in memory. Returns `None` if the images do
-/// not tell where the stacks are (not x86-64).
+/// not show where the stacks are (not x86-64).
 ///
 /// # Errors
 /// [`WriteError`].
@@ -227,7 +227,7 @@ struct Image<'a> {
     later: Vec<PageRange>,
 }
 
-/// Splits all images of the round in `top`; returns `None` if CRIU's images do not tell where the stacks are.
+/// Splits all images of the round in `top`; returns `None` if CRIU's images do not show where the stacks are.
 fn split_images<'a>(top: &Path, catalog: &'a Catalog) -> Result<Option<Vec<Image<'a>>>, FileError> {
     let Some(stacks) = stacks(top)? else {
         return Ok(None);
@@ -300,7 +300,7 @@ fn cut(range: PageRange, vmas: &[Vma], stacks: &PageSet, mut each: impl FnMut(Pa
 }
 
 /// Returns the pages that the stack pointers of all threads point into. CRIU restores them itself, in each
-/// process that has a page there. `None` if the images do not tell.
+/// process that has a page there. `None` if the images do not show them.
 fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
     let mut stacks = PageSet::new();
     for name in names(dir)? {
@@ -323,7 +323,7 @@ fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
     Ok(Some(stacks))
 }
 
-/// Returns the first record of an image of state; `None` if there is no such image.
+/// Returns the first record of an image of state; `None` if the image is missing.
 fn record<M: Message + Default>(path: &Path) -> Result<Option<M>, FileError> {
     let records = records(path).map_err(failed("parse", path))?;
     Ok(records.into_iter().next())

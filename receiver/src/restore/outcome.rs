@@ -1,7 +1,7 @@
 //! The outcome of a migration, and the durable file in the migration's directory that holds it.
 //!
-//! The outcome is on the disk before anybody acts on it, so that it survives the death of every program
-//! involved: a committed migration runs here, if need be after another restore; an aborted one never does.
+//! The outcome is durable before it is acted on, so that it survives the death of every program involved: a
+//! committed migration runs here, if need be after another restore; an aborted one never does.
 
 use crate::file_error::{FileError, failed};
 use pageferry_common::proc::process::ProcessId;

@@ -37,7 +37,7 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 pub struct Restorer {
     /// CRIU to restore with.
     pub criu: Criu,
-    /// Whether a process runs before its memory is in its place.
+    /// Whether a process is resumed before its memory is filled.
     pub lazy: bool,
     /// Longest time from the beginning of a restore until the process could run.
     pub timeout: Duration,
@@ -154,7 +154,7 @@ impl Restoring {
         kill_tree(self.criu);
     }
 
-    /// Undoes the restore. Returns its last step: it may have come to run all the same.
+    /// Undoes the restore. Returns its last step: [`Progress::Running`] if it was too late.
     pub async fn abort(mut self) -> Progress {
         self.resume_tx = None;
         loop {
@@ -278,7 +278,7 @@ fn report_filler(mut filler: FillerProcess, began: Instant) {
             tracing::info!(
                 event = "memory_filled",
                 seconds,
-                "lazy restore complete: all memory of the process is in its place"
+                "lazy restore complete: all memory of the process is filled"
             );
         }
         result => tracing::error!(

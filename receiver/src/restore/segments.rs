@@ -118,7 +118,7 @@ impl Segments {
     pub fn set_name(&mut self, name: &MemfdName, has_parent: bool) -> Option<u64> {
         let id = self.open?;
         match self.memfds.get(&id) {
-            Some(known) if known.name == *name => {}
+            Some(memfd) if memfd.name == *name => {}
             Some(_) => drop(self.memfds.remove(&id)),
             None if has_parent => return Some(id),
             None => match Memfd::new(name) {
@@ -129,8 +129,8 @@ impl Segments {
         None
     }
 
-    /// Keeps a segment in memory from now on whose rounds so far came over an earlier connection: reads them
-    /// from `pages`.
+    /// Keeps a segment in memory from now on. Its earlier rounds arrived over another connection: reads their
+    /// content from `pages`.
     ///
     /// # Errors
     /// [`FileError`], also if little memory is available.
@@ -287,7 +287,7 @@ impl Prefilled {
         self.0.get(&id)
     }
 
-    /// Returns whether there is no segment.
+    /// Returns whether it has no segments.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()

@@ -1,10 +1,10 @@
-//! Writing to the disk ahead of an fsync.
+//! Writing to the disk ahead of a sync.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
-/// Has the kernel begin to write a range of a file's bytes to the disk, so that an fsync later finds little
-/// left. It promises nothing, so nothing is said of errors: an fsync will.
+/// Asks the kernel to begin writing a range of a file to the disk, so that a later sync has little left to do.
+/// Errors are ignored: this promises nothing, and the sync reports them.
 pub fn begin(file: &File, offset: u64, bytes: u64) {
     let (offset, bytes) = (offset.cast_signed(), bytes.cast_signed());
     // SAFETY: the descriptor is open, and no memory is involved.

@@ -91,8 +91,8 @@ fn write_catalog(
     catalog.write(&mut out)?;
     out.flush()?;
     if start_rx.recv().is_ok() {
-        // End-of-file follows at once. The reader polls the pipe and may have buffered the byte already: the
-        // end makes the pipe readable all the same.
+        // End-of-file follows at once. The reader polls the pipe but may have buffered the byte with the
+        // catalog: the end makes the pipe readable in any case.
         out.write_all(&[0])?;
     }
     Ok(())

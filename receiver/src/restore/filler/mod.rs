@@ -2,9 +2,9 @@
 //!
 //! CRIU connects to a socket of the filler process and hands over a userfaultfd for each restored process.
 //! Pages that a process has faulted on are filled first, then those that were written last, then all others.
-//! When all memory is in its place, the descriptors are closed, and nothing depends on the filler process any
-//! more. Until then everything does: so it is a process of its own, in a session of its own, and outlives the
-//! receiver.
+//! When all memory is filled, the descriptors are closed, and nothing depends on the filler process any more.
+//! Until then the restored processes need it. So it is a process of its own, in a session of its own, and
+//! outlives the receiver.
 
 use crate::file_error::{FileError, failed};
 use crate::image::catalog::Catalog;
@@ -54,7 +54,7 @@ pub enum FillError {
     #[error("cannot fill memory")]
     Io(#[from] io::Error),
     /// The images are of a kind that cannot be restored lazily.
-    #[error("the images do not tell where the stacks are")]
+    #[error("cannot find the stacks in CRIU's images")]
     NoStacks,
 }
 
@@ -84,7 +84,7 @@ fn report(error: &dyn std::error::Error) {
 /// # Errors
 /// [`FillError`]: what CRIU restores is then useless.
 fn run(round: &Path, restored: &Path) -> Result<(), FillError> {
-    // A hang-up of the terminal must not end it. This fails in the leader of a session, which needs it not.
+    // A hang-up of the terminal must not end it. This fails in a session leader, which does not need it.
     let _ = nix::unistd::setsid();
     // The last process to be killed when memory runs out. This needs a privilege.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
