@@ -1,6 +1,7 @@
 //! What the receiver holds of an image: its pages, the round in flight, and content hashes.
 //!
-//! A round may be lost, so a page counts as held only once the receiver has acked the round that announced it.
+//! A round may be lost, so a page counts as held only once the receiver has acked the round that announced
+//! it.
 
 use pageferry_common::{PAGE_SIZE, PageRange, PageSet};
 use std::collections::BTreeMap;
@@ -90,15 +91,15 @@ impl Baseline {
 /// Number of pages in a block of hashes: 2 MiB of memory.
 const BLOCK_PAGES: u64 = 512;
 
-/// Half of BLAKE3's output: no two of 2^32 pages have the same by accident (2^-65), and constructing two that do
-/// takes 2^64 work.
+/// Half of BLAKE3's output: no two of 2^32 pages have the same by accident (2^-65), and constructing two that
+/// do takes 2^64 work.
 type Hash = [u8; 16];
 
 /// Marks a page without a recorded hash.
 const UNKNOWN: Hash = [0; 16];
 
-/// Hashes of the pages of one image as the receiver holds them. They take 16 bytes a page (4 MiB a GiB), allocated
-/// in blocks for 2 MiB of address space.
+/// Hashes of the pages of one image as the receiver holds them. They take 16 bytes a page (4 MiB a GiB),
+/// allocated in blocks for 2 MiB of address space.
 #[derive(Debug)]
 pub struct ContentHashes {
     /// Where pages are compared; `None`: everywhere.
@@ -136,8 +137,8 @@ impl ContentHashes {
         self.scope.is_none()
     }
 
-    /// Compares only the pages of these ranges from now on. Hashes outside of them are dropped, because content
-    /// sent there is no longer recorded.
+    /// Compares only the pages of these ranges from now on. Hashes outside of them are dropped, because
+    /// content sent there is no longer recorded.
     pub fn compare_only(&mut self, ranges: impl Iterator<Item = PageRange>) {
         let mut scope = PageSet::new();
         scope.extend(ranges);
@@ -154,8 +155,8 @@ impl ContentHashes {
         self.scope = Some(scope);
     }
 
-    /// Records the content of the page at `address`, and returns whether it equals the content recorded before.
-    /// Returns `false` and records nothing where pages are not compared.
+    /// Records the content of the page at `address`, and returns whether it equals the content recorded
+    /// before. Returns `false` and records nothing where pages are not compared.
     pub fn record(&mut self, address: u64, page: &[u8]) -> bool {
         let scope = self.scope.as_ref();
         if scope.is_some_and(|scope| !scope.contains(address)) {

@@ -1,5 +1,5 @@
-//! Copies the memory of the target, round by round: what is known of the target together with what the receiver
-//! holds of it.
+//! Copies the memory of the target, round by round: what is known of the target together with what the
+//! receiver holds of it.
 
 use crate::baseline::{Baseline, ContentHashes};
 use crate::copy::pass::{ImageSender, Pass, Scan, Scanned, UnderDump};
@@ -56,8 +56,8 @@ pub struct Copier {
     processes: BTreeMap<i32, Baseline>,
     /// Baselines of the segments in `tree`.
     segments: BTreeMap<SegmentKey, Baseline>,
-    /// Number of pages sent in the last round of images whose writes are not tracked: the best estimate of how
-    /// many of them will be dirty in the next.
+    /// Number of pages sent in the last round of images whose writes are not tracked: the best estimate of
+    /// how many of them will be dirty in the next.
     untracked_sent: u64,
     /// Scratch space for scans.
     runs: Vec<Run>,
@@ -79,8 +79,8 @@ impl Copier {
         })
     }
 
-    /// Lists the mappings of the frozen target, ends the tracker's epoch and begins the next. The cost does not
-    /// depend on the amount of memory, except with soft-dirty bits, which take a walk of the page tables.
+    /// Lists the mappings of the frozen target, ends the tracker's epoch and begins the next. The cost does
+    /// not depend on the amount of memory, except with soft-dirty bits, which take a walk of the page tables.
     ///
     /// # Errors
     /// [`CollectError`]. A process that exited is not an error.
@@ -97,9 +97,9 @@ impl Copier {
         Ok(())
     }
 
-    /// Lists the mappings of a target that something else keeps stopped, and ends the tracker's epoch; no other
-    /// begins. Until [`Copier::assume_untracked_children`] is called, every process is assumed to wait for its
-    /// children.
+    /// Lists the mappings of a target that something else keeps stopped, and ends the tracker's epoch; no
+    /// other begins. Until [`Copier::assume_untracked_children`] is called, every process is assumed to wait
+    /// for its children.
     ///
     /// # Errors
     /// [`CollectError`]. A process that exited is not an error.
@@ -153,9 +153,9 @@ impl Copier {
         }
     }
 
-    /// Looks through the descriptors of every process for segments that no process maps, and for ways in which
-    /// devices write memory. Forgets segments that no process has any more. In a pre-dump round the target runs
-    /// meanwhile.
+    /// Looks through the descriptors of every process for segments that no process maps, and for ways in
+    /// which devices write memory. Forgets segments that no process has any more. In a pre-dump round the
+    /// target runs meanwhile.
     ///
     /// # Errors
     /// [`CollectError::List`]. A process that exited is not an error.
@@ -303,8 +303,8 @@ struct SegmentScan<'a> {
 }
 
 impl SegmentScan<'_> {
-    /// Returns the pages that may have been written since the last round, none if the pass leaves the segment out,
-    /// or `None` if that is unknown and all pages must be compared.
+    /// Returns the pages that may have been written since the last round, none if the pass leaves the segment
+    /// out, or `None` if that is unknown and all pages must be compared.
     fn written(
         &self,
         segment: &Segment,
@@ -313,7 +313,8 @@ impl SegmentScan<'_> {
     ) -> Option<PageSet> {
         let running = pass == Pass::PreCopy;
         let trusted = segment.tracked && (self.children_are_waited_for || running);
-        // CRIU's dump shows whether processes wait for their children: what it disproves is scanned afterwards.
+        // CRIU's dump shows whether processes wait for their children: what it disproves is scanned
+        // afterwards.
         let doubted = segment.tracked && !trusted;
         let direct_io = |pid| self.processes.get(pid).is_some_and(|it| it.direct_io);
         let changes = segment.executable || segment.mappings.iter().any(|it| direct_io(&it.pid));

@@ -15,8 +15,8 @@ use pageferry_common::{BufferPool, ImageId, PAGE_SIZE, PageRange, PageSet};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// Number of pages scanned at once: bounds the list of runs, whatever the size of the mapping. A multiple of every
-/// huge page size, because a hugetlb page is protected as a whole or not at all.
+/// Number of pages scanned at once: bounds the list of runs, whatever the size of the mapping. A multiple of
+/// every huge page size, because a hugetlb page is protected as a whole or not at all.
 const SCAN_WINDOW_PAGES: u64 = (1 << 30) / PAGE_SIZE;
 
 /// Which memory a round scans. The rest is announced as unchanged.
@@ -26,8 +26,8 @@ pub enum Pass {
     PreCopy,
     /// All memory of the stopped target: no page may be missed. The same holds for the passes below.
     Final,
-    /// Memory that CRIU leaves alone while it dumps the stopped processes. CRIU temporarily puts instructions of
-    /// its own into executable mappings, and devices may still be about to write.
+    /// Memory that CRIU leaves alone while it dumps the stopped processes. CRIU temporarily puts instructions
+    /// of its own into executable mappings, and devices may still be about to write.
     DuringDump,
     /// The memory that [`Pass::DuringDump`] left out.
     AfterDump,
@@ -128,7 +128,8 @@ impl ImageSender<'_> {
                 baseline.sent(outcome.announced, outcome.changed);
                 Ok(outcome.sent_pages)
             }
-            // It exited, or called exec: its image ends here, and none of its pages becomes an in-parent entry.
+            // It exited, or called exec: its image ends here, and none of its pages becomes an in-parent
+            // entry.
             Err(StreamError::Source(error))
                 if is_gone(&error) && self.scan.pass.kind() == RoundKind::PreDump =>
             {
@@ -320,8 +321,8 @@ impl Scan<'_> {
     }
 }
 
-/// Marks hugetlb pages as written that look clean but may be new (see [`Vma::is_doubtful`]). A new page is all
-/// zero, and so are its first 4 KiB; the rest need not be read.
+/// Marks hugetlb pages as written that look clean but may be new (see [`Vma::is_doubtful`]). A new page is
+/// all zero, and so are its first 4 KiB; the rest need not be read.
 fn suspect_new_huge_pages(source: &mut dyn PageSource, runs: &mut Vec<Run>) -> io::Result<()> {
     /// The smallest huge page whose writes can be tracked.
     const HUGE_PAGE: u64 = (2 << 20) / PAGE_SIZE;

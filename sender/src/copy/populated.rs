@@ -1,4 +1,4 @@
-//! Finding the populated pages of a shared segment.
+//! Finds the populated pages of a shared segment.
 
 use crate::sys::removed_pages::RemovedPages;
 use nix::unistd::{Whence, lseek64};
@@ -6,33 +6,36 @@ use pageferry_common::{PAGE_SIZE, PageRange};
 use std::fs::File;
 use std::io;
 
-/// Single pages that are looked for one by one before it is better to ask how far it goes on.
-const WALKS_SPARED: u32 = 64;
+/// Number of single pages to look up one by one before the kernel is asked for the end of a populated range.
+const SINGLE_LOOKUPS: u32 = 64;
 
-/// Pages that a removed_pages is asked of at once.
-const WITNESSED: u64 = 512;
+/// Number of pages that [`RemovedPages`] is asked about at once.
+const REMOVED_WINDOW_PAGES: u64 = 512;
 
-/// Finds the populated ranges of a segment, in ascending order: asking the kernel for one takes it time for
-/// each page in it, tens of milliseconds where there are gigabytes.
+/// Finds the populated ranges of a segment, in ascending order. To find the end of one, the kernel visits
+/// each of its pages, which takes tens of milliseconds where it has gigabytes: so this is avoided if only a
+/// few pages are wanted.
 pub struct Populated<'a> {
     file: &'a File,
+    /// The populated range found last.
     last: Option<PageRange>,
-    /// How often the question is not asked.
-    walks: u32,
+    /// Remaining number of single pages to look up.
+    single_lookups: u32,
 }
 
 impl<'a> Populated<'a> {
-    /// Of this segment nothing is known yet.
+    /// Starts a search.
     #[must_use]
     pub fn new(file: &'a File) -> Self {
         Self {
             file,
             last: None,
-            walks: WALKS_SPARED,
+            single_lookups: SINGLE_LOOKUPS,
         }
     }
 
-    /// The first pages from the first of `wanted` on that are populated; there may be more directly behind.
+    /// Returns the first populated range that does not end before the start of `wanted`; more pages may be
+    /// populated directly behind it.
     pub fn at(
         &mut self,
         wanted: PageRange,
@@ -43,16 +46,16 @@ impl<'a> Populated<'a> {
             return Ok(Some(last));
         }
         if let Some(removed_pages) = removed_pages {
-            // What it still has is there.
-            let (mut gone, asked) = (Vec::new(), wanted.split_at(WITNESSED).0);
-            let asked = asked.expect("a range is not empty");
-            let has = removed_pages.missing(asked, &mut gone).is_ok();
-            let end = gone.first().map_or(asked.end(), |gone| gone.start());
-            if let Some(there) = PageRange::from_bounds(offset, end).filter(|_| has) {
+            // Pages that were watched and not removed are populated.
+            let (mut missing, window) = (Vec::new(), wanted.split_at(REMOVED_WINDOW_PAGES).0);
+            let window = window.expect("a range is not empty");
+            let is_known = removed_pages.missing(window, &mut missing).is_ok();
+            let end = missing.first().map_or(window.end(), |first| first.start());
+            if let Some(there) = PageRange::from_bounds(offset, end).filter(|_| is_known) {
                 return Ok(Some(there));
             }
-            if self.walks > 0 {
-                self.walks -= 1;
+            if self.single_lookups > 0 {
+                self.single_lookups -= 1;
                 let next = seek(self.file, offset, Whence::SeekData)?;
                 let page = next.map(|at| at - at % PAGE_SIZE);
                 return Ok(page.and_then(|page| PageRange::new(page, 1).ok()));
@@ -63,12 +66,12 @@ impl<'a> Populated<'a> {
     }
 }
 
-/// The next populated range of a segment at or behind offset `at`.
+/// Returns the next populated range of a segment that ends behind offset `at`.
 fn next_data(file: &File, at: u64) -> io::Result<Option<PageRange>> {
     let Some(start) = seek(file, at, Whence::SeekData)? else {
         return Ok(None);
     };
-    // It may have been truncated between the two questions.
+    // The segment may have been truncated between the two calls.
     let Some(end) = seek(file, start, Whence::SeekHole)? else {
         return Ok(None);
     };
@@ -79,7 +82,7 @@ fn next_data(file: &File, at: u64) -> io::Result<Option<PageRange>> {
     ))
 }
 
-/// The next offset from `offset` on of data, or of none.
+/// Returns the next offset, at or behind `offset`, of data or of a hole; `None` behind the last.
 fn seek(file: &File, offset: u64, whence: Whence) -> io::Result<Option<u64>> {
     match lseek64(file, offset as i64, whence) {
         Ok(offset) => Ok(Some(offset as u64)),

@@ -1,6 +1,7 @@
-//! Reading pages into a buffer: from a process, or from a shared segment.
+//! Reads pages into a buffer, from a process or from a shared segment.
 //!
-//! Both say what *arrived*, packed one after the other; what did not is simply not among it.
+//! Pages may disappear while they are read. So a source reports the ranges that it has read, and packs their
+//! content without gaps.
 
 use crate::target::process::Process;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -10,14 +11,14 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::os::unix::fs::FileExt;
 
-/// Where an image's pages come from.
+/// Source of the pages of an image.
 pub trait PageSource {
-    /// Reads `wanted` (ascending, together no longer than `buffer`) to the front of `buffer`, and
-    /// appends to `arrived` the ranges that were read, in order, without gaps in the buffer.
+    /// Reads `wanted` (in ascending order, together no longer than `buffer`) to the front of `buffer`, and
+    /// appends the ranges that were read to `arrived`, in order. The buffer has no gaps between them.
     ///
     /// # Errors
-    /// Only what ends the whole image: `ESRCH` when the process is gone, `EPERM`. A page that
-    /// cannot be read is no error.
+    /// Errors that end the whole image: `ESRCH` when the process is gone, `EPERM`. A page that cannot be read
+    /// is not an error.
     fn read(
         &mut self,
         wanted: &[PageRange],
@@ -26,8 +27,8 @@ pub trait PageSource {
     ) -> io::Result<()>;
 }
 
-/// A process's private memory: one `process_vm_readv` for a whole chunk's pages, and
-/// `/proc/PID/mem` for what the process itself may not read.
+/// Private memory of a process: read with one `process_vm_readv` for all pages of a chunk, and through
+/// `/proc/PID/mem` where the process itself may not read.
 #[derive(Debug)]
 pub struct ProcessSource<'a> {
     process: &'a Process,
@@ -35,7 +36,7 @@ pub struct ProcessSource<'a> {
 }
 
 impl<'a> ProcessSource<'a> {
-    /// Reads of this process.
+    /// Creates the source for a process.
     #[must_use]
     pub fn new(process: &'a Process) -> Self {
         Self {
@@ -44,7 +45,8 @@ impl<'a> ProcessSource<'a> {
         }
     }
 
-    /// Reads a prefix of `wanted` at once; how many bytes, 0 if not even the first page.
+    /// Reads a prefix of `wanted` in one call. Returns its length in bytes, 0 if the first page cannot be
+    /// read.
     fn read_fast(&mut self, wanted: &[PageRange], buffer: &mut [u8]) -> io::Result<usize> {
         self.remote.clear();
         self.remote.extend(wanted.iter().map(|range| RemoteIoVec {
@@ -59,7 +61,8 @@ impl<'a> ProcessSource<'a> {
         }
     }
 
-    /// Reads a prefix of one range through `/proc/PID/mem`, which asks nobody's permission.
+    /// Reads a prefix of one range through `/proc/PID/mem`, which ignores the protection of the mapping.
+    /// Returns its length in bytes.
     fn read_forced(&self, wanted: PageRange, buffer: &mut [u8]) -> usize {
         let bytes = wanted.bytes() as usize;
         self.process
@@ -77,12 +80,12 @@ impl PageSource for ProcessSource<'_> {
         arrived: &mut Vec<PageRange>,
     ) -> io::Result<()> {
         let mut filled = 0;
-        let mut rest = Rest::of(wanted);
+        let mut rest = Rest::new(wanted);
         while !rest.is_empty() {
             let room = &mut buffer[filled..];
             let fast = self.read_fast(rest.ranges(), room)?;
             filled += rest.advance(fast, |range| arrived.push(range));
-            // Where the fast way stops there is a hole, or memory that only the other way reads.
+            // The fast read stops at a hole, or at memory that only the forced read can access.
             if let Some(next) = rest.first() {
                 let forced = self.read_forced(next, &mut buffer[filled..]);
                 let pages = rest.advance(forced, |range| arrived.push(range));
@@ -92,18 +95,18 @@ impl PageSource for ProcessSource<'_> {
                 }
             }
         }
-        // Only now is it certain that the PID was this process's all the while.
-        match self.process.alive() {
+        // If the process is alive, the PID was not reused during the reads.
+        match self.process.is_alive() {
             true => Ok(()),
             false => Err(io::Error::from_raw_os_error(libc::ESRCH)),
         }
     }
 }
 
-/// A shared segment: read once for the whole tree, by offset in the object.
+/// A shared segment, read by offset.
 #[derive(Debug)]
 pub struct SegmentSource<'a> {
-    /// The object.
+    /// The segment.
     pub file: &'a File,
 }
 
@@ -126,11 +129,11 @@ impl PageSource for SegmentSource<'_> {
                     Ok(0) => break,
                     Ok(bytes) => got += bytes,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    // It shrank, or a page of it is lost.
+                    // The segment was truncated, or a page has a hardware error.
                     Err(_) => break,
                 }
             }
-            // The last page of a segment may be only partly inside it; the rest reads as zero.
+            // The segment may end within its last page; the rest of that page reads as zero.
             let whole = got.next_multiple_of(PAGE_SIZE as usize);
             room[got..whole].fill(0);
             if let (Some(range), _) = range.split_at(whole as u64 / PAGE_SIZE) {
@@ -142,14 +145,14 @@ impl PageSource for SegmentSource<'_> {
     }
 }
 
-/// What is left to read of a list of ranges.
+/// The ranges of a list that are not read yet.
 struct Rest {
     ranges: Vec<PageRange>,
     next: usize,
 }
 
 impl Rest {
-    fn of(wanted: &[PageRange]) -> Self {
+    fn new(wanted: &[PageRange]) -> Self {
         Self {
             ranges: wanted.to_vec(),
             next: 0,
@@ -168,8 +171,8 @@ impl Rest {
         self.ranges().first().copied()
     }
 
-    /// The first `bytes` were read: names the ranges they are, and returns them rounded down to
-    /// whole pages (a partly read page was not read).
+    /// Removes the first `bytes`, rounded down to whole pages, because a page that was read in part counts as
+    /// not read. Calls `read` with their ranges, and returns their number of bytes.
     fn advance(&mut self, bytes: usize, mut read: impl FnMut(PageRange)) -> usize {
         let whole = bytes - bytes % PAGE_SIZE as usize;
         let mut pages = (whole / PAGE_SIZE as usize) as u64;
@@ -202,13 +205,13 @@ mod tests {
     use crate::target::process::namespace_depth;
 
     #[test]
-    fn a_hole_in_the_middle_trims_what_arrived() {
+    fn ranges_around_a_hole_arrive_without_it() {
         let pid = std::process::id() as i32;
         let process = Process::open(pid, pid, namespace_depth(pid).unwrap()).unwrap();
         let memory: Vec<u8> = (0..4 * 4096usize).map(|i| (i / 7) as u8).collect();
         let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
         let good = PageRange::new(start, 2).unwrap();
-        // Nothing is ever mapped that low.
+        // The kernel does not map memory at such a low address.
         let hole = PageRange::new(0x1000, 3).unwrap();
         let mut arrived = Vec::new();
         let mut buffer = vec![0; 8 * 4096];

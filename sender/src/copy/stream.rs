@@ -1,4 +1,5 @@
-//! Turns runs of pages into chunks: collects the pages of one chunk, reads them, and announces only what was read.
+//! Turns runs of pages into chunks: collects the pages of one chunk, reads them, and announces only what was
+//! read.
 
 use crate::baseline::{Baseline, ContentHashes};
 use crate::copy::source::PageSource;
@@ -10,8 +11,9 @@ use pageferry_common::{BufferPool, CHUNK_PAGES, PAGE_SIZE, PageRange, PageSet};
 use std::io;
 use std::time::{Duration, Instant};
 
-/// Greatest number of pieces (ranges to read, or entries to keep) in one chunk. A range may come apart into as many
-/// entries as it has pages, so this and the pages of a chunk together stay below the wire's limit on entries.
+/// Greatest number of pieces (ranges to read, or entries to keep) in one chunk. A range may come apart into
+/// as many entries as it has pages, so this and the pages of a chunk together stay below the wire's limit on
+/// entries.
 const PIECES_MAX: usize = 2048;
 
 /// Greatest number of pages in one entry: the wire has 32 bits for it.
@@ -30,7 +32,8 @@ pub enum StreamError {
     Source(#[source] io::Error),
 }
 
-/// Whether pages that a scan reports as written are reported again if this round fails before they are compared.
+/// Whether pages that a scan reports as written are reported again if this round fails before they are
+/// compared.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScanKind {
     /// A write is reported once: pages count as changed as soon as they are to be read.
@@ -119,8 +122,8 @@ impl<'a> ImageStream<'a> {
         self.outcome.changed = pages;
     }
 
-    /// Adds a run of populated pages, behind all earlier ones. Pages that were not written and that the receiver
-    /// holds are kept (as `kept_kind`, if there is such a kind); the others are read.
+    /// Adds a run of populated pages, behind all earlier ones. Pages that were not written and that the
+    /// receiver holds are kept (as `kept_kind`, if there is such a kind); the others are read.
     ///
     /// # Errors
     /// [`StreamError`].
@@ -230,8 +233,8 @@ impl<'a> ImageStream<'a> {
         Ok(buffer.freeze(len))
     }
 
-    /// Appends an entry for each run of arrived pages of one kind, and moves the data pages to the front of the
-    /// buffer. Returns the length of the data, in bytes.
+    /// Appends an entry for each run of arrived pages of one kind, and moves the data pages to the front of
+    /// the buffer. Returns the length of the data, in bytes.
     fn classify(&mut self, buffer: &mut [u8], entries: &mut Vec<Entry>) -> usize {
         const PAGE: usize = PAGE_SIZE as usize;
         let (mut from, mut to) = (0, 0);

@@ -1,19 +1,22 @@
-//! Content hashes: what needs nothing of the kernel. Every populated page is read every round and
-//! compared by a cryptographic hash with what the receiver holds.
+//! Tracking without support by the kernel: every populated page counts as written, so that every round reads
+//! all pages and compares their hashes with those of the pages that the receiver holds.
 
-use super::pages::Scanner;
+use super::pages::{ScanMode, Scanner};
 use super::{DirtyTracker, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::target::process::Process;
 use crate::target::vma::{Part, Vma};
 use std::io;
 
-/// The tracker: every populated page may have been written.
+/// Tracker for which every populated page may have been written.
 #[derive(Debug)]
 pub struct ContentHash(Scanner);
 
 impl ContentHash {
-    /// Works everywhere.
+    /// Creates the tracker.
+    ///
+    /// # Errors
+    /// Errors of opening `/proc/self/pagemap`.
     pub fn probe() -> io::Result<Self> {
         Scanner::probe().map(Self)
     }
@@ -36,13 +39,15 @@ impl DirtyTracker for ContentHash {
         Ok(())
     }
 
-    fn scan(&mut self, task: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
-        self.0.own_pages(&task.pagemap, part, 0, false, |range, _| {
+    fn scan(&mut self, process: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
+        let add = |range, _| {
             runs.push(Run {
                 range,
                 written: true,
             });
-        })
+        };
+        self.0
+            .own_pages(&process.pagemap, part, 0, ScanMode::Report, add)
     }
 
     fn pending(&mut self, _: &Process, _: &Vma) -> io::Result<Option<u64>> {

@@ -1,9 +1,9 @@
-//! Which pages were written since the last round: three ways behind one trait, probed once.
+//! Finds the pages that were written since the last round: three trackers behind one trait, chosen once.
 //!
-//! [`DirtyTracker::rearm`] ends one epoch and begins the next in one call, so nobody can collect
-//! and forget to arm. What an epoch's bits say is destroyed by reading them; that a page which
-//! could not be read is sent later all the same needs no list of its own: it was not announced,
-//! and only what was announced in the last round can be an in-parent entry.
+//! [`DirtyTracker::rearm`] ends one epoch and begins the next in one call, so that no caller can collect
+//! written pages and forget to arm. A scan may destroy the record of an epoch's writes. A page that a scan
+//! lists but that cannot be read still needs no list of its own: it is not announced, and only a page that
+//! the last round announced can become an in-parent entry.
 
 mod content_hash;
 mod pages;
@@ -19,74 +19,75 @@ use crate::target::vma::{Part, Vma};
 use pageferry_common::PageRange;
 use std::io;
 
-/// The way to find dirty pages, as asked for.
+/// The tracker to use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum TrackerChoice {
-    /// The first that this kernel has of: uffd, soft-dirty, hash.
+    /// The first that this kernel supports of uffd, soft-dirty and hash.
     Auto,
     /// userfaultfd write-protection and PAGEMAP_SCAN (Linux 6.7).
     Uffd,
     /// Soft-dirty bits (CONFIG_MEM_SOFT_DIRTY; never on arm64).
     SoftDirty,
-    /// Compare a hash of every page: needs nothing of the kernel, reads all memory every round.
+    /// A hash of every page: works on every kernel, but reads all memory in every round.
     Hash,
 }
 
-/// A run of populated pages that are alike.
+/// A run of populated pages of one kind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Run {
     /// The pages.
     pub range: PageRange,
-    /// Whether they were written in the epoch that the last rearm ended (or may have been).
+    /// Whether they were, or may have been, written in the epoch that the last rearm ended.
     pub written: bool,
 }
 
-/// Why a tracker cannot go on.
+/// Why the writes of a process cannot be tracked.
 #[derive(Debug, thiserror::Error)]
 pub enum TrackError {
     /// The freezer process failed.
     #[error(transparent)]
     Freeze(#[from] FreezeError),
-    /// The kernel said no.
+    /// A system call failed.
     #[error("cannot track the writes of process {pid}")]
     Io {
-        /// The process.
+        /// PID of the process.
         pid: i32,
-        /// What the kernel said.
+        /// Error of the kernel.
         source: io::Error,
     },
 }
 
-/// One way to find dirty pages.
+/// Finds dirty pages.
 pub trait DirtyTracker {
-    /// Its name, as on the command line.
+    /// Returns the name of the tracker, as on the command line.
     fn name(&self) -> &'static str;
 
-    /// Whether this process's written pages cannot be told apart (everything counts as written),
-    /// so that contents must be compared. Known after its first rearm.
+    /// Returns whether all pages of the process count as written, so that contents must be compared. Valid
+    /// after the first rearm of the process.
     fn untracked(&self, pid: i32) -> bool;
 
-    /// Ends an epoch and begins the next for one process of a stopped tree.
+    /// Ends an epoch and begins the next for one process of the frozen target.
     ///
     /// # Errors
-    /// [`TrackError`]. A process that is gone is not an error.
-    fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Process) -> Result<(), TrackError>;
+    /// [`TrackError`]. A process that exited is not an error.
+    fn rearm(&mut self, frozen: &mut Frozen<'_>, process: &Process) -> Result<(), TrackError>;
 
-    /// Ends the last epoch of one process of a tree that somebody else keeps stopped; none begins.
-    /// What a scan lists as written was, or may have been, written since the last rearm.
+    /// Ends the last epoch for one process of a target that something else keeps stopped; no other begins.
+    /// Pages that a scan lists as written afterwards were, or may have been, written since the last rearm.
     ///
     /// # Errors
-    /// [`TrackError`]. A process that is gone is not an error.
-    fn conclude(&mut self, task: &Process) -> Result<(), TrackError>;
+    /// [`TrackError`]. A process that exited is not an error.
+    fn conclude(&mut self, process: &Process) -> Result<(), TrackError>;
 
-    /// Lists the populated pages of a part of a private mapping, ascending; the tree may run.
+    /// Appends the populated pages of a part of a private mapping to `runs`, in ascending order. The target
+    /// may run.
     ///
     /// # Errors
     /// `ESRCH` if that memory is gone.
-    fn scan(&mut self, task: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()>;
+    fn scan(&mut self, process: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()>;
 
-    /// For each of these mappings of shared segments ([`Process::shared`]), lists the parts through which its
-    /// process may have written, ascending; the tree may run.
+    /// Returns, for each of these mappings of shared segments ([`Process::shared`]), the ranges through which
+    /// its process may have written, in ascending order. The target may run.
     ///
     /// # Errors
     /// `ESRCH` if the memory of one is gone.
@@ -97,22 +98,22 @@ pub trait DirtyTracker {
         Ok(mappings.iter().map(|&(_, range)| vec![range]).collect())
     }
 
-    /// How many pages of a mapping were written so far in the current epoch, if that can be told
-    /// without ending it.
+    /// Returns the number of pages of a mapping that were written so far in the current epoch; `None` if that
+    /// cannot be determined without ending the epoch.
     ///
     /// # Errors
     /// `ESRCH` if that memory is gone.
-    fn pending(&mut self, task: &Process, vma: &Vma) -> io::Result<Option<u64>>;
+    fn pending(&mut self, process: &Process, vma: &Vma) -> io::Result<Option<u64>>;
 
-    /// The round of the last epoch did not arrive, perhaps before every process was scanned. What a scan tells
-    /// once and only once, whoever scanned remembers.
+    /// Records that the round of the last epoch was lost, possibly before every process was scanned. Writes
+    /// that a scan has reported are not reported again: the caller keeps them.
     fn lost(&mut self) {}
 
-    /// The process is gone.
+    /// Drops the state of a process that exited.
     fn forget(&mut self, pid: i32);
 }
 
-/// Why there is no tracker as asked for.
+/// Why the chosen tracker is unavailable.
 #[derive(Debug, thiserror::Error)]
 #[error("this kernel has no {tracker} tracking: {why}")]
 pub struct NoTracker {
@@ -120,21 +121,21 @@ pub struct NoTracker {
     why: String,
 }
 
-/// Finds out once what this kernel can.
+/// Creates a tracker, and checks that this kernel supports it.
 ///
 /// # Errors
-/// [`NoTracker`] if the one asked for is not there.
+/// [`NoTracker`] if the chosen tracker is unavailable.
 pub fn probe(choice: TrackerChoice) -> Result<Box<dyn DirtyTracker>, NoTracker> {
     let uffd = || {
         uffd_wp::UffdWp::probe().map_err(|error| NoTracker {
             tracker: "userfaultfd",
-            why: format!("{error}; it takes Linux 6.7 or later, on x86-64"),
+            why: format!("{error}; it requires Linux 6.7 or later on x86-64"),
         })
     };
     let soft_dirty = || {
         soft_dirty::SoftDirty::probe().map_err(|error| NoTracker {
             tracker: "soft-dirty",
-            why: format!("{error}; it takes CONFIG_MEM_SOFT_DIRTY"),
+            why: format!("{error}; it requires CONFIG_MEM_SOFT_DIRTY"),
         })
     };
     let hash = || -> Result<Box<dyn DirtyTracker>, NoTracker> {
@@ -142,7 +143,7 @@ pub fn probe(choice: TrackerChoice) -> Result<Box<dyn DirtyTracker>, NoTracker> 
             Ok(tracker) => Ok(Box::new(tracker)),
             Err(error) => Err(NoTracker {
                 tracker: "hash",
-                why: format!("{error}; it takes /proc/PID/pagemap"),
+                why: format!("{error}; it requires /proc/PID/pagemap"),
             }),
         }
     };
@@ -155,8 +156,9 @@ pub fn probe(choice: TrackerChoice) -> Result<Box<dyn DirtyTracker>, NoTracker> 
             (Err(_), Ok(tracker)) => Ok(Box::new(tracker)),
             (Err(no_uffd), Err(no_soft_dirty)) => {
                 tracing::warn!(
+                    event = "writes_untracked",
                     %no_uffd, %no_soft_dirty,
-                    "comparing contents: every round reads all memory, and costs 4 MiB of ours a GiB"
+                    "writes cannot be tracked: every round reads all memory; hashes take 4 MiB a GiB"
                 );
                 hash()
             }

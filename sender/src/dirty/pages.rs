@@ -1,4 +1,4 @@
-//! Lists populated private pages: by `PAGEMAP_SCAN`, or on kernels before 6.7 by reading
+//! Lists populated private pages: with `PAGEMAP_SCAN`, or on kernels before 6.7 by reading
 //! `/proc/PID/pagemap`.
 
 use crate::sys::pagemap::{self, Query, Region};
@@ -8,10 +8,20 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-/// Room for the runs that one `PAGEMAP_SCAN` returns: 768 KiB.
+/// Greatest number of runs that one `PAGEMAP_SCAN` returns: 768 KiB.
 const SCAN_ROOM: usize = 32_768;
 
-/// What CRIU would dump of private memory: populated, not the zero page, not the file's.
+/// What a scan does to the written pages that it lists.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScanMode {
+    /// Nothing.
+    Report,
+    /// Write-protects them again, which begins the next epoch. Only `PAGEMAP_SCAN` can.
+    Protect,
+}
+
+/// Returns the query for private memory that CRIU would dump: populated, neither the zero page nor a page of
+/// the mapped file.
 fn own_pages(file: bool) -> Query {
     Query {
         any: pagemap::PRESENT | pagemap::SWAPPED,
@@ -24,7 +34,7 @@ fn own_pages(file: bool) -> Query {
     }
 }
 
-/// Scratch space for scans.
+/// Scans page tables; owns the scratch space for it.
 #[derive(Debug, Clone)]
 pub struct Scanner {
     room: Vec<Region>,
@@ -32,7 +42,7 @@ pub struct Scanner {
 }
 
 impl Scanner {
-    /// Finds out whether the kernel has `PAGEMAP_SCAN`.
+    /// Creates a scanner, and checks whether the kernel has `PAGEMAP_SCAN`.
     pub fn probe() -> io::Result<Self> {
         let mut scanner = Self {
             room: vec![Region::default(); SCAN_ROOM],
@@ -44,24 +54,25 @@ impl Scanner {
         Ok(scanner)
     }
 
-    /// Whether the kernel has `PAGEMAP_SCAN`.
+    /// Returns whether the kernel has `PAGEMAP_SCAN`.
     pub fn has_scan(&self) -> bool {
         self.has_scan
     }
 
-    /// The process's own pages in `part`, each run with those of the categories in `report` that apply.
+    /// Calls `each` with every run of the process's own pages in `part`, and with the categories in `report`
+    /// that apply to it.
     pub fn own_pages(
         &mut self,
         pagemap: &File,
         part: Part,
         report: u64,
-        protect: bool,
+        mode: ScanMode,
         each: impl FnMut(PageRange, u64),
     ) -> io::Result<()> {
         if self.has_scan {
             let query = Query {
                 report,
-                protect,
+                protect: mode == ScanMode::Protect,
                 ..own_pages(part.file)
             };
             self.scan(pagemap, part.range, query, each)
@@ -70,8 +81,8 @@ impl Scanner {
         }
     }
 
-    /// All pages of `range`, there or not, each run with its categories out of `report`, and protects them.
-    /// By `PAGEMAP_SCAN` only.
+    /// Write-protects all pages of `range`, populated or not, and calls `each` with every run of them and the
+    /// categories in `report` that applied to it. Works only with `PAGEMAP_SCAN`.
     pub fn protect_all(
         &mut self,
         pagemap: &File,
@@ -87,7 +98,7 @@ impl Scanner {
         self.scan(pagemap, range, query, each)
     }
 
-    /// [`pagemap::scan_unprotected`].
+    /// Calls [`pagemap::scan_unprotected`] with the scratch space.
     pub fn unprotected_pages(
         &mut self,
         pagemap: &File,
@@ -104,7 +115,7 @@ impl Scanner {
         query: Query,
         mut each: impl FnMut(PageRange, u64),
     ) -> io::Result<()> {
-        // Something is always reported, or neighbours that differ would not be told apart.
+        // Without a category to report, the kernel would not separate neighbours that differ.
         let query = Query {
             report: query.report | pagemap::PRESENT,
             ..query
@@ -117,8 +128,8 @@ impl Scanner {
     }
 }
 
-/// The same from the bits of `/proc/PID/pagemap`. Zero pages look like any others here; they are
-/// recognised when read.
+/// Lists own pages from the bits of `/proc/PID/pagemap`. The zero page cannot be distinguished here: it is
+/// recognised when it is read.
 fn read_pagemap(
     pagemap: &File,
     range: PageRange,
@@ -174,10 +185,10 @@ mod tests {
     use pageferry_common::PageSet;
 
     #[test]
-    fn both_ways_see_the_same_pages() {
+    fn pagemap_scan_and_pagemap_list_the_same_pages() {
         let mut scanner = Scanner::probe().unwrap();
         if !scanner.has_scan() {
-            eprintln!("skipped: this kernel has no PAGEMAP_SCAN to compare with");
+            eprintln!("skipped: this kernel has no PAGEMAP_SCAN");
             return;
         }
         let memory = vec![1u8; 64 << 12];
@@ -185,16 +196,10 @@ mod tests {
         let range = PageRange::new(start, 64).unwrap();
         let pagemap = File::open("/proc/self/pagemap").unwrap();
         let (mut by_scan, mut by_read) = (PageSet::new(), PageSet::new());
+        let part = Part { range, file: false };
+        let add = |range, _| by_scan.insert(range);
         scanner
-            .own_pages(
-                &pagemap,
-                Part { range, file: false },
-                0,
-                false,
-                |range, _| {
-                    by_scan.insert(range);
-                },
-            )
+            .own_pages(&pagemap, part, 0, ScanMode::Report, add)
             .unwrap();
         read_pagemap(&pagemap, range, |range, _| by_read.insert(range)).unwrap();
         assert_eq!(by_scan, by_read);

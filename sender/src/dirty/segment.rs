@@ -6,9 +6,9 @@ use crate::target::segment::Segment;
 use pageferry_common::PageSet;
 use std::collections::BTreeMap;
 
-/// Returns the pages of a segment that were written through its mappings since the tracker's last rearm, or that
-/// were removed from it, of those that the receiver has (`held`). Returns `None` if that is unknown. In any case
-/// the scan begins the next epoch of the mappings.
+/// Returns the pages of a segment that were written through its mappings since the tracker's last rearm, or
+/// that were removed from it, of those that the receiver has (`held`). Returns `None` if that is unknown. In
+/// any case the scan begins the next epoch of the mappings.
 pub fn written_to_segment(
     segment: &Segment,
     processes: &BTreeMap<i32, Process>,

@@ -1,8 +1,8 @@
-//! userfaultfd write-protection, asynchronous: the kernel clears a page's protection at its first
-//! write by itself, and `PAGEMAP_SCAN` lists and protects the written ones in one atomic step,
-//! while the target runs.
+//! Tracking with asynchronous userfaultfd write-protection: the kernel itself removes the protection of a
+//! page at its first write, and `PAGEMAP_SCAN` lists the written pages and protects them again in one atomic
+//! step, while the target runs.
 
-use super::pages::Scanner;
+use super::pages::{ScanMode, Scanner};
 use super::{DirtyTracker, Run, TrackError};
 use crate::freeze::Frozen;
 use crate::sys::pagemap::{PRESENT, SWAPPED, WPALLOWED, WRITTEN};
@@ -10,55 +10,56 @@ use crate::sys::uffd::Uffd;
 use crate::target::process::Process;
 use crate::target::vma::{Part, Vma};
 use pageferry_common::PageRange;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::num::NonZero;
 use std::thread;
 
-/// See the module.
+/// Tracker that uses userfaultfd write-protection.
 #[derive(Debug)]
 pub struct UffdWp {
     scanner: Scanner,
+    /// Tracked processes, by PID.
     armed: HashMap<i32, Armed>,
-    /// Processes that cannot have one: all their pages count as written, always.
-    without: HashMap<i32, String>,
-    /// No epoch follows: pages are no longer protected again when they are listed. Mappings that came
-    /// after the last rearm are not registered, and would be left out.
+    /// PIDs of processes that cannot have a userfaultfd: all their pages count as written.
+    untrackable: HashSet<i32>,
+    /// Whether no epoch follows, so that listed pages are not protected again. A scan that protects would
+    /// leave out mappings that were added after the last rearm, because they are not registered.
     concluded: bool,
 }
 
-/// One process's tracking.
+/// The tracking of one process.
 #[derive(Debug)]
 struct Armed {
-    /// Closing it unregisters the mappings.
+    /// The userfaultfd; closing it unregisters the mappings.
     uffd: Uffd,
-    /// Mappings that cannot be tracked (another userfaultfd has them, or the kernel would not):
-    /// all their pages count as written. Ascending.
+    /// Mappings that cannot be tracked, because another userfaultfd has them or the kernel refused, in
+    /// ascending order: all their pages count as written.
     untracked: Vec<PageRange>,
 }
 
 impl Armed {
-    /// Registers every mapping that can be tracked; what was registered before costs next to
-    /// nothing. `None` if the userfaultfd belongs to a memory that is gone.
-    fn new(uffd: Uffd, task: &Process) -> Option<Self> {
+    /// Registers every mapping that can be tracked; registering one again takes almost no time. Returns
+    /// `None` if the memory that the userfaultfd belongs to is gone.
+    fn new(uffd: Uffd, process: &Process) -> Option<Self> {
         let mut untracked = Vec::new();
         let (mut tried, mut gone) = (0, 0);
-        let shared = |vma: &Vma| task.shared.binary_search(&vma.range).is_ok();
+        let shared = |vma: &Vma| process.shared.binary_search(&vma.range).is_ok();
         let tracked = |vma: &&Vma| vma.is_private() || shared(vma);
-        for vma in task.vmas.iter().filter(tracked) {
-            // Registered, a file's code would lose the kernel's fault-around, and its pages are
-            // hardly ever the process's own. What is, is sent.
+        for vma in process.vmas.iter().filter(tracked) {
+            // Registration would disable fault-around for the code of a file, which hardly ever has pages of
+            // the process's own. Those that it has are sent in each round.
             if vma.file_code {
                 untracked.push(vma.range);
                 continue;
             }
             tried += 1;
             if let Err(error) = uffd.register(vma.range) {
-                tracing::debug!(task.pid, %vma.range, %error, "not tracked");
+                tracing::debug!(process.pid, %vma.range, %error, "mapping not tracked");
                 untracked.push(vma.range);
                 gone += u32::from(matches!(
                     error.raw_os_error(),
-                    // What the kernel says depends on its version.
+                    // The error depends on the version of the kernel.
                     Some(libc::ESRCH | libc::ENOMEM)
                 ));
             }
@@ -74,7 +75,11 @@ impl Armed {
 }
 
 impl UffdWp {
-    /// Finds out whether this kernel can.
+    /// Creates the tracker, and checks that the kernel supports it.
+    ///
+    /// # Errors
+    /// Errors of the kernel; `Unsupported` on other architectures than x86-64, `ENOTTY` without
+    /// `PAGEMAP_SCAN`.
     pub fn probe() -> io::Result<Self> {
         if !cfg!(target_arch = "x86_64") {
             return Err(io::ErrorKind::Unsupported.into());
@@ -85,43 +90,43 @@ impl UffdWp {
             return Err(io::Error::from_raw_os_error(libc::ENOTTY));
         }
         if uffd.mremap_keeps_protection()? {
-            return Err(io::Error::other("it does not see that pages were moved"));
+            return Err(io::Error::other("write-protection survives mremap"));
         }
         Ok(Self {
             scanner,
             armed: HashMap::new(),
-            without: HashMap::new(),
+            untrackable: HashSet::new(),
             concluded: false,
         })
     }
 
     fn scan_one_shared(
         &self,
-        task: &Process,
+        process: &Process,
         range: PageRange,
         scanner: &mut Scanner,
     ) -> io::Result<Vec<PageRange>> {
-        if !self.tracks(task.pid, range) {
+        if !self.tracks(process.pid, range) {
             return Ok(vec![range]);
         }
         let mut written: Vec<PageRange> = Vec::new();
-        // Neighbours are one, or there would be as many as pages that are there beside pages that are not.
+        // Adjacent ranges are joined, or the list would alternate with every populated page.
         let mut add = |next: PageRange| match written.last_mut() {
             Some(last) if last.end() == next.start() => {
-                *last = last.joined(next).expect("they are neighbours");
+                *last = last.joined(next).expect("they are adjacent");
             }
             _ => written.push(next),
         };
         if self.concluded {
-            scanner.unprotected_pages(&task.pagemap, range, add)?;
+            scanner.unprotected_pages(&process.pagemap, range, add)?;
             return Ok(written);
         }
         let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
         let mut end = range.start();
-        // Protecting leaves a marker for every page that is not there. So one without has been there since,
-        // written or not, and is gone again; or the mapping is a new one. What the kernel leaves out is not
-        // protected.
-        scanner.protect_all(&task.pagemap, range, report, |found, bits| {
+        // Protecting leaves a marker for every missing page. A missing page without a marker was populated
+        // since, written or not, and removed again; or the mapping is new. Pages that the kernel leaves out
+        // are not protected.
+        scanner.protect_all(&process.pagemap, range, report, |found, bits| {
             PageRange::from_bounds(end, found.start())
                 .into_iter()
                 .for_each(&mut add);
@@ -147,32 +152,33 @@ impl DirtyTracker for UffdWp {
         "uffd"
     }
 
-    fn rearm(&mut self, frozen: &mut Frozen<'_>, task: &Process) -> Result<(), TrackError> {
-        // If an end came to nothing.
+    fn rearm(&mut self, frozen: &mut Frozen<'_>, process: &Process) -> Result<(), TrackError> {
+        // A hand-over may have failed after `conclude`.
         self.concluded = false;
-        if let Some(before) = self.armed.remove(&task.pid)
-            && let Some(armed) = Armed::new(before.uffd, task)
+        if let Some(before) = self.armed.remove(&process.pid)
+            && let Some(armed) = Armed::new(before.uffd, process)
         {
-            self.armed.insert(task.pid, armed);
+            self.armed.insert(process.pid, armed);
             return Ok(());
         }
-        // A new process, or a new memory: it called exec.
-        if self.without.contains_key(&task.pid) {
+        // The process is new, or it called exec and has new memory.
+        if self.untrackable.contains(&process.pid) {
             return Ok(());
         }
-        let made = frozen.userfaultfd(task.pid)?.and_then(|fd| {
+        let made = frozen.userfaultfd(process.pid)?.and_then(|fd| {
             let uffd = Uffd::handshake(fd).map_err(|error| error.to_string())?;
-            Armed::new(uffd, task).ok_or_else(|| "no mapping can be registered".to_owned())
+            Armed::new(uffd, process).ok_or_else(|| "no mapping can be registered".to_owned())
         });
         match made {
-            Ok(armed) => drop(self.armed.insert(task.pid, armed)),
+            Ok(armed) => drop(self.armed.insert(process.pid, armed)),
             Err(why) => {
                 tracing::warn!(
-                    task.pid,
+                    event = "process_untracked",
+                    process.pid,
                     why,
-                    "its writes cannot be tracked: every round compares its memory by content"
+                    "writes of the process cannot be tracked: every round compares its memory by content"
                 );
-                self.without.insert(task.pid, why);
+                self.untrackable.insert(process.pid);
             }
         }
         Ok(())
@@ -183,15 +189,18 @@ impl DirtyTracker for UffdWp {
         Ok(())
     }
 
-    fn scan(&mut self, task: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
-        // Asked to protect, the kernel leaves out mappings that it cannot protect.
-        let tracked = self.tracks(task.pid, part.range);
-        let protect = tracked && !self.concluded;
+    fn scan(&mut self, process: &Process, part: Part, runs: &mut Vec<Run>) -> io::Result<()> {
+        // A scan that protects leaves out mappings that cannot be protected.
+        let tracked = self.tracks(process.pid, part.range);
+        let mode = match tracked && !self.concluded {
+            true => ScanMode::Protect,
+            false => ScanMode::Report,
+        };
         let report = WRITTEN | WPALLOWED | PRESENT | SWAPPED;
         self.scanner
-            .own_pages(&task.pagemap, part, report, protect, |range, categories| {
-                // A protected page of a file mapping that was given back leaves a marker, which
-                // looks like a protected page in swap. Reading tells: the file's page or swap's.
+            .own_pages(&process.pagemap, part, report, mode, |range, categories| {
+                // A protected page of a file mapping that was given back leaves a marker, which looks like a
+                // protected page in swap. Only reading the page distinguishes them.
                 let marker = part.file && categories & (PRESENT | SWAPPED) == SWAPPED;
                 let clean = categories & (WRITTEN | WPALLOWED) == WPALLOWED;
                 let written = !tracked || marker || !clean;
@@ -203,7 +212,7 @@ impl DirtyTracker for UffdWp {
         &mut self,
         mappings: &[(&Process, PageRange)],
     ) -> io::Result<Vec<Vec<PageRange>>> {
-        // Processes that share much are many.
+        // Large segments are often mapped by many processes.
         let threads = thread::available_parallelism().map_or(1, NonZero::get);
         let share = mappings.len().div_ceil(threads).max(1);
         let this = &*self;
@@ -212,8 +221,8 @@ impl DirtyTracker for UffdWp {
             for mappings in mappings.chunks(share) {
                 let mut scanner = this.scanner.clone();
                 let work = move || {
-                    let scan = |&(task, range): &(&Process, PageRange)| {
-                        this.scan_one_shared(task, range, &mut scanner)
+                    let scan = |&(process, range): &(&Process, PageRange)| {
+                        this.scan_one_shared(process, range, &mut scanner)
                     };
                     mappings.iter().map(scan).collect::<io::Result<Vec<_>>>()
                 };
@@ -228,25 +237,30 @@ impl DirtyTracker for UffdWp {
         })
     }
 
-    fn pending(&mut self, task: &Process, vma: &Vma) -> io::Result<Option<u64>> {
-        let tracked = self.tracks(task.pid, vma.range);
+    fn pending(&mut self, process: &Process, vma: &Vma) -> io::Result<Option<u64>> {
+        let tracked = self.tracks(process.pid, vma.range);
         let report = WRITTEN | WPALLOWED;
         let mut pages = 0;
-        self.scanner
-            .own_pages(&task.pagemap, vma.part(), report, false, |range, bits| {
+        self.scanner.own_pages(
+            &process.pagemap,
+            vma.part(),
+            report,
+            ScanMode::Report,
+            |range, bits| {
                 if !tracked || bits & report != WPALLOWED {
                     pages += range.pages();
                 }
-            })?;
+            },
+        )?;
         Ok(Some(pages))
     }
 
     fn untracked(&self, pid: i32) -> bool {
-        self.without.contains_key(&pid)
+        self.untrackable.contains(&pid)
     }
 
     fn forget(&mut self, pid: i32) {
         self.armed.remove(&pid);
-        self.without.remove(&pid);
+        self.untrackable.remove(&pid);
     }
 }

@@ -1,4 +1,4 @@
-//! What the descriptors of a process tell of its memory.
+//! What the descriptors of a process reveal about its memory: segments that no process maps, and direct I/O.
 
 use crate::target::segment::SegmentKey;
 use crate::target::vma::{Device, KernelMounts};
@@ -6,20 +6,23 @@ use pageferry_common::proc::read_lossy;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 
-/// What a process's descriptors tell of its memory.
+/// What the descriptors of a process reveal.
 #[derive(Debug, Default)]
 pub struct Descriptors {
-    /// Segments it holds open, mapped or not.
+    /// Segments that the process has open, mapped or not.
     pub segments: Vec<(SegmentKey, File)>,
-    /// It lets devices write into its memory: `O_DIRECT` files, io_uring's registered buffers.
+    /// Whether devices may write to its memory: it has an `O_DIRECT` file, or an io_uring with registered
+    /// buffers.
     pub direct_io: bool,
 }
 
-/// Looks through the descriptors of a process. One that is closed meanwhile is no error.
+/// Looks through the descriptors of a process. One that is closed meanwhile is not an error.
 ///
 /// # Errors
-/// Those of `/proc`; `NotFound` or `ESRCH` if it is gone. What is not looked through might hold memory.
+/// Errors of `/proc`; `NotFound` or `ESRCH` if the process is gone. Every error counts, because a descriptor
+/// that cannot be inspected might hold memory.
 pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
     let mut found = Descriptors::default();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
@@ -30,35 +33,40 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
         };
         let target = target.as_os_str().as_encoded_bytes();
         if target.starts_with(b"/memfd:") {
-            // Looked at before it is opened: a FIFO may have any name, and would block.
-            let Ok(metadata) = fs::metadata(&path) else {
-                continue;
-            };
-            let device = Device::from_raw(metadata.dev());
-            if !mounts.holds(device) {
-                continue;
-            }
-            match File::open(&path) {
-                Ok(file) => {
-                    let inode = metadata.ino();
-                    found.segments.push((SegmentKey { device, inode }, file));
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
-            }
+            found.segments.extend(open_segment(&path, mounts)?);
         } else if target.starts_with(b"/") || target == b"anon_inode:[io_uring]" {
             let info = entry.file_name();
             let info = info.to_string_lossy();
             let info = read_lossy(format!("/proc/{pid}/fdinfo/{info}")).unwrap_or_default();
-            found.direct_io |= writes_past_page_tables(&info);
+            found.direct_io |= does_direct_io(&info);
         }
     }
     Ok(found)
 }
 
-/// Whether `/proc/PID/fdinfo/N` tells of a descriptor through which a device writes memory.
+/// Opens the segment behind a descriptor; `None` if it is not a segment, or was closed.
+fn open_segment(path: &Path, mounts: &KernelMounts) -> io::Result<Option<(SegmentKey, File)>> {
+    // The type is checked before it is opened: a FIFO can have the name of a memfd, and opening it would
+    // block.
+    let Ok(metadata) = fs::metadata(path) else {
+        return Ok(None);
+    };
+    let device = Device::from_raw(metadata.dev());
+    if !mounts.holds(device) {
+        return Ok(None);
+    }
+    let inode = metadata.ino();
+    match File::open(path) {
+        Ok(file) => Ok(Some((SegmentKey { device, inode }, file))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Returns whether a device can write to memory through the descriptor whose `/proc/PID/fdinfo/N` has this
+/// content.
 #[must_use]
-pub fn writes_past_page_tables(info: &str) -> bool {
+pub fn does_direct_io(info: &str) -> bool {
     info.lines().any(|line| {
         let Some((field, value)) = line.split_once(':') else {
             return false;
@@ -79,15 +87,15 @@ mod tests {
     use std::io::Write;
 
     #[test]
-    fn direct_io_shows_in_fdinfo() {
-        assert!(writes_past_page_tables("pos:\t0\nflags:\t0140002\n"));
-        assert!(!writes_past_page_tables("pos:\t0\nflags:\t0100002\n"));
-        assert!(writes_past_page_tables("UserFiles:\t0\nUserBufs:\t3\n"));
-        assert!(!writes_past_page_tables("UserBufs:\t0\n"));
+    fn fdinfo_reveals_direct_io() {
+        assert!(does_direct_io("pos:\t0\nflags:\t0140002\n"));
+        assert!(!does_direct_io("pos:\t0\nflags:\t0100002\n"));
+        assert!(does_direct_io("UserFiles:\t0\nUserBufs:\t3\n"));
+        assert!(!does_direct_io("UserBufs:\t0\n"));
     }
 
     #[test]
-    fn a_memfd_is_found_by_its_descriptor() {
+    fn memfd_is_found_by_its_descriptor() {
         let mounts = KernelMounts::probe().unwrap();
         let flags = nix::sys::memfd::MFdFlags::empty();
         let mut memfd = File::from(nix::sys::memfd::memfd_create("x", flags).unwrap());

@@ -1,4 +1,4 @@
-//! What a tree needs of the file system where it runs on.
+//! The files that the target needs at its destination.
 
 use pageferry_common::needed_files::{FILES_MAX, NeededFile};
 use pageferry_common::proc::maps::{self, Mapping};
@@ -7,13 +7,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io;
 
-/// The executables and libraries that the processes have mapped, as many as a receiver compares. None of a
-/// process that sees other file systems than we: its container's image is not ours to compare.
+/// Returns the executables and libraries that the processes have mapped, at most as many as a receiver
+/// compares. Leaves out processes with other file systems than the sender, because the files of a container
+/// cannot be compared.
 #[must_use]
 pub fn needed_files(pids: impl Iterator<Item = i32>) -> Vec<NeededFile> {
     let mut paths = BTreeSet::new();
     for pid in pids {
-        // One that is gone meanwhile needs none.
+        // A process that has exited needs no files.
         if sees_our_files(pid).unwrap_or(false) {
             let maps = fs::read(format!("/proc/{pid}/maps")).unwrap_or_default();
             paths.extend(maps::lines(&maps).filter_map(executable).map(str::to_owned));
@@ -24,17 +25,21 @@ pub fn needed_files(pids: impl Iterator<Item = i32>) -> Vec<NeededFile> {
     let files = paths.into_iter().take(FILES_MAX as usize);
     if files.len() < found {
         let left_out = found - files.len();
-        tracing::warn!(left_out, "not all files that it needs are compared");
+        tracing::warn!(
+            left_out,
+            "some files that the target needs are not compared"
+        );
     }
     let files = files.filter_map(|path| {
         let file = NeededFile::at(&path);
-        // CRIU knows what to do about it, or says so.
-        file.inspect_err(|error| tracing::debug!(path, %error, "not compared"))
+        // If it cannot do without the file, CRIU reports that.
+        file.inspect_err(|error| tracing::debug!(path, %error, "file not compared"))
             .ok()
     });
     files.collect()
 }
 
+/// Returns whether the process has the mount namespace and the root directory of this program.
 fn sees_our_files(pid: i32) -> io::Result<bool> {
     let of = |pid: &str| -> io::Result<_> {
         let namespace = fs::read_link(format!("/proc/{pid}/ns/mnt"))?;
@@ -43,11 +48,11 @@ fn sees_our_files(pid: i32) -> io::Result<bool> {
     Ok(of(&pid.to_string())? == of("self")?)
 }
 
-/// The path in a line of `/proc/PID/maps` if it is code of a file that has one.
+/// Returns the path in a line of `/proc/PID/maps` that maps code of a file with a path.
 #[must_use]
 pub fn executable(line: &[u8]) -> Option<&str> {
     let mapping = Mapping::parse(line).filter(|mapping| mapping.execute)?;
-    // Paths may be any bytes, but for us they are text.
+    // The wire carries paths as text; others are left out.
     let path = str::from_utf8(mapping.name).ok()?;
     let plain = path.starts_with('/') && !path.ends_with(" (deleted)") && !path.contains('\\');
     plain.then_some(path)
@@ -59,7 +64,7 @@ mod tests {
     use std::process::Command;
 
     #[test]
-    fn code_of_files_is_needed() {
+    fn mapped_code_is_needed() {
         let line = "7f00-7f01 r-xp 00001000 08:01 17                 /usr/lib/a b.so";
         assert_eq!(executable(line.as_bytes()), Some("/usr/lib/a b.so"));
         for other in [
@@ -77,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_too_long_to_be_told_is_left_out() {
+    fn path_too_long_for_the_wire_is_left_out() {
         let dir = std::env::temp_dir().join(format!("pageferry-deep-{}", std::process::id()));
         let deep = (0..6).fold(dir.clone(), |path, _| path.join("d".repeat(200)));
         fs::create_dir_all(&deep).unwrap();
@@ -88,7 +93,7 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         fs::remove_dir_all(dir).unwrap();
-        // The program itself is mapped by the time that it has been started.
+        // Command::spawn returns after exec: the program is mapped.
         assert!(
             needed.iter().all(|file| file.path.len() <= STRING_MAX),
             "{needed:?}"

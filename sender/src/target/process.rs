@@ -1,4 +1,4 @@
-//! One process of the tree, as remembered from round to round.
+//! A process of the target, and what `/proc` reports about it.
 
 use crate::sys::pidfd;
 use crate::target::vma::{Class, Vma};
@@ -9,37 +9,38 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-/// One process of the tree.
+/// One process of the target.
 #[derive(Debug)]
 pub struct Process {
-    /// Its PID, as this program's PID namespace counts.
+    /// PID in the PID namespace of this program.
     pub pid: i32,
-    /// A thread of it that lives: its leader may have ended before the rest, and then the PID names
-    /// no memory and no descriptors any more.
+    /// A live thread. The leader may have exited before the other threads; then the PID gives no access to
+    /// the memory and the descriptors any more.
     pub tid: i32,
-    /// Its PID, as the tree's own PID namespace counts: the one in image names.
+    /// PID in the PID namespace of the target, which image names contain.
     pub vpid: u32,
-    /// Its mappings at the last freeze, ascending.
+    /// Mappings at the last freeze, in ascending order.
     pub vmas: Vec<Vma>,
-    /// Where it maps segments whose writes are to be tracked, ascending.
+    /// Mappings of segments whose writes are tracked, in ascending order.
     pub shared: Vec<PageRange>,
-    /// Page faults of its children that it has waited for, at the last freeze; `None` if it need not wait
-    /// for them.
-    pub children_faults: Option<u64>,
-    /// Its page table, opened at the last freeze: stays with that memory even if it execs.
+    /// Page table, opened at the last freeze: it stays with the memory of that time even if the process calls
+    /// exec.
     pub pagemap: File,
-    /// Its memory, opened at the last freeze: reads what it may not read itself.
+    /// Memory, opened at the last freeze: also reads pages that the process itself may not read.
     pub memory: File,
-    /// Devices may write its memory behind every write-protection's back.
+    /// Whether devices may write to the memory, which write-protection does not detect.
     pub direct_io: bool,
+    /// Page faults of children that the process has waited for, at the last freeze; `None` if it need not
+    /// wait for them.
+    children_faults: Option<u64>,
     pidfd: OwnedFd,
 }
 
 impl Process {
-    /// A process met for the first time.
+    /// Opens a process that was not known before.
     ///
     /// # Errors
-    /// Those of `/proc`; `NotFound` or `ESRCH` if it is gone.
+    /// Errors of `/proc`; `NotFound` or `ESRCH` if the process is gone.
     pub fn open(pid: i32, tid: i32, namespace_depth: usize) -> io::Result<Self> {
         Ok(Self {
             pid,
@@ -47,15 +48,15 @@ impl Process {
             vpid: pid_in_namespace(tid, namespace_depth)?,
             vmas: Vec::new(),
             shared: Vec::new(),
-            children_faults: None,
             pagemap: open_pagemap(tid)?,
             memory: open_memory(tid)?,
             direct_io: false,
+            children_faults: None,
             pidfd: pidfd::open(pid)?,
         })
     }
 
-    /// Opens what belongs to the memory the process has now.
+    /// Opens the memory that the process has now.
     ///
     /// # Errors
     /// As [`Process::open`].
@@ -66,8 +67,8 @@ impl Process {
         Ok(())
     }
 
-    /// Looks at what tells of children that it had: any child has page faults, which are added up here when
-    /// the parent has waited for it. Returns whether there was none to tell of since the last time.
+    /// Returns whether the process is known not to have waited for a child since the last call. Every child
+    /// has page faults, and the kernel adds them to those of its parent when the parent waits for it.
     ///
     /// # Errors
     /// As [`Process::open`].
@@ -77,19 +78,20 @@ impl Process {
         Ok(now.is_some() && now == before)
     }
 
-    /// Whether it still is the process it was (not a later one of the same number).
+    /// Returns whether the process is alive; a later process with the same PID does not count.
     #[must_use]
-    pub fn alive(&self) -> bool {
+    pub fn is_alive(&self) -> bool {
         pidfd::is_alive(self.pidfd.as_fd())
     }
 
-    /// Whether one of its own mappings may change while CRIU dumps it ([`crate::target::tree::Pass::DuringDump`]).
+    /// Returns whether one of its mappings may change while CRIU dumps the stopped process: CRIU runs code of
+    /// its own there, the kernel may write to it, or a device may.
     #[must_use]
     pub fn may_change_during_dump(&self, vma: &Vma) -> bool {
         self.direct_io || vma.executable || vma.class == Class::Whole
     }
 
-    /// Its image.
+    /// Returns the name of its image.
     #[must_use]
     pub fn image(&self) -> ImageId {
         ImageId::Process(self.vpid)
@@ -104,31 +106,32 @@ fn open_memory(tid: i32) -> io::Result<File> {
     File::open(format!("/proc/{tid}/mem"))
 }
 
-/// See [`Process::reaped_no_child`].
+/// Returns the page faults of the children that a process has waited for; `None` if it need not wait for
+/// them.
 fn children_faults(pid: i32) -> io::Result<Option<u64>> {
     let status = fs::read(format!("/proc/{pid}/status"))?;
     children_faults_in(&status, &fs::read(format!("/proc/{pid}/stat"))?)
 }
 
-/// The page faults of children that a process has waited for, by its `status` and `stat` in `/proc`; `None` if
-/// it need not wait for them.
+/// Returns the page faults of the children that a process has waited for, from the content of
+/// `/proc/PID/status` and `/proc/PID/stat`; `None` if it need not wait for them.
 ///
 /// # Errors
-/// `InvalidData` if that is not in them.
+/// `InvalidData` if a field is missing.
 pub fn children_faults_in(status: &[u8], stat: &[u8]) -> io::Result<Option<u64>> {
     let bad =
         |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("no {what} in /proc"));
     let ignored = status::mask(status, "SigIgn").ok_or_else(|| bad("SigIgn"))?;
-    // Who ignores the signal is not told of its children, and need not wait for them.
+    // A process that ignores SIGCHLD need not wait for its children.
     if ignored >> (libc::SIGCHLD - 1) & 1 != 0 {
         return Ok(None);
     }
-    // Only whether it changes matters.
+    // Used only to detect a change.
     let faults = Stat::parse(stat).and_then(Stat::child_faults);
     faults.map(Some).ok_or_else(|| bad("cminflt"))
 }
 
-/// The PIDs of a process in the nested PID namespaces from ours inwards, at least one.
+/// Returns the PIDs of a process in its nested PID namespaces, ours first; at least one.
 fn nested_pids(tid: i32) -> io::Result<Vec<u32>> {
     let pids = status::nested_pids(&fs::read(format!("/proc/{tid}/status"))?);
     match pids.is_empty() {
@@ -140,21 +143,21 @@ fn nested_pids(tid: i32) -> io::Result<Vec<u32>> {
     }
 }
 
-/// How many PID namespaces deep a process is, from ours at 1.
+/// Returns the number of PID namespaces that a process is in, counted from ours at 1.
 ///
 /// # Errors
-/// Those of `/proc`.
+/// Errors of reading `/proc`.
 pub fn namespace_depth(tid: i32) -> io::Result<usize> {
     Ok(nested_pids(tid)?.len())
 }
 
-/// The PID of a process in the PID namespace so deep.
+/// Returns the PID of a process in the PID namespace at this depth.
 ///
 /// # Errors
-/// Those of `/proc`.
+/// Errors of reading `/proc`.
 pub fn pid_in_namespace(tid: i32, depth: usize) -> io::Result<u32> {
     let pids = nested_pids(tid)?;
-    // A process of the tree cannot be outside the root's namespace, only deeper.
+    // A process of the target is in the namespace of its root or in a deeper one.
     Ok(pids[(depth - 1).min(pids.len() - 1)])
 }
 
@@ -164,7 +167,7 @@ mod tests {
     use std::io::{BufRead, Write};
 
     #[test]
-    fn a_child_that_came_and_went_shows() {
+    fn child_that_came_and_went_is_noticed() {
         let script = "read a; true & wait; echo; read a";
         let mut shell = std::process::Command::new("sh")
             .args(["-c", &format!("echo; {script}")])
@@ -174,22 +177,22 @@ mod tests {
             .unwrap();
         let pid = shell.id() as i32;
         let depth = namespace_depth(pid).unwrap();
-        let mut task = Process::open(pid, pid, depth).unwrap();
+        let mut process = Process::open(pid, pid, depth).unwrap();
         let mut lines = std::io::BufReader::new(shell.stdout.take().unwrap()).lines();
         lines.next().unwrap().unwrap();
-        assert!(!task.reaped_no_child().unwrap());
-        assert!(task.reaped_no_child().unwrap());
+        assert!(!process.reaped_no_child().unwrap());
+        assert!(process.reaped_no_child().unwrap());
         let mut stdin = shell.stdin.take().unwrap();
         writeln!(stdin).unwrap();
         lines.next().unwrap().unwrap();
-        assert!(!task.reaped_no_child().unwrap());
-        assert!(task.reaped_no_child().unwrap());
+        assert!(!process.reaped_no_child().unwrap());
+        assert!(process.reaped_no_child().unwrap());
         drop(stdin);
         shell.wait().unwrap();
     }
 
     #[test]
-    fn who_ignores_its_children_need_not_tell_of_them() {
+    fn process_that_ignores_sigchld_has_no_count_of_faults() {
         assert!(
             children_faults(std::process::id() as i32)
                 .unwrap()
@@ -214,11 +217,11 @@ mod tests {
     }
 
     #[test]
-    fn this_process_can_be_met() {
+    fn own_process_can_be_opened() {
         let pid = std::process::id() as i32;
         let depth = namespace_depth(pid).unwrap();
-        let task = Process::open(pid, pid, depth).unwrap();
-        assert!(task.alive());
-        assert!(task.vpid > 0);
+        let process = Process::open(pid, pid, depth).unwrap();
+        assert!(process.is_alive());
+        assert!(process.vpid > 0);
     }
 }

@@ -1,8 +1,8 @@
 //! Shared segments of the target: anonymous shared memory, memfds, System V shared memory.
 //!
 //! Each is sent once for the whole tree, by offset. If nothing else can have written to it
-//! ([`Segment::update`]), the page tables of all processes that map it show what was written, and a mapping of our
-//! own shows which pages were removed ([`RemovedPages`]). Otherwise its content is compared.
+//! ([`Segment::update`]), the page tables of all processes that map it show what was written, and a mapping
+//! of our own shows which pages were removed ([`RemovedPages`]). Otherwise its content is compared.
 
 use crate::sys::removed_pages::RemovedPages;
 use crate::target::vma::{Device, Vma};
@@ -101,20 +101,20 @@ impl Segment {
         File::open(format!("/proc/{pid}/map_files/{start:x}-{end:x}"))
     }
 
-    /// Whether writes to the segment can be tracked. That holds only for anonymous shared memory (once CRIU has
-    /// restored it, for a memfd without descriptors): memfds are written to through descriptors, which come and
-    /// go, and any process that has the key can attach a System V segment.
+    /// Whether writes to the segment can be tracked. That holds only for anonymous shared memory (once CRIU
+    /// has restored it, for a memfd without descriptors): memfds are written to through descriptors, which
+    /// come and go, and any process that has the key can attach a System V segment.
     #[must_use]
     pub fn trackable(&self) -> bool {
         let anonymous = |name: &MemfdName| name.as_str() == ANONYMOUS;
         !self.opened && self.memfd.as_ref().is_some_and(anonymous)
     }
 
-    /// Updates where the segment is mapped, while the target is stopped. `same_processes`: since the last update
-    /// no process was added, exited, or did both.
+    /// Updates where the segment is mapped, while the target is stopped. `same_processes`: since the last
+    /// update no process was added, exited, or did both.
     ///
-    /// The page tables show all writes since then only if the same processes map it at the same places, and no
-    /// process outside of the tree maps it.
+    /// The page tables show all writes since then only if the same processes map it at the same places, and
+    /// no process outside of the tree maps it.
     pub fn update(&mut self, mappings: Vec<Mapping>, same_processes: bool) {
         if !same_processes {
             self.shared_outside = None;
@@ -124,8 +124,8 @@ impl Segment {
         self.mappings = mappings;
     }
 
-    /// Returns those of the pages in `held` that were removed since they were last watched; all of them where that
-    /// is unknown.
+    /// Returns those of the pages in `held` that were removed since they were last watched; all of them where
+    /// that is unknown.
     #[must_use]
     pub fn removed(&self, held: &PageSet) -> Vec<PageRange> {
         let mut removed = Vec::new();
@@ -162,8 +162,8 @@ impl Segment {
 /// The kernel's name for anonymous shared memory.
 const ANONYMOUS: &str = "/dev/zero";
 
-/// Returns the name of a memfd. The kernel calls anonymous shared memory `/dev/zero`, and CRIU makes a memfd of that
-/// name of it. A segment of huge pages has no name here, because it cannot be filled page by page.
+/// Returns the name of a memfd. The kernel calls anonymous shared memory `/dev/zero`, and CRIU makes a memfd
+/// of that name of it. A segment of huge pages has no name here, because it cannot be filled page by page.
 fn memfd_name(file: &File) -> Option<MemfdName> {
     if file.metadata().ok()?.blksize() > PAGE_SIZE {
         return None;

@@ -1,52 +1,51 @@
-//! The flags of a process's mappings, without a walk through its page tables.
+//! Lists the flags of a process's mappings without walking its page tables.
 //!
-//! CRIU wants to know of each mapping whether it is locked, grows downwards, is not for a core dump and so
-//! on, which only `/proc/PID/smaps` tells: after it has counted every page, 7 to 10 ms a GiB, while the tree
-//! is stopped. The kernel can run a small program for each mapping instead, which writes its bounds and its
-//! flags. Where it has them is in the kernel's own type information (BTF).
+//! CRIU needs to know for each mapping whether it is locked, grows downwards, is excluded from core dumps and
+//! so on. Only `/proc/PID/smaps` has these flags, and the kernel counts every page to produce it: 7 to 10 ms
+//! per GiB, while the target is stopped. Instead, the kernel runs a small BPF program for each mapping, which
+//! writes its bounds and its flags. The kernel's type information (BTF) says at which offsets they are.
 
 use crate::sys::bpf::MappingsProgram;
 use pageferry_common::proc::maps::Mapping;
 use std::fs;
 use std::io::{self, Read, Write};
 
-/// Where the kernel describes its types.
+/// File with the kernel's type information.
 const TYPES: &str = "/sys/kernel/btf/vmlinux";
 
-/// What `smaps` calls the flags, from the lowest bit on: these have the same numbers in all kernels and on
-/// all architectures.
+/// Names of the flags in `smaps`, beginning with the lowest bit. These have the same numbers in all kernels
+/// and on all architectures.
 const NAMES: [&str; 32] = [
     "rd", "wr", "ex", "sh", "mr", "mw", "me", "ms", "gd", "um", "pf", "??", "uw", "lo", "io", "sr",
     "rr", "dc", "de", "lf", "ac", "nr", "ht", "sf", "ar", "wf", "dd", "sd", "mm", "hg", "nh", "mg",
 ];
 
-/// The flag of pages that the kernel may drop: the highest one that a dump need not know.
+/// Flag of mappings whose pages the kernel may drop. It has no name above, but a dump does not need it.
 const DROPPABLE: u64 = 1 << 40;
 
-/// What the program writes of each mapping, bytes.
+/// Number of bytes that the program writes for each mapping.
 const RECORD: usize = 24;
 
-/// See the module.
+/// Lists the flags of mappings with a BPF program.
 #[derive(Debug)]
 pub struct VmFlags(MappingsProgram);
 
 impl VmFlags {
-    /// Asks the kernel whether it runs such programs for us.
+    /// Loads the program.
     ///
     /// # Errors
-    /// The kernel's: `ENOENT` without type information, `EPERM` without `CAP_BPF` and `CAP_PERFMON`.
+    /// Errors of the kernel: `ENOENT` without type information, `EPERM` without `CAP_BPF` and `CAP_PERFMON`.
     pub fn probe() -> io::Result<Self> {
         let Some((program, iterator)) = program_for(&fs::read(TYPES)?) else {
-            return Err(invalid("the kernel's types are not as expected"));
+            return Err(invalid("unexpected kernel types"));
         };
         MappingsProgram::load(&program, iterator).map(Self)
     }
 
-    /// What CRIU reads of `/proc/PID/smaps`: each mapping's line and its flags.
+    /// Returns the part of `/proc/PID/smaps` that CRIU reads: the line and the flags of each mapping.
     ///
     /// # Errors
-    /// The kernel's; `InvalidData` if there are flags whose names we do not know, or the mappings change
-    /// meanwhile.
+    /// Errors of the kernel; `InvalidData` if a flag has no known name, or the mappings change meanwhile.
     pub fn smaps(&self, tid: i32) -> io::Result<Vec<u8>> {
         let mut mappings = self.list(tid)?.into_iter();
         let maps = fs::read(format!("/proc/{tid}/maps"))?;
@@ -54,7 +53,7 @@ impl VmFlags {
         for line in maps.split_inclusive(|&byte| byte == b'\n') {
             text.extend_from_slice(line);
             let listed = Mapping::parse(line).ok_or_else(|| invalid("not a mapping"))?;
-            // The one mapping in the kernel's half of the address space, which is of every process.
+            // This mapping lies in the kernel's half of the address space and is the same in every process.
             if listed.name == b"[vsyscall]" {
                 text.extend_from_slice(b"VmFlags: ex \n");
                 continue;
@@ -62,29 +61,29 @@ impl VmFlags {
             let (_, _, flags) = mappings
                 .next()
                 .filter(|&(start, end, _)| (start, end) == (listed.start, listed.end))
-                .ok_or_else(|| invalid("the mappings change"))?;
+                .ok_or_else(|| invalid("the mappings changed"))?;
             if flags & !DROPPABLE > u64::from(u32::MAX) {
                 return Err(invalid("a mapping has a flag without a name"));
             }
             text.extend_from_slice(b"VmFlags: ");
             for (bit, name) in NAMES.iter().enumerate() {
                 if flags & 1 << bit != 0 {
-                    write!(text, "{name} ").expect("a vector takes everything");
+                    write!(text, "{name} ").expect("writing to a vector cannot fail");
                 }
             }
             text.push(b'\n');
         }
         match mappings.next() {
             None => Ok(text),
-            Some(_) => Err(invalid("the mappings change")),
+            Some(_) => Err(invalid("the mappings changed")),
         }
     }
 
-    /// The bounds and the flags of each mapping, ascending.
+    /// Returns the bounds and the flags of each mapping, in ascending order.
     fn list(&self, tid: i32) -> io::Result<Vec<(u64, u64, u64)>> {
         let mut run = self.0.run(tid)?;
         let mut mappings: Vec<(u64, u64, u64)> = Vec::new();
-        // As much as the kernel keeps ready. It gives whole mappings only.
+        // The size of the kernel's own buffer. It returns whole records only.
         let mut buffer = vec![0; 1 << 15];
         loop {
             let got = run.read(&mut buffer)?;
@@ -92,7 +91,7 @@ impl VmFlags {
                 let word =
                     |at| u64::from_le_bytes(mapping[at..at + 8].try_into().expect("8 bytes"));
                 let start = word(0);
-                // Asked for more after the end of what took it several reads, it begins again somewhere.
+                // After the end of a list that took several reads, the kernel begins again at some mapping.
                 if mappings.last().is_some_and(|last| start <= last.0) {
                     return Ok(mappings);
                 }
@@ -109,22 +108,23 @@ fn invalid(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, what)
 }
 
-/// The program for a kernel with these types, and the number of what it is to be attached to; `None` if they
-/// are not as expected.
+/// Returns the program for a kernel with these types, and the type number of the iterator to attach it to;
+/// `None` if the types are not as expected.
 #[must_use]
 pub fn program_for(btf: &[u8]) -> Option<([u64; 16], u32)> {
     let types = Btf::parse(btf)?;
     let iterator = types.find(FUNC, "bpf_iter_task_vma")?;
     let vma = types.find(STRUCT, "vm_area_struct")?;
     let offset = |name| {
-        let mut left = LOOKS_MAX;
+        let mut left = MEMBERS_MAX;
         i16::try_from(types.offset(vma, name, DEPTH_MAX, &mut left)?).ok()
     };
     let program = program(offset("vm_start")?, offset("vm_end")?, offset("vm_flags")?);
     Some((program, iterator))
 }
 
-/// Writes [`RECORD`] bytes for each mapping: its bounds and its flags, which the kernel has at these offsets.
+/// Returns a program that writes [`RECORD`] bytes for each mapping: its bounds and its flags, which are at
+/// these offsets in the kernel's structure.
 fn program(start: i16, end: i16, flags: i16) -> [u64; 16] {
     const SEQ_WRITE: i32 = 127;
     let op = |code: u8, to: u8, from: u8, offset: i16, value: i32| {
@@ -136,7 +136,7 @@ fn program(start: i16, end: i16, flags: i16) -> [u64; 16] {
     let load = |to, from, offset| op(0x79, to, from, offset, 0);
     let store = |offset, from| op(0x7b, 10, from, offset, 0);
     [
-        // Its argument: where to write (and more), the task, the mapping, which is none at the end.
+        // The argument points to the output file, the task, and the mapping, which is null at the end.
         load(2, 1, 16),
         op(0x15, 2, 0, 12, 0),
         load(1, 1, 0),
@@ -160,17 +160,17 @@ const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 const FUNC: u32 = 12;
 
-/// How deep members without a name are looked into.
+/// Greatest depth of nested members without a name.
 const DEPTH_MAX: u32 = 8;
 
-/// Most members that are looked at for one: a type may be said to have itself for a member, many times.
-const LOOKS_MAX: u32 = 10_000;
+/// Greatest number of members that are visited to find one: a damaged type may contain itself many times.
+const MEMBERS_MAX: u32 = 10_000;
 
 /// The kernel's description of its types (`Documentation/bpf/btf.rst`).
 struct Btf<'a> {
     types: &'a [u8],
     names: &'a [u8],
-    /// Where each type begins, from number 1 on.
+    /// Offset of each type, beginning with number 1.
     starts: Vec<usize>,
 }
 
@@ -221,7 +221,7 @@ impl<'a> Btf<'a> {
             .is_some_and(|rest| rest.first() == Some(&0))
     }
 
-    /// The number of a type.
+    /// Returns the number of the type with this kind and name.
     fn find(&self, kind: u32, name: &str) -> Option<u32> {
         let found = self.starts.iter().position(|&at| {
             let is_kind = word(self.types, at + 4).is_some_and(|info| info >> 24 & 0x1f == kind);
@@ -230,8 +230,8 @@ impl<'a> Btf<'a> {
         u32::try_from(found? + 1).ok()
     }
 
-    /// The offset of a member of a structure or union, in bytes, through members without a name. At most so
-    /// many more are looked at as there are `left`.
+    /// Returns the offset of a member of a structure or union in bytes, also if it is in a member without a
+    /// name. Visits at most `left` members, and subtracts those that it visits.
     fn offset(&self, number: u32, name: &str, depth: u32, left: &mut u32) -> Option<u32> {
         let at = *self.starts.get(number.checked_sub(1)? as usize)?;
         let info = word(self.types, at + 4)?;
@@ -246,7 +246,8 @@ impl<'a> Btf<'a> {
                 found if self.is_named(found, name) => 0,
                 _ => return None,
             };
-            // In bits; with bit fields, their lengths are in the upper byte.
+            // The offset is in bits; in structures with bit fields, the upper byte is the length of the
+            // field.
             Some(inside + (word(self.types, member + 8)? & 0xff_ffff) / 8)
         })
     }
@@ -261,7 +262,8 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 mod tests {
     use super::*;
 
-    /// Type information with a function, and a structure with these members: name, type, offset in bits.
+    /// Returns type information with a function, and a structure with these members: name, type, offset in
+    /// bits.
     fn btf(members: &[[u32; 3]]) -> Vec<u8> {
         let names = b"\0bpf_iter_task_vma\0vm_area_struct\0vm_start\0vm_end\0vm_flags\0";
         let function = [1, FUNC << 24, 0];
@@ -277,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn members_are_found_where_the_kernel_has_them() {
+    fn members_are_found_at_their_offsets() {
         let good = btf(&[[34, 1, 64], [43, 1, 128], [50, 1, 256]]);
         assert_eq!(program_for(&good), Some((program(8, 16, 32), 1)));
         for cut in 0..good.len() - 1 {
@@ -286,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn a_type_that_has_itself_for_a_member_a_thousand_times_takes_no_time() {
+    fn type_that_contains_itself_a_thousand_times_takes_no_time() {
         assert_eq!(program_for(&btf(&[[0, 2, 0]; 1000])), None);
     }
 }

@@ -47,8 +47,8 @@ pub(crate) struct Tree {
     pub(crate) processes: BTreeMap<i32, Process>,
     /// Segments that a process maps or has open.
     pub(crate) segments: BTreeMap<SegmentKey, Segment>,
-    /// Whether every process is known to wait for its children. The children of one that does not can come and go
-    /// unnoticed.
+    /// Whether every process is known to wait for its children. The children of one that does not can come
+    /// and go unnoticed.
     pub(crate) children_are_waited_for: bool,
     /// Segments that some process mapped at the last freeze.
     mapped: BTreeSet<SegmentKey>,
@@ -85,8 +85,8 @@ impl Tree {
         })
     }
 
-    /// Lists the mappings of all processes of the stopped target. Returns the PIDs of processes that were listed
-    /// before and are gone; a PID among them may belong to a new process of the tree.
+    /// Lists the mappings of all processes of the stopped target. Returns the PIDs of processes that were
+    /// listed before and are gone; a PID among them may belong to a new process of the tree.
     ///
     /// # Errors
     /// [`ListError`]. A process that exited is not an error.
@@ -139,12 +139,13 @@ impl Tree {
         Ok(gone)
     }
 
-    /// Removes processes that are not in the list any more, or whose PID another process has. Returns their PIDs.
+    /// Removes processes that are not in the list any more, or whose PID another process has. Returns their
+    /// PIDs.
     fn remove_exited(&mut self, frozen: &[FrozenProcess]) -> Vec<i32> {
         let still: BTreeSet<i32> = frozen.iter().map(|process| process.pid).collect();
         let mut gone = Vec::new();
         self.processes.retain(|pid, process| {
-            let stays = still.contains(pid) && process.alive();
+            let stays = still.contains(pid) && process.is_alive();
             if !stays {
                 gone.push(*pid);
             }
@@ -190,8 +191,8 @@ impl Tree {
         none
     }
 
-    /// Looks through the descriptors of every process for segments that no process maps, and for ways in which
-    /// devices write memory. Forgets segments that no process has any more.
+    /// Looks through the descriptors of every process for segments that no process maps, and for ways in
+    /// which devices write memory. Forgets segments that no process has any more.
     ///
     /// # Errors
     /// [`ListError`]. A process that exited is not an error.
@@ -259,8 +260,8 @@ impl Tree {
                 }
                 Err(error) if is_gone(&error) => {}
                 Err(error) => {
-                    // A process that we may not inspect is unrelated to the tree: memory that it shares with it
-                    // ends with the migration.
+                    // A process that we may not inspect is unrelated to the tree: memory that it shares with
+                    // it ends with the migration.
                     tracing::debug!(pid, %error, "mappings of an outside process are unknown");
                 }
             }
@@ -277,13 +278,15 @@ impl Tree {
 
     /// Returns the PID of a process that exited since it was listed, if there is one.
     pub(crate) fn first_exited(&self) -> Option<i32> {
-        let exited = self.processes.values().find(|process| !process.alive());
+        let exited = self.processes.values().find(|process| !process.is_alive());
         exited.map(|process| process.pid)
     }
 
     /// Whether the root process is alive.
     pub(crate) fn root_alive(&self) -> bool {
-        self.processes.get(&self.root).is_some_and(Process::alive)
+        self.processes
+            .get(&self.root)
+            .is_some_and(Process::is_alive)
     }
 }
 

@@ -1,6 +1,6 @@
-//! The mappings of a process, as `/proc/PID/maps` lists them, and what each means to a dump.
+//! The mappings of a process, as `/proc/PID/maps` lists them, and which of their pages are sent.
 //!
-//! The rules are CRIU's: what it would dump, we send (docs/design/dirty-tracking.md).
+//! The rules are those of CRIU: pages that it would dump are sent (see docs/design/dirty-tracking.md).
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::stat::{fstat, major, minor};
@@ -18,49 +18,50 @@ pub struct Device {
     pub minor: u64,
 }
 
-/// What a mapping's pages are to us.
+/// Which pages of a mapping are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
     /// Private memory: the pages that are the process's own go into its image.
     Private {
-        /// Made of hugetlb pages, which restore reads from the newest directory only.
+        /// Whether the pages are hugetlb pages, which restore reads from the newest directory only.
         hugetlb: bool,
     },
-    /// Every page goes, whatever the page tables say: the vDSO, which restore must parse, and
+    /// Every page goes into the image, whatever the page tables show: the vDSO, which restore must parse, and
     /// rings that the kernel itself writes.
     Whole,
-    /// A window into a shared segment, which has an image of its own.
+    /// A mapping of a shared segment, which has an image of its own.
     Segment,
-    /// Nothing to send: an ordinary file's, or the kernel's.
+    /// No page is sent: the mapping belongs to an ordinary file or to the kernel.
     Foreign,
 }
 
 /// One mapping (VMA).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Vma {
-    /// Where it lies.
+    /// Addresses of the mapping.
     pub range: PageRange,
-    /// What its pages are to us.
+    /// Which of its pages are sent.
     pub class: Class,
-    /// Code of a file: its pages are the file's but for a debugger's breakpoints.
+    /// Whether it is code of a file: its pages are those of the file, except for breakpoints of a debugger.
     pub file_code: bool,
-    /// May be executed. CRIU makes a process run a few instructions there while it dumps it.
+    /// Whether it is executable. CRIU makes a process run a few instructions there while it dumps the
+    /// process.
     pub executable: bool,
-    /// Offset in the mapped object, bytes.
+    /// Offset in the mapped object, in bytes.
     pub offset: u64,
     /// Device of the mapped object.
     pub device: Device,
-    /// Inode number of the mapped object; of a segment, CRIU's `shmid`.
+    /// Inode number of the mapped object; for a segment, CRIU's `shmid`.
     pub inode: u64,
 }
 
 /// A part of a private mapping.
 #[derive(Debug, Clone, Copy)]
 pub struct Part {
-    /// Where it lies.
+    /// Addresses of the part.
     pub range: PageRange,
-    /// Whether its pages may be a file's. If not, the kernel need not be asked, which makes its
-    /// walk several times faster: it looks up every page's owner otherwise.
+    /// Whether its pages may belong to a file. If they cannot, the kernel does not look up the owner of every
+    /// page, which makes its walk several times faster.
     pub file: bool,
 }
 
@@ -71,16 +72,16 @@ impl Vma {
         matches!(self.class, Class::Private { .. })
     }
 
-    /// Whether a page that userfaultfd write-protection calls clean may have changed all the same.
-    /// A protected page of a private file mapping that is given back leaves a marker; a write to it
-    /// faults twice, first for a copy of the file's page, protected like what was there before, then
-    /// to unprotect it. A thread that is stopped between the two leaves a page that looks clean.
+    /// Whether a page may have changed although userfaultfd write-protection reports it as clean. A protected
+    /// page of a private file mapping that is given back leaves a marker. A write to it faults twice: the
+    /// first fault copies the page of the file and protects the copy like its predecessor, the second removes
+    /// the protection. A thread that is stopped between the two leaves a page that looks clean.
     #[must_use]
     pub fn is_doubtful(&self) -> bool {
         self.class == Class::Private { hugetlb: false } && self.inode != 0
     }
 
-    /// All of it, to be scanned.
+    /// Returns the whole mapping as one part to scan.
     #[must_use]
     pub fn part(&self) -> Part {
         Part {
@@ -90,8 +91,8 @@ impl Vma {
     }
 }
 
-/// Where the kernel keeps shared memory that is no ordinary file: its private tmpfs and hugetlbfs
-/// mounts, known by the device numbers of memfds of our own.
+/// Device numbers of the kernel's private tmpfs and hugetlbfs mounts, which hold all shared memory that is
+/// not an ordinary file. They are found by creating memfds.
 #[derive(Debug, Clone)]
 pub struct KernelMounts {
     shmem: Device,
@@ -99,10 +100,10 @@ pub struct KernelMounts {
 }
 
 impl KernelMounts {
-    /// Asks the running kernel.
+    /// Determines the device numbers on the running kernel.
     ///
     /// # Errors
-    /// The kernel's, if it has no memfd.
+    /// Errors of the kernel, if it has no memfd.
     pub fn probe() -> io::Result<Self> {
         let device_of = |flags| -> io::Result<Device> {
             let fd = memfd_create("pageferry-probe", flags)?;
@@ -115,7 +116,7 @@ impl KernelMounts {
             MFdFlags::MFD_HUGE_512MB,
         ];
         let hugetlb = sizes.into_iter().filter_map(|size| {
-            // A size that this kernel does not have is refused.
+            // The kernel rejects sizes that it does not support.
             device_of(MFdFlags::MFD_HUGETLB | size).ok()
         });
         Ok(Self {
@@ -124,7 +125,7 @@ impl KernelMounts {
         })
     }
 
-    /// Whether an object on this device is a shared segment rather than a file.
+    /// Returns whether an object on this device is a shared segment rather than a file.
     #[must_use]
     pub fn holds(&self, device: Device) -> bool {
         device == self.shmem || self.hugetlb.contains(&device)
@@ -148,7 +149,7 @@ impl KernelMounts {
 }
 
 impl Device {
-    /// From a `st_dev`.
+    /// Converts an `st_dev`.
     #[must_use]
     pub fn from_raw(device: u64) -> Self {
         Self {
@@ -158,18 +159,18 @@ impl Device {
     }
 }
 
-/// Lists the mappings of a process, ascending. `buffer` is scratch space, kept between calls so
-/// that nothing need be allocated while a tree is frozen.
+/// Lists the mappings of a process in ascending order. `buffer` is scratch space; it is kept between calls to
+/// avoid allocations while the target is frozen.
 ///
 /// # Errors
-/// Those of opening and reading `/proc/TID/maps`; `InvalidData` names a line that is not a mapping.
+/// Errors of opening and reading `/proc/TID/maps`; `InvalidData` names a line that is not a mapping.
 pub fn list(tid: i32, mounts: &KernelMounts, buffer: &mut Vec<u8>) -> io::Result<Vec<Vma>> {
     buffer.clear();
     File::open(format!("/proc/{tid}/maps"))?.read_to_end(buffer)?;
     parse(buffer, mounts)
 }
 
-/// Parses the text of `/proc/PID/maps`.
+/// Parses the content of `/proc/PID/maps`.
 ///
 /// # Errors
 /// `InvalidData` names the first line that is not a mapping.
@@ -190,7 +191,7 @@ pub fn parse(text: &[u8], mounts: &KernelMounts) -> io::Result<Vec<Vma>> {
 
 enum Line {
     Vma(Vma),
-    /// vsyscall, which lies in the kernel's half.
+    /// The vsyscall page, which lies in the kernel's half of the address space.
     BeyondUserSpace,
 }
 
@@ -230,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_mapping_has_its_class() {
+    fn every_kind_of_mapping_is_classified() {
         let private = Class::Private { hugetlb: false };
         for (line, class) in [
             ("1000-2000 rw-p 00000000 00:00 0 ", private),
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_has_a_stack_a_vdso_and_code() {
+    fn own_mappings_are_listed_in_ascending_order() {
         let mounts = KernelMounts::probe().unwrap();
         let vmas = list(std::process::id() as i32, &mounts, &mut Vec::new()).unwrap();
         assert_eq!(vmas.iter().filter(|v| v.class == Class::Whole).count(), 1);
@@ -291,7 +292,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_text_is_refused_or_parsed(text in prop::collection::vec(any::<u8>(), 0..300)) {
+        fn any_text_is_parsed_or_rejected(text in prop::collection::vec(any::<u8>(), 0..300)) {
             let _ = parse(&text, &mounts());
         }
     }

@@ -5,7 +5,7 @@ use pageferry_common::PageRange;
 use pageferry_common::proc::stat::Stat;
 use pageferry_common::proc::{maps, status};
 use pageferry_sender::freeze::procs::is_vfork;
-use pageferry_sender::target::descriptors::writes_past_page_tables;
+use pageferry_sender::target::descriptors::does_direct_io;
 use pageferry_sender::target::files::executable;
 use pageferry_sender::target::process::children_faults_in;
 use pageferry_sender::target::smaps::program_for;
@@ -39,7 +39,7 @@ pub fn proc(input: &[u8]) {
             let _ = Stat::parse(bytes).map(|stat| (stat.state(), stat.start_time()));
             let _ = is_vfork(&text);
         }
-        6 => drop(writes_past_page_tables(&text)),
+        6 => drop(does_direct_io(&text)),
         _ => drop(program_for(bytes)),
     }
 }
