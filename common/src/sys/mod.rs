@@ -3,3 +3,4 @@
 pub mod fdpass;
 pub mod perf;
 pub mod rlimit;
+pub mod uffd;

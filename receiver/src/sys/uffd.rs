@@ -1,13 +1,14 @@
-//! userfaultfd as CRIU hands it over: a restored process touches a page that is not there, waits, and
-//! its page is put there from outside.
+//! userfaultfd as received from CRIU: a thread of a restored process that touches a missing page waits until
+//! the receiver has filled it.
 
+use nix::errno::Errno;
+use pageferry_common::sys::uffd::Userfaultfd;
 use pageferry_common::{PAGE_SIZE, PageRange};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
-const UFFDIO_WAKE: libc::c_ulong = 0x8010_aa02;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_FORK: u8 = 0x13;
@@ -15,85 +16,82 @@ const EVENT_REMAP: u8 = 0x14;
 const EVENT_REMOVE: u8 = 0x15;
 const EVENT_UNMAP: u8 = 0x16;
 
-/// Bytes of one event, as the kernel writes them.
-const EVENT_LEN: usize = 32;
+/// Size of `struct uffd_msg`, in bytes.
+const EVENT_BYTES: usize = 32;
 
-/// Most events taken at once.
-const EVENTS: usize = 16;
+/// Maximum number of events read at once.
+const EVENTS_MAX: usize = 16;
 
+/// `struct uffdio_copy`.
 #[repr(C)]
-struct Copy {
+struct UffdioCopy {
     to: u64,
     from: u64,
     len: u64,
     mode: u64,
-    /// Bytes copied, or the error as a negative number.
+    /// Number of bytes copied, or a negated errno.
     copied: i64,
 }
 
+/// `struct uffdio_zeropage`.
 #[repr(C)]
-struct ZeroPage {
+struct UffdioZeropage {
     start: u64,
     len: u64,
     mode: u64,
     zeroed: i64,
 }
 
-#[repr(C)]
-struct Range {
-    start: u64,
-    len: u64,
-}
-
-/// The memory of some process, as far as it was registered.
+/// The registered memory of a restored process.
 #[derive(Debug)]
-pub struct Uffd(OwnedFd);
+pub struct Uffd(Userfaultfd);
 
-/// What happened to that memory. But for a fault, the process goes on when it has been read.
+/// Change to the registered memory. Except for a fault, the thread that caused it continues once the event
+/// was read.
 #[derive(Debug)]
 pub enum Event {
-    /// Somebody waits for the page at this address.
+    /// A thread waits for the page at this address.
     Fault(u64),
-    /// There is a child, with memory of its own that is registered alike.
+    /// The process forked. The child has memory of its own, registered in the same way.
     Fork(Uffd),
-    /// What was at one address is at another, bytes.
+    /// A mapping was moved.
     Remap {
-        /// Where it was.
+        /// Old address.
         from: u64,
-        /// Where it is.
+        /// New address.
         to: u64,
-        /// Its length.
+        /// Length in bytes.
         len: u64,
     },
-    /// What was there is gone (given back, or unmapped).
+    /// A range was discarded or unmapped.
     Gone {
-        /// The first byte.
+        /// Address of the first byte.
         start: u64,
-        /// One past the last.
+        /// Address behind the last byte.
         end: u64,
     },
 }
 
 impl Uffd {
-    /// One that has agreed with the kernel on its features.
+    /// Wraps a userfaultfd whose creator has done the handshake with the kernel.
     #[must_use]
-    pub fn ready(fd: OwnedFd) -> Self {
-        Self(fd)
+    pub fn after_handshake(fd: OwnedFd) -> Self {
+        Self(Userfaultfd::after_handshake(fd))
     }
 
-    /// What has happened since it was asked last; nothing is waited for.
+    /// Returns the events since the last call, without blocking.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Errors of `read`, and an event of an unknown kind.
     pub fn events(&self) -> io::Result<Vec<Event>> {
         let mut events = Vec::new();
-        let mut buffer = [0; EVENT_LEN * EVENTS];
+        let mut buffer = [0; EVENT_BYTES * EVENTS_MAX];
         let len = match nix::unistd::read(&self.0, &mut buffer) {
             Ok(len) => len,
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(events),
             Err(error) => return Err(error.into()),
         };
-        let (messages, _) = buffer[..len].as_chunks::<EVENT_LEN>();
+        let (messages, _) = buffer[..len].as_chunks::<EVENT_BYTES>();
         for message in messages {
             let word = |at: usize| {
                 let bytes = message[at..at + 8].try_into().expect("eight bytes");
@@ -103,8 +101,9 @@ impl Uffd {
                 EVENT_PAGEFAULT => Event::Fault(word(16) & !(PAGE_SIZE - 1)),
                 EVENT_FORK => {
                     let fd = i32::from_ne_bytes(message[8..12].try_into().expect("four bytes"));
-                    // SAFETY: the kernel made this descriptor for us as we read of it.
-                    Event::Fork(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
+                    // SAFETY: reading the event has created this descriptor, and nothing else owns it.
+                    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                    Event::Fork(Self::after_handshake(fd))
                 }
                 EVENT_REMAP => Event::Remap {
                     from: word(8),
@@ -116,7 +115,7 @@ impl Uffd {
                     end: word(16),
                 },
                 other => {
-                    let what = format!("userfaultfd event {other:#x} was never asked for");
+                    let what = format!("unexpected userfaultfd event {other:#x}");
                     return Err(io::Error::other(what));
                 }
             };
@@ -125,61 +124,55 @@ impl Uffd {
         Ok(events)
     }
 
-    /// Puts pages where none are. Returns how many bytes it could before an error, and that.
+    /// Copies pages to a range of missing pages. Returns the number of bytes copied, also if there was an
+    /// error.
     pub fn copy(&self, to: u64, pages: &[u8]) -> (u64, io::Result<()>) {
-        let mut copy = Copy {
+        let mut copy = UffdioCopy {
             to,
             from: pages.as_ptr() as u64,
             len: pages.len() as u64,
             mode: 0,
             copied: 0,
         };
-        // SAFETY: UFFDIO_COPY reads and writes one uffdio_copy, which `copy` is, and reads the memory of
-        // `pages`. It writes to another process's memory, if to any.
-        let result = check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_COPY, &raw mut copy) });
+        // SAFETY: UFFDIO_COPY reads and writes one uffdio_copy, which has the layout of UffdioCopy, and reads
+        // `len` bytes from `pages`. It writes to the memory of the restored process only.
+        let result = Errno::result(unsafe {
+            libc::ioctl(self.0.as_fd().as_raw_fd(), UFFDIO_COPY, &raw mut copy)
+        });
+        let result = result.map(drop).map_err(io::Error::from);
         (copy.copied.max(0).cast_unsigned(), result)
     }
 
-    /// Puts pages of zeros where none are.
+    /// Fills a range of missing pages with zeros.
     ///
     /// # Errors
-    /// As the kernel says: `EEXIST` if there is one, `EAGAIN` if an event has to be read first.
+    /// `EEXIST` if a page is not missing, `EAGAIN` if an event has to be read first.
     pub fn zero(&self, range: PageRange) -> io::Result<()> {
-        let mut zero = ZeroPage {
+        let mut zero = UffdioZeropage {
             start: range.start(),
             len: range.bytes(),
             mode: 0,
             zeroed: 0,
         };
-        // SAFETY: UFFDIO_ZEROPAGE reads and writes one uffdio_zeropage, which `zero` is. It writes to
-        // another process's memory, if to any.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_ZEROPAGE, &raw mut zero) })
+        // SAFETY: UFFDIO_ZEROPAGE reads and writes one uffdio_zeropage, which has the layout of
+        // UffdioZeropage. It writes to the memory of the restored process only.
+        Errno::result(unsafe {
+            libc::ioctl(self.0.as_fd().as_raw_fd(), UFFDIO_ZEROPAGE, &raw mut zero)
+        })?;
+        Ok(())
     }
 
-    /// Lets go on who waits for pages that are there already.
+    /// Wakes the threads that wait for a page of this range which is no longer missing.
     ///
     /// # Errors
-    /// The kernel's.
+    /// `EINVAL` if the range is not registered.
     pub fn wake(&self, range: PageRange) -> io::Result<()> {
-        let mut wake = Range {
-            start: range.start(),
-            len: range.bytes(),
-        };
-        // SAFETY: UFFDIO_WAKE reads one uffdio_range, which `wake` is.
-        check(unsafe { libc::ioctl(self.0.as_raw_fd(), UFFDIO_WAKE, &raw mut wake) })
+        self.0.wake(range)
     }
 }
 
 impl AsFd for Uffd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
-    }
-}
-
-/// The result of a libc call that says "failed" with -1.
-fn check(result: libc::c_int) -> io::Result<()> {
-    match result {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
     }
 }

@@ -209,8 +209,8 @@ impl Frozen<'_> {
     /// Returns a userfaultfd for the memory of `pid`. The process creates it itself, and keeps no descriptor.
     ///
     /// # Errors
-    /// The inner error is the reason why this process cannot have a userfaultfd; the outer error is a failure of
-    /// the freezer.
+    /// The inner error is the reason why this process cannot have a userfaultfd; the outer error is a failure
+    /// of the freezer.
     pub fn userfaultfd(&mut self, pid: i32) -> Result<Result<OwnedFd, String>, FreezeError> {
         self.freezer.send(&Request::Userfaultfd { pid })?;
         match self.freezer.recv()? {

@@ -1,8 +1,9 @@
-//! The system calls that no library wraps safely: one small safe function each.
+//! Safe wrappers for system calls that no library wraps, one small function each.
 //!
-//! This directory is the only place in the project where `unsafe` stands.
+//! The sender has no `unsafe` code outside this directory.
 
 pub mod bpf;
+pub mod mapping;
 pub mod pagemap;
 pub mod pidfd;
 pub mod ptrace;
@@ -12,31 +13,13 @@ pub mod signals;
 pub mod socket;
 pub mod uffd;
 
-use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
-use std::ptr;
 
-/// The result of a libc call that says "failed" with -1.
+/// Converts the result of a libc call that returns -1 and sets `errno` on failure.
 fn check(result: libc::c_long) -> io::Result<libc::c_long> {
     if result == -1 {
         Err(io::Error::last_os_error())
     } else {
         Ok(result)
-    }
-}
-
-/// Maps new memory at a place that the kernel chooses: a file's, or of its own.
-fn map(
-    bytes: usize,
-    protection: libc::c_int,
-    flags: libc::c_int,
-    file: Option<&File>,
-) -> io::Result<*mut libc::c_void> {
-    let fd = file.map_or(-1, File::as_raw_fd);
-    // SAFETY: a new mapping at a place that the kernel chooses takes nothing from anybody.
-    match unsafe { libc::mmap(ptr::null_mut(), bytes, protection, flags, fd, 0) } {
-        libc::MAP_FAILED => Err(io::Error::last_os_error()),
-        at => Ok(at),
     }
 }

@@ -1,5 +1,5 @@
-//! `PAGEMAP_SCAN` (Linux 6.7): asks the kernel which pages of a range are populated and written,
-//! and protects the written ones again in the same atomic step.
+//! `PAGEMAP_SCAN` (Linux 6.7): lists which pages of a range are populated and written, and write-protects the
+//! written pages again in the same atomic step.
 
 use super::check;
 use pageferry_common::{PAGE_SIZE, PageRange};
@@ -8,33 +8,33 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
-/// The page lies in a mapping registered for write-protect tracking.
+/// The page is in a mapping that is registered for write-protection.
 pub const WPALLOWED: u64 = 1 << 0;
-/// Written since it was last protected.
+/// The page was written since it was last protected.
 pub const WRITTEN: u64 = 1 << 1;
-/// The page is a file's (or shared memory's), not private.
+/// The page belongs to a file or to shared memory, and is not private.
 pub const FILE: u64 = 1 << 2;
-/// In memory.
+/// The page is in memory.
 pub const PRESENT: u64 = 1 << 3;
-/// In swap.
+/// The page is in swap.
 pub const SWAPPED: u64 = 1 << 4;
-/// The zero page.
+/// The page is the shared page of zeros.
 pub const PFNZERO: u64 = 1 << 5;
-/// Written since soft-dirty bits were last cleared.
+/// The page was written since the soft-dirty bits were last cleared.
 pub const SOFT_DIRTY: u64 = 1 << 7;
 
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 
-/// One run of pages that are alike: `struct page_region`.
+/// Run of pages of the same categories: `struct page_region`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Region {
-    /// First address, bytes.
+    /// Address of the first byte.
     pub start: u64,
-    /// One past the last address, bytes.
+    /// Address behind the last byte.
     pub end: u64,
-    /// The categories asked for with [`Query::report`].
+    /// Categories of the pages, among those in [`Query::report`].
     pub categories: u64,
 }
 
@@ -56,34 +56,35 @@ struct ScanArg {
     return_mask: u64,
 }
 
-/// Which pages to list, and whether to protect the written ones among them.
+/// Which pages to list, and whether to protect the written pages among them.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Query {
-    /// Categories of which a page must have every one.
+    /// Categories that a page must all have.
     pub all: u64,
-    /// Categories of which a page must have at least one (0: no such demand).
+    /// Categories of which a page must have at least one; 0 for no such condition.
     pub any: u64,
-    /// Categories of which a page must have none.
+    /// Categories that a page must not have.
     pub none: u64,
     /// Categories to report.
     pub report: u64,
-    /// Write-protect what matches and was written.
+    /// Whether to write-protect the matching pages that were written.
     pub protect: bool,
 }
 
-/// Lists the runs of matching pages in `range`, ascending, in calls of `room.len()` runs at most.
+/// Calls `each` with the runs of matching pages in `range`, in ascending order. Each system call returns at
+/// most `regions.len()` runs.
 ///
 /// # Errors
-/// `ENOTTY` from a kernel without the call, `ESRCH` if the memory is gone, `EPERM` where some
-/// mapping cannot be protected; otherwise what `each` returns.
+/// `ENOTTY` from a kernel without `PAGEMAP_SCAN`, `ESRCH` if the memory no longer exists, `EPERM` if a
+/// mapping cannot be protected.
 pub fn scan(
     pagemap: &File,
     range: PageRange,
     query: Query,
-    room: &mut [Region],
+    regions: &mut [Region],
     mut each: impl FnMut(&Region),
 ) -> io::Result<()> {
-    let vec_len = room.len();
+    let vec_len = regions.len();
     let mut start = range.start();
     while start < range.end() {
         let mut arg = ScanArg {
@@ -95,7 +96,7 @@ pub fn scan(
             },
             start,
             end: range.end(),
-            vec: room.as_mut_ptr() as u64,
+            vec: regions.as_mut_ptr() as u64,
             vec_len: vec_len as u64,
             category_inverted: query.none,
             category_mask: query.none | query.all,
@@ -103,17 +104,16 @@ pub fn scan(
             return_mask: query.report,
             ..ScanArg::default()
         };
-        // SAFETY: the kernel reads and writes one pm_scan_arg, which ScanArg is field for field,
-        // and writes at most vec_len regions into `room`, borrowed exclusively meanwhile.
+        // SAFETY: the kernel reads and writes one pm_scan_arg, which has the layout of ScanArg, and writes at
+        // most vec_len regions to `regions`, which is borrowed exclusively.
         let found = check(libc::c_long::from(unsafe {
             libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg)
         }))?;
-        let found = &room[..found as usize];
+        let found = &regions[..found as usize];
         found.iter().for_each(&mut each);
-        // Only a full list ends a walk early. `walk_end` alone must not be believed: once the
-        // kernel's own small buffer was full in between, it stays at that place even if the walk
-        // went on to the end (seen on 6.18), and going on there would list, as not written, what
-        // this very call protected.
+        // Only a full list ends a walk early. `walk_end` alone is not reliable: once the small buffer inside
+        // the kernel was full, `walk_end` stays there even if the walk went on to the end (seen on 6.18).
+        // Continuing there would list pages again that this call has protected, now as not written.
         let Some(last) = found.last().filter(|_| found.len() == vec_len) else {
             return Ok(());
         };
@@ -122,21 +122,21 @@ pub fn scan(
     Ok(())
 }
 
-/// What one page table maps, bytes.
-const TABLE: u64 = 512 * PAGE_SIZE;
+/// Memory mapped by one page table, in bytes.
+const TABLE_BYTES: u64 = 512 * PAGE_SIZE;
 
-/// Lists the pages of `range`, there or not, that are not write-protected, ascending.
+/// Calls `each` with the pages of `range` that are not write-protected, populated or not, in ascending order.
 ///
-/// It takes a fraction of the time of other questions, for the kernel has a short way for exactly this one.
-/// That leaves out what has no page table, where nothing is protected; so of each table that it says nothing
-/// of, one entry is read.
+/// The query is the one that the kernel has a fast path for. That path skips memory without a page table,
+/// where nothing is protected. So for each page table that the kernel lists nothing of, one entry of the
+/// pagemap is read.
 ///
 /// # Errors
-/// As [`scan`]; `UnexpectedEof` if the memory is gone.
+/// As [`scan`]; `UnexpectedEof` if the memory no longer exists.
 pub fn scan_unprotected(
     pagemap: &File,
     range: PageRange,
-    room: &mut [Region],
+    regions: &mut [Region],
     mut each: impl FnMut(PageRange),
 ) -> io::Result<()> {
     let query = Query {
@@ -144,41 +144,55 @@ pub fn scan_unprotected(
         report: WRITTEN,
         ..Query::default()
     };
-    // A table that something was listed of is there.
-    let is_silent = |part: PageRange| {
-        (part.start().is_multiple_of(TABLE) || part.start() == range.start())
-            && (part.end().is_multiple_of(TABLE) || part.end() == range.end())
-    };
-    let look = |silent: Option<PageRange>, each: &mut dyn FnMut(PageRange)| {
-        let mut rest = silent;
-        while let Some(now) = rest {
-            let end = (now.start() + 1).next_multiple_of(TABLE).min(now.end());
-            let part = PageRange::from_bounds(now.start(), end);
-            rest = PageRange::from_bounds(end, now.end());
-            if let Some(part) = part.filter(|part| is_silent(*part))
-                && !is_protected(pagemap, part.start())?
-            {
-                each(part);
-            }
+    // `scan` takes no errors from its callback.
+    let (mut listed_end, mut result) = (range.start(), Ok(()));
+    scan(pagemap, range, query, regions, |region| {
+        let gap = PageRange::from_bounds(listed_end, region.start);
+        if result.is_ok() {
+            result = list_missing_tables(pagemap, range, gap, &mut each);
         }
-        io::Result::Ok(())
-    };
-    let (mut end, mut looked) = (range.start(), Ok(()));
-    scan(pagemap, range, query, room, |region| {
-        let silent = PageRange::from_bounds(end, region.start);
-        if looked.is_ok() {
-            looked = look(silent, &mut each);
-        }
-        end = region.end;
+        listed_end = region.end;
         let found = PageRange::from_bounds(region.start, region.end);
         found.into_iter().for_each(&mut each);
     })?;
-    looked?;
-    look(PageRange::from_bounds(end, range.end()), &mut each)
+    result?;
+    let gap = PageRange::from_bounds(listed_end, range.end());
+    list_missing_tables(pagemap, range, gap, &mut each)
 }
 
-/// Whether a page is write-protected, there or not.
+/// Calls `each` with the parts of `gap`, a part of `range` that a scan listed nothing of, that have no page
+/// table.
+fn list_missing_tables(
+    pagemap: &File,
+    range: PageRange,
+    gap: Option<PageRange>,
+    each: &mut impl FnMut(PageRange),
+) -> io::Result<()> {
+    // A table that a page was listed of exists. So only whole tables, or what `range` has of them, may be
+    // missing.
+    let may_be_missing = |part: &PageRange| {
+        (part.start().is_multiple_of(TABLE_BYTES) || part.start() == range.start())
+            && (part.end().is_multiple_of(TABLE_BYTES) || part.end() == range.end())
+    };
+    let mut rest = gap;
+    while let Some(now) = rest {
+        let end = (now.start() + 1)
+            .next_multiple_of(TABLE_BYTES)
+            .min(now.end());
+        let part = PageRange::from_bounds(now.start(), end);
+        rest = PageRange::from_bounds(end, now.end());
+        if let Some(part) = part.filter(may_be_missing)
+            && !is_protected(pagemap, part.start())?
+        {
+            each(part);
+        }
+    }
+    Ok(())
+}
+
+/// Returns whether a page is write-protected, populated or not.
 fn is_protected(pagemap: &File, address: u64) -> io::Result<bool> {
+    /// Bit of a pagemap entry.
     const UFFD_WP: u64 = 1 << 57;
     let mut entry = [0; size_of::<u64>()];
     let at = address / PAGE_SIZE * size_of::<u64>() as u64;
@@ -189,29 +203,25 @@ fn is_protected(pagemap: &File, address: u64) -> io::Result<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::map;
+    use crate::sys::mapping::Mapping;
     use crate::sys::uffd::Uffd;
     use pageferry_common::PageSet;
     use std::fs::OpenOptions;
 
     #[test]
-    fn what_is_not_protected_is_listed_page_table_or_not() {
+    fn unprotected_pages_are_listed_with_and_without_page_table() {
         const PAGES: u64 = 6 * 512;
         let Ok(uffd) = Uffd::for_this_process() else {
             eprintln!("skipped: this kernel has no asynchronous write-protection");
             return;
         };
-        let protection = libc::PROT_READ | libc::PROT_WRITE;
-        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        let at = map((PAGES * PAGE_SIZE) as usize, protection, flags, None).unwrap();
-        let start = at.addr() as u64;
+        let mapping = Mapping::shared((PAGES * PAGE_SIZE) as usize).unwrap();
+        let start = mapping.start();
         let range = |first: u64, pages| PageRange::new(start + first * PAGE_SIZE, pages).unwrap();
         let all = range(0, PAGES);
-        let (pagemap, mut room) = (
-            File::open("/proc/self/pagemap").unwrap(),
-            [Region::default(); 3],
-        );
-        // As a process writes: through its page table.
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let mut regions = [Region::default(); 3];
+        // A write here goes through the page table, like a write by the process itself.
         let memory = OpenOptions::new()
             .write(true)
             .open("/proc/self/mem")
@@ -219,7 +229,7 @@ mod tests {
         let write = |page: u64| memory.write_all_at(&[1], range(page, 1).start()).unwrap();
         let mut unprotected = || {
             let mut found = PageSet::new();
-            scan_unprotected(&pagemap, all, &mut room, |range| found.insert(range)).unwrap();
+            scan_unprotected(&pagemap, all, &mut regions, |range| found.insert(range)).unwrap();
             found
         };
         let set = |ranges: &[PageRange]| {
@@ -227,13 +237,13 @@ mod tests {
             ranges.iter().for_each(|&range| set.insert(range));
             set
         };
-        // Nothing is there; then one page is, and its table.
+        // First without any page table, then with one page and its table.
         assert_eq!(unprotected(), set(&[all]));
         write(700);
         assert_eq!(unprotected(), set(&[all]));
         uffd.register(all).unwrap();
         assert_eq!(unprotected(), set(&[all]));
-        // Between what is protected there is at least one table that is not there.
+        // At least one page table is missing between the two protected ranges.
         let (first, last) = (range(0, 512 + 7), range(4 * 512 + 9, 512));
         for part in [first, last] {
             let query = Query {
@@ -241,8 +251,8 @@ mod tests {
                 protect: true,
                 ..Query::default()
             };
-            let mut room = [Region::default(); 16];
-            scan(&pagemap, part, query, &mut room, |_| {}).unwrap();
+            let mut regions = [Region::default(); 16];
+            scan(&pagemap, part, query, &mut regions, |_| {}).unwrap();
         }
         let mut expected = set(&[all]).difference(&set(&[first, last]));
         assert_eq!(unprotected(), expected);
@@ -251,7 +261,5 @@ mod tests {
             expected.insert(range(page, 1));
         }
         assert_eq!(unprotected(), expected);
-        // SAFETY: it is ours, and nothing refers to it.
-        unsafe { libc::munmap(at, (PAGES * PAGE_SIZE) as usize) };
     }
 }

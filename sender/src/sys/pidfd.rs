@@ -1,4 +1,4 @@
-//! pidfds: a process that stays the one it was, whatever happens to its number.
+//! pidfds: references to a process that stay valid when its PID is reused.
 
 use super::check;
 use std::io;
@@ -7,16 +7,16 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 /// Opens a pidfd of a process.
 ///
 /// # Errors
-/// `ESRCH` if there is no such process.
+/// `ESRCH` if the process does not exist.
 pub fn open(pid: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes no pointers; the descriptor it returns is new and ours alone.
+    // SAFETY: pidfd_open takes no pointers. It returns a new descriptor, which nothing else owns.
     unsafe {
         let fd = check(libc::syscall(libc::SYS_pidfd_open, pid, 0))?;
         Ok(OwnedFd::from_raw_fd(fd as i32))
     }
 }
 
-/// Whether the process is still there (a zombie is not).
+/// Returns whether the process has not exited. A zombie has exited.
 #[must_use]
 pub fn is_alive(pidfd: BorrowedFd<'_>) -> bool {
     let mut poll = libc::pollfd {
@@ -24,17 +24,17 @@ pub fn is_alive(pidfd: BorrowedFd<'_>) -> bool {
         events: libc::POLLIN,
         revents: 0,
     };
-    // SAFETY: one live pollfd, and the count says one; a zero timeout does not block.
+    // SAFETY: poll reads and writes one pollfd, as the count says, which is alive.
     unsafe { libc::poll(&raw mut poll, 1, 0) == 0 }
 }
 
-/// Sends a signal to exactly this process.
+/// Sends a signal to this process.
 ///
 /// # Errors
-/// `ESRCH` if it is gone, `EPERM` if it is not ours.
+/// `ESRCH` if it has exited, `EPERM` if sending signals to it is not permitted.
 pub fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
-    // SAFETY: a null siginfo is allowed and means "as kill() would".
+    // SAFETY: a null siginfo is valid, and makes the call behave like kill.
     check(unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
@@ -47,12 +47,12 @@ pub fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     .map(drop)
 }
 
-/// A duplicate, in this process, of another process's descriptor.
+/// Duplicates a descriptor of another process into this process.
 ///
 /// # Errors
-/// `EBADF` if it has no such descriptor, `EPERM` if it is not ours to trace.
+/// `EBADF` if the process has no such descriptor, `EPERM` if tracing it is not permitted.
 pub fn get_fd(pidfd: BorrowedFd<'_>, target_fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_getfd takes no pointers; the descriptor it returns is new and ours alone.
+    // SAFETY: pidfd_getfd takes no pointers. It returns a new descriptor, which nothing else owns.
     unsafe {
         let fd = check(libc::syscall(
             libc::SYS_pidfd_getfd,

@@ -1,49 +1,49 @@
-//! ptrace on one thread, and waiting for its stops.
+//! Tracing of a single thread with ptrace, and waiting for its stops.
 //!
-//! Signals are plain numbers here, not an enum: real-time signals must pass through unharmed.
+//! Signals are plain numbers, not an enum, for real-time signals must be delivered unchanged.
 
 use super::check;
 use std::io;
 
-/// A thread id, as this process's PID namespace counts.
+/// Thread ID, in the PID namespace of this process.
 pub type Tid = i32;
 
-/// What a wait found.
+/// Why a traced thread stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stop {
-    /// Stopped for us, between two instructions.
+    /// Stopped by `PTRACE_INTERRUPT`, between two instructions.
     Event,
-    /// The same, but by a stop signal: it stays stopped when we let it go.
+    /// Stopped by a stop signal (group stop): the thread stays stopped when it is detached.
     Group,
-    /// Entering or leaving a system call.
+    /// Stopped at the entry or the exit of a system call.
     Syscall,
-    /// About to receive this signal.
+    /// Stopped before the delivery of this signal.
     Signal(i32),
-    /// The thread is no more.
+    /// The thread has exited.
     Gone,
 }
 
 const NULL: *mut libc::c_void = std::ptr::null_mut();
 
-/// Begins to trace a thread without stopping it. Never with `PTRACE_O_EXITKILL`: if the tracer
-/// dies, the kernel lets the thread run on.
+/// Attaches to a thread without stopping it. `PTRACE_O_EXITKILL` is not set, so that the kernel detaches the
+/// thread, and it runs, if the tracer dies.
 ///
 /// # Errors
-/// `ESRCH` if the thread is gone, `EPERM` if it is traced already, exiting, or not ours to trace.
+/// `ESRCH` if the thread has exited, `EPERM` if it has a tracer already, is exiting, or may not be traced.
 pub fn seize(tid: Tid) -> io::Result<()> {
     let options = libc::PTRACE_O_TRACESYSGOOD;
-    // SAFETY: PTRACE_SEIZE takes no pointers; options go by value.
+    // SAFETY: PTRACE_SEIZE takes no pointers; the options are passed by value.
     check(unsafe { libc::ptrace(libc::PTRACE_SEIZE, tid, NULL, options as *mut libc::c_void) })
         .map(drop)
 }
 
-/// Sets the seccomp suspension of a stopped, seized thread.
+/// Suspends the seccomp filters of a stopped thread while it is traced.
 ///
 /// # Errors
-/// `EPERM` without `CAP_SYS_ADMIN` or if the tracer itself is under seccomp.
+/// `EPERM` without `CAP_SYS_ADMIN` or if the tracer itself has a seccomp filter.
 pub fn suspend_seccomp(tid: Tid) -> io::Result<()> {
     let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_SUSPEND_SECCOMP;
-    // SAFETY: PTRACE_SETOPTIONS takes no pointers; options go by value.
+    // SAFETY: PTRACE_SETOPTIONS takes no pointers; the options are passed by value.
     check(unsafe {
         libc::ptrace(
             libc::PTRACE_SETOPTIONS,
@@ -55,53 +55,54 @@ pub fn suspend_seccomp(tid: Tid) -> io::Result<()> {
     .map(drop)
 }
 
-/// Asks a seized thread to stop; [`wait`] tells when it has.
+/// Asks a seized thread to stop. [`wait`] and [`poll`] report the stop.
 ///
 /// # Errors
-/// `ESRCH` if it is gone.
+/// `ESRCH` if it has exited.
 pub fn interrupt(tid: Tid) -> io::Result<()> {
     // SAFETY: PTRACE_INTERRUPT takes no pointers.
     check(unsafe { libc::ptrace(libc::PTRACE_INTERRUPT, tid, NULL, NULL) }).map(drop)
 }
 
-/// Lets a stopped thread run on, delivering `signal` (0: none).
+/// Resumes a stopped thread, and delivers `signal`, or none if that is 0.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn resume(tid: Tid, signal: i32) -> io::Result<()> {
-    step(libc::PTRACE_CONT, tid, signal)
+    resume_with(libc::PTRACE_CONT, tid, signal)
 }
 
-/// Lets a stopped thread run up to its next entry into or exit from a system call.
+/// Resumes a stopped thread until its next entry to or exit from a system call.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn resume_to_syscall(tid: Tid) -> io::Result<()> {
-    step(libc::PTRACE_SYSCALL, tid, 0)
+    resume_with(libc::PTRACE_SYSCALL, tid, 0)
 }
 
-/// Ends tracing of a stopped thread, which runs on (or stays in its group stop).
+/// Detaches from a stopped thread, which resumes, or stays in its group stop.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn detach(tid: Tid) -> io::Result<()> {
-    step(libc::PTRACE_DETACH, tid, 0)
+    resume_with(libc::PTRACE_DETACH, tid, 0)
 }
 
-fn step(request: libc::c_uint, tid: Tid, signal: i32) -> io::Result<()> {
+/// Makes a ptrace request that resumes a stopped thread.
+fn resume_with(request: libc::c_uint, tid: Tid, signal: i32) -> io::Result<()> {
     let signal = signal as usize as *mut libc::c_void;
-    // SAFETY: these requests take a signal number by value and no pointers.
+    // SAFETY: these requests take no pointers; the signal number is passed by value.
     check(unsafe { libc::ptrace(request, tid, NULL, signal) }).map(drop)
 }
 
-/// The registers of a stopped thread.
+/// Returns the registers of a stopped thread.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn registers(tid: Tid) -> io::Result<libc::user_regs_struct> {
     let mut regs = std::mem::MaybeUninit::<libc::user_regs_struct>::uninit();
-    // SAFETY: PTRACE_GETREGS writes exactly one user_regs_struct to the address given, which is
-    // valid for it; it is read only after success.
+    // SAFETY: PTRACE_GETREGS writes one user_regs_struct to `regs`, which is valid for writes. It is
+    // initialised when the call succeeds.
     unsafe {
         check(libc::ptrace(
             libc::PTRACE_GETREGS,
@@ -116,20 +117,20 @@ pub fn registers(tid: Tid) -> io::Result<libc::user_regs_struct> {
 /// Replaces the registers of a stopped thread.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn set_registers(tid: Tid, regs: &libc::user_regs_struct) -> io::Result<()> {
     let regs: *const libc::user_regs_struct = regs;
-    // SAFETY: PTRACE_SETREGS only reads one user_regs_struct, which the reference keeps valid.
+    // SAFETY: PTRACE_SETREGS reads one user_regs_struct, which the reference keeps alive.
     check(unsafe { libc::ptrace(libc::PTRACE_SETREGS, tid, NULL, regs) }).map(drop)
 }
 
-/// The blocked signals of a stopped thread: bit n-1 stands for signal n.
+/// Returns the blocked signals of a stopped thread: bit n-1 stands for signal n.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn signal_mask(tid: Tid) -> io::Result<u64> {
     let mut mask = 0u64;
-    // SAFETY: the kernel writes the eight bytes whose size is given, into a live u64.
+    // SAFETY: the kernel writes eight bytes, the size given, to a live u64.
     check(unsafe {
         libc::ptrace(
             libc::PTRACE_GETSIGMASK,
@@ -144,9 +145,9 @@ pub fn signal_mask(tid: Tid) -> io::Result<u64> {
 /// Replaces the blocked signals of a stopped thread.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn set_signal_mask(tid: Tid, mask: u64) -> io::Result<()> {
-    // SAFETY: the kernel reads the eight bytes whose size is given, from a live u64.
+    // SAFETY: the kernel reads eight bytes, the size given, from a live u64.
     check(unsafe {
         libc::ptrace(
             libc::PTRACE_SETSIGMASK,
@@ -158,16 +159,16 @@ pub fn set_signal_mask(tid: Tid, mask: u64) -> io::Result<()> {
     .map(drop)
 }
 
-/// Whether a stopped thread has system calls turned into signals (syscall user dispatch, as Wine
-/// does): one made on its behalf might be caught, too.
+/// Returns whether a stopped thread uses syscall user dispatch, which turns its system calls into signals
+/// (Wine does). An injected system call might be turned into a signal, too.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn dispatches_system_calls(tid: Tid) -> io::Result<bool> {
     const GET_SYSCALL_USER_DISPATCH_CONFIG: libc::c_uint = 0x4211;
     // mode, selector, offset, length
     let mut configuration = [0u64; 4];
-    // SAFETY: the kernel writes at most the size given to live memory of that size.
+    // SAFETY: the kernel writes at most the size given, to a live array of that size.
     let got = check(unsafe {
         libc::ptrace(
             GET_SYSCALL_USER_DISPATCH_CONFIG,
@@ -178,7 +179,7 @@ pub fn dispatches_system_calls(tid: Tid) -> io::Result<bool> {
     });
     match got {
         Ok(_) => Ok(configuration[0] != 0),
-        // A kernel that cannot tell; before 6.4 none could.
+        // A kernel before 6.4 does not have this request.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => Ok(false),
         Err(error) => Err(error),
     }
@@ -187,16 +188,17 @@ pub fn dispatches_system_calls(tid: Tid) -> io::Result<bool> {
 /// Sends a signal to one thread.
 ///
 /// # Errors
-/// `ESRCH` if it is gone.
+/// `ESRCH` if it has exited.
 pub fn signal_thread(pid: i32, tid: Tid, signal: i32) -> io::Result<()> {
     // SAFETY: tgkill takes no pointers.
     check(unsafe { libc::syscall(libc::SYS_tgkill, pid, tid, signal) }).map(drop)
 }
 
-/// Where a stopped thread registered its restartable sequences (`struct rseq`), if it did.
+/// Returns the address of the `struct rseq` of a stopped thread, if it has registered one for restartable
+/// sequences.
 ///
 /// # Errors
-/// `ESRCH` if it is gone or not stopped.
+/// `ESRCH` if it has exited or is not stopped.
 pub fn rseq_area(tid: Tid) -> io::Result<Option<u64>> {
     const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
     #[repr(C)]
@@ -209,7 +211,7 @@ pub fn rseq_area(tid: Tid) -> io::Result<Option<u64>> {
         pad: u32,
     }
     let mut configuration = Configuration::default();
-    // SAFETY: the kernel writes at most the size given to a live struct of that size.
+    // SAFETY: the kernel writes at most the size given, to a live struct of that size.
     let got = check(unsafe {
         libc::ptrace(
             PTRACE_GET_RSEQ_CONFIGURATION,
@@ -220,19 +222,19 @@ pub fn rseq_area(tid: Tid) -> io::Result<Option<u64>> {
     });
     match got {
         Ok(_) => Ok(Some(configuration.pointer).filter(|&pointer| pointer != 0)),
-        // A kernel without restartable sequences.
+        // The kernel was built without restartable sequences.
         Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// Looks, without waiting, whether a traced thread has stopped or ended.
+/// Returns the next stop of a traced thread, without blocking; `None` if the thread runs.
 ///
 /// # Errors
-/// The kernel's, but for `ECHILD`, which means [`Stop::Gone`].
+/// Errors of `waitpid`, except `ECHILD`, which means [`Stop::Gone`].
 pub fn poll(tid: Tid) -> io::Result<Option<Stop>> {
     let mut status = 0;
-    // SAFETY: waitpid writes one int to a live int.
+    // SAFETY: waitpid writes one int, to a live int.
     let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
     match check(libc::c_long::from(got)) {
         Ok(0) => Ok(None),
@@ -242,14 +244,15 @@ pub fn poll(tid: Tid) -> io::Result<Option<Stop>> {
     }
 }
 
-/// Waits until a traced thread has stopped or ended. For short and certain waits only.
+/// Waits until a traced thread stops or exits. Blocks without a time limit, so the thread must be about to
+/// stop.
 ///
 /// # Errors
 /// As [`poll`].
 pub fn wait(tid: Tid) -> io::Result<Stop> {
     loop {
         let mut status = 0;
-        // SAFETY: waitpid writes one int to a live int.
+        // SAFETY: waitpid writes one int, to a live int.
         let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
         match check(libc::c_long::from(got)) {
             Ok(_) => return Ok(decode(status)),
@@ -260,6 +263,7 @@ pub fn wait(tid: Tid) -> io::Result<Stop> {
     }
 }
 
+/// Converts the status from `waitpid`.
 fn decode(status: i32) -> Stop {
     if !libc::WIFSTOPPED(status) {
         return Stop::Gone;

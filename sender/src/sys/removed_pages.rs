@@ -1,94 +1,73 @@
-//! A mapping of our own of a shared segment, that tells which of its pages were taken away.
+//! Detection of pages that were removed from a shared segment.
 //!
-//! A page that is removed from the object (`MADV_REMOVE`) is unmapped everywhere, and one that is touched
-//! there afterwards is a new one, of zeros. The page tables of who maps it do not tell, for write-protection
-//! outlasts both. Ours do: nobody touches that mapping but us.
+//! `MADV_REMOVE` removes a page from the object and unmaps it from every process; a later access maps a new
+//! page of zeros. The page tables of the target do not show this, for write-protection outlasts both. The
+//! page tables of a mapping in this process do: nothing else accesses that mapping.
 
+use super::mapping::Mapping;
 use super::pagemap::{self, PRESENT, Query, Region};
-use super::{check, map};
-use pageferry_common::PageRange;
+use pageferry_common::{PAGE_SIZE, PageRange};
 use std::fs::File;
 use std::io;
 
-/// Room for the runs that one scan returns: 24 KiB.
-const ROOM: usize = 1024;
+/// Number of runs that one scan returns at most; they take 24 KiB.
+const REGIONS_MAX: usize = 1024;
 
-/// See the module. Unmapped when dropped.
+/// A read-only mapping of a shared segment that detects pages punched out with `MADV_REMOVE`.
 #[derive(Debug)]
 pub struct RemovedPages {
-    start: u64,
-    bytes: usize,
+    mapping: Mapping,
     pagemap: File,
 }
 
 impl RemovedPages {
-    /// Maps all of an object, to be read.
+    /// Maps a whole object.
     ///
     /// # Errors
-    /// The kernel's; `EINVAL` for an empty object.
+    /// Errors of `open` and `mmap`: `EINVAL` for an empty object.
     pub fn map(file: &File) -> io::Result<Self> {
         let pagemap = File::open("/proc/self/pagemap")?;
         let bytes = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
-        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
-        let at = map(bytes, libc::PROT_READ, flags, Some(file))?;
-        Ok(Self {
-            start: at as u64,
-            bytes,
-            pagemap,
-        })
+        let mapping = Mapping::read_only(file, bytes)?;
+        Ok(Self { mapping, pagemap })
     }
 
-    /// Looks after the pages of a range of offsets from now on. Those that are not there are made.
+    /// Watches the pages of a range of offsets from now on. Allocates those that are missing in the object.
     ///
     /// # Errors
-    /// The kernel's: the object has become shorter, or there is no memory.
+    /// As [`Mapping::populate`].
     pub fn populate(&self, offsets: PageRange) -> io::Result<()> {
-        let range = self.at(offsets)?;
-        // SAFETY: the range lies in our mapping; its pages are only mapped.
-        check(libc::c_long::from(unsafe {
-            libc::madvise(
-                range.start() as *mut libc::c_void,
-                range.bytes() as usize,
-                libc::MADV_POPULATE_READ,
-            )
-        }))?;
-        Ok(())
+        self.mapping.populate(self.address_range(offsets)?)
     }
 
-    /// Appends the pages of a range of offsets that were taken away since they are looked after, or never
-    /// were; the kernel may have taken them by itself.
+    /// Appends the pages of a range of offsets that are not mapped: removed since [`RemovedPages::populate`],
+    /// never populated, or unmapped by the kernel itself.
     ///
     /// # Errors
-    /// The kernel's.
-    pub fn missing(&self, offsets: PageRange, gone: &mut Vec<PageRange>) -> io::Result<()> {
+    /// As [`pagemap::scan`].
+    pub fn missing(&self, offsets: PageRange, missing: &mut Vec<PageRange>) -> io::Result<()> {
         let query = Query {
             none: PRESENT,
             report: PRESENT,
             ..Query::default()
         };
-        let mut room = vec![Region::default(); ROOM];
-        let range = self.at(offsets)?;
-        pagemap::scan(&self.pagemap, range, query, &mut room, |region| {
-            let (start, end) = (region.start - self.start, region.end - self.start);
-            gone.extend(PageRange::from_bounds(start, end));
+        let mut regions = vec![Region::default(); REGIONS_MAX];
+        let (range, base) = (self.address_range(offsets)?, self.mapping.start());
+        pagemap::scan(&self.pagemap, range, query, &mut regions, |region| {
+            missing.extend(PageRange::from_bounds(
+                region.start - base,
+                region.end - base,
+            ));
         })
     }
 
-    /// Where a range of offsets is in our memory.
-    fn at(&self, offsets: PageRange) -> io::Result<PageRange> {
-        let inside =
-            offsets.end() <= (self.bytes as u64).next_multiple_of(pageferry_common::PAGE_SIZE);
-        let range = PageRange::new(self.start + offsets.start(), offsets.pages()).ok();
+    /// Converts offsets in the object to addresses in this process.
+    fn address_range(&self, offsets: PageRange) -> io::Result<PageRange> {
+        let mapped_bytes = self.mapping.range().pages() * PAGE_SIZE;
+        let range = PageRange::new(self.mapping.start() + offsets.start(), offsets.pages()).ok();
         range
-            .filter(|_| inside)
+            .filter(|_| offsets.end() <= mapped_bytes)
             .ok_or_else(|| io::ErrorKind::InvalidInput.into())
-    }
-}
-
-impl Drop for RemovedPages {
-    fn drop(&mut self) {
-        // SAFETY: it is ours, and nothing refers to it any more.
-        unsafe { libc::munmap(self.start as *mut libc::c_void, self.bytes) };
     }
 }
 
@@ -97,11 +76,10 @@ mod tests {
     use super::*;
     use nix::fcntl::{FallocateFlags, fallocate};
     use nix::sys::memfd::{MFdFlags, memfd_create};
-    use pageferry_common::PAGE_SIZE;
     use std::os::unix::fs::FileExt;
 
     #[test]
-    fn a_page_that_is_taken_away_and_comes_again_shows() {
+    fn removed_page_is_missing_even_if_it_is_written_again() {
         let memfd = File::from(memfd_create("x", MFdFlags::empty()).unwrap());
         memfd.write_all_at(&vec![1; 1000 << 12], 0).unwrap();
         let removed_pages = RemovedPages::map(&memfd).unwrap();

@@ -1,35 +1,35 @@
-//! Small calls about signals and identity.
+//! Signal dispositions, and comparison of processes.
 
 use super::check;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;
 
-/// Ignores a signal from now on.
+/// Sets the disposition of a signal to "ignore".
 ///
 /// # Errors
 /// `EINVAL` for a signal that cannot be ignored.
 pub fn ignore(number: Signal) -> io::Result<()> {
-    // SAFETY: SIG_IGN installs no code of ours, so none can run in a handler's context.
+    // SAFETY: SIG_IGN installs no handler, so no code has to be async-signal-safe.
     unsafe { signal(number, SigHandler::SigIgn) }?;
     Ok(())
 }
 
-/// Lets a signal do by default what it does.
+/// Sets the disposition of a signal to its default.
 ///
 /// # Errors
-/// `EINVAL` for a signal that has no other way.
+/// `EINVAL` for a signal whose disposition cannot be changed.
 pub fn reset(number: Signal) -> io::Result<()> {
-    // SAFETY: SIG_DFL installs no code of ours, so none can run in a handler's context.
+    // SAFETY: SIG_DFL installs no handler, so no code has to be async-signal-safe.
     unsafe { signal(number, SigHandler::SigDfl) }?;
     Ok(())
 }
 
-/// Whether two processes share one memory (a vfork child and its parent do).
+/// Returns whether two processes share their memory, as a vfork child and its parent do. Returns `false` if
+/// the kernel has no `kcmp`.
 #[must_use]
 pub fn share_memory(a: i32, b: i32) -> bool {
     const KCMP_VM: libc::c_int = 1;
-    // SAFETY: kcmp takes numbers only.
+    // SAFETY: kcmp takes no pointers.
     let result = unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_VM, 0, 0) };
-    // Where the kernel has no kcmp the answer is "no".
     matches!(check(result), Ok(0))
 }

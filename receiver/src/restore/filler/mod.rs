@@ -257,7 +257,7 @@ impl<'a> Filler<'a> {
             return Err(io::Error::other(what).into());
         };
         self.spaces
-            .push(AddressSpace::new(Uffd::ready(fd), pending));
+            .push(AddressSpace::new(Uffd::after_handshake(fd), pending));
         Ok(())
     }
 }
