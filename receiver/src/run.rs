@@ -4,9 +4,9 @@ use crate::cli::{Cli, Command, RestoreHow, Serve, ServePages};
 use crate::quota::Bounds;
 use crate::restore::Restorer;
 use crate::server::tls::Secure;
-use crate::server::{self, Ended, Options};
+use crate::server::{self, Ended, ExitPolicy, Options};
 use crate::session::page_client::{ServeError, Served};
-use crate::session::{Limits, Migration};
+use crate::session::{DumpParents, Limits, Migration, ServerContext};
 use crate::storage::store::{Store, StoreError};
 use crate::tools::certs;
 use crate::tools::flatten::{Pages, flatten};
@@ -251,28 +251,43 @@ fn serve_until_end(
             Some(how) => Some(restorer(how, serve)?),
             None => None,
         };
-        let options = Options {
+        let context = ServerContext {
+            store,
+            limits: limits(serve),
             restorer,
-            secure,
-            once: serve.once.then_some(serve.reconnect_for),
-            max_senders: usize::from(serve.max_senders),
-            limits: Limits {
-                stall: serve.timeout,
-                handshake: serve.handshake_timeout,
-                buffers: usize::from(serve.buffers),
-                bounds: Bounds {
-                    rounds: serve.max_rounds,
-                    bytes: serve.max_bytes,
-                    images: serve.max_images as usize,
-                    keep_free: serve.keep_free,
-                },
+            dump_parents: match serve.chain_dumps {
+                true => DumpParents::Newest,
+                false => DumpParents::None,
             },
-            chain_dumps: serve.chain_dumps,
         };
-        server::serve(listener, store, options)
+        let options = Options {
+            exit: match serve.once {
+                true => ExitPolicy::AfterOne {
+                    reconnect_for: serve.reconnect_for,
+                },
+                false => ExitPolicy::Signal,
+            },
+            max_senders: usize::from(serve.max_senders),
+            secure,
+        };
+        server::serve(listener, context, options)
             .await
             .map_err(|error| complain(error, ""))
     })
+}
+
+fn limits(serve: &Serve) -> Limits {
+    Limits {
+        stall: serve.timeout,
+        handshake: serve.handshake_timeout,
+        buffers: usize::from(serve.buffers),
+        bounds: Bounds {
+            rounds: serve.max_rounds,
+            bytes: serve.max_bytes,
+            images: serve.max_images as usize,
+            keep_free: serve.keep_free,
+        },
+    }
 }
 
 fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Exit> {

@@ -9,7 +9,7 @@ use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::refusal::Failure;
 use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::criu::receive;
-use pageferry_receiver::session::{Limits, Migration};
+use pageferry_receiver::session::{DumpParents, Limits, Migration, ServerContext};
 use pageferry_receiver::storage::store::Store;
 use pageferry_receiver::tools::verify::verify;
 use std::fs;
@@ -83,22 +83,25 @@ fn play_bounded(
         .build()
         .unwrap();
     runtime.block_on(async {
-        let store = Arc::new(Store::open(dir).unwrap());
         let (ours, theirs) = duplex(1 << 16);
         let (read, write) = split(ours);
-        let limits = Limits {
-            stall: Duration::from_secs(20),
-            handshake: Duration::from_secs(20),
-            buffers: 2,
-            bounds,
-        };
-        let pending = Admission::new(1).admit(limits.handshake).unwrap();
-        let mut migration = Migration::default();
-        let receiving = async {
-            let result = receive(read, write, pending, &store, limits, chain, &mut migration).await;
-            // In the server, the connection ends together with this function.
-            (migration, result)
-        };
+        let context = Arc::new(ServerContext {
+            store: Store::open(dir).unwrap(),
+            limits: Limits {
+                stall: Duration::from_secs(20),
+                handshake: Duration::from_secs(20),
+                buffers: 2,
+                bounds,
+            },
+            restorer: None,
+            dump_parents: match chain {
+                true => DumpParents::Newest,
+                false => DumpParents::None,
+            },
+        });
+        let pending = Admission::new(1).admit(context.limits.handshake).unwrap();
+        // In the server, the connection ends together with this function.
+        let receiving = async { receive(read, write, pending, &context).await };
         let client = async {
             let (mut read, mut write) = split(theirs);
             let mut answers = Vec::new();
@@ -110,8 +113,8 @@ fn play_bounded(
             let ((), _) = tokio::join!(talk, read.read_to_end(&mut answers));
             answers
         };
-        let (answers, (migration, result)) = tokio::join!(client, receiving);
-        (answers, migration, result)
+        let (answers, end) = tokio::join!(client, receiving);
+        (answers, end.migration, end.result)
     })
 }
 

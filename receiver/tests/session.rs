@@ -12,7 +12,7 @@ use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::refusal::Failure;
 use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::native::receive;
-use pageferry_receiver::session::{Limits, Migration};
+use pageferry_receiver::session::{DumpParents, Limits, Migration, ServerContext};
 use pageferry_receiver::storage::store::Store;
 use pageferry_receiver::tools::verify::verify;
 use std::fs;
@@ -165,7 +165,17 @@ async fn session_at<F: AsyncFnOnce(&mut Sender)>(
     dir: &Path,
     script: F,
 ) -> (Migration, Result<(), Failure>) {
-    let store = Store::open(dir).unwrap();
+    let context = ServerContext {
+        store: Store::open(dir).unwrap(),
+        limits: Limits {
+            stall: STALL,
+            handshake: STALL,
+            buffers: 1,
+            bounds,
+        },
+        restorer: None,
+        dump_parents: DumpParents::None,
+    };
     let (ours, theirs) = duplex(1 << 16);
     let (read, write) = split(ours);
     let phase = SharedPhase::default();
@@ -175,23 +185,13 @@ async fn session_at<F: AsyncFnOnce(&mut Sender)>(
         totals: Totals::default(),
         digest: RoundDigest::default(),
     };
-    let mut migration = Migration::default();
     let (read, write) = split(theirs);
-    let limits = Limits {
-        stall: STALL,
-        handshake: STALL,
-        buffers: 1,
-        bounds,
-    };
     let pending = admission.admit(STALL).unwrap();
-    let (result, ()) = tokio::join!(
-        receive(read, write, pending, &store, limits, None, &mut migration),
-        async {
-            script(&mut sender).await;
-            drop(sender);
-        }
-    );
-    (migration, result)
+    let (end, ()) = tokio::join!(receive(read, write, pending, &context), async {
+        script(&mut sender).await;
+        drop(sender);
+    });
+    (end.migration, end.result)
 }
 
 fn refusal(received: Result<Message, WireError>) -> RefuseCode {

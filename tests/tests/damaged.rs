@@ -17,7 +17,7 @@ use pageferry_receiver::refusal::Failure;
 use pageferry_receiver::restore::Restorer;
 use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::native::receive;
-use pageferry_receiver::session::{Limits, Migration};
+use pageferry_receiver::session::{DumpParents, Limits, ServerContext};
 use pageferry_receiver::storage::store::Store;
 use pageferry_sender::sink::{CommitError, Compression, Connect, Dialect, SinkError};
 use pageferry_tests::criu::Criu;
@@ -296,34 +296,29 @@ fn received(
     restorer: Option<&Restorer>,
 ) -> (Result<(), Failure>, usize, BTreeMap<String, Vec<u8>>) {
     let dir = scratch();
-    let store = Store::open(dir.path()).unwrap();
-    let limits = Limits {
-        stall: STALL,
-        handshake: STALL,
-        buffers: 1,
-        bounds: Bounds::NONE,
+    let context = ServerContext {
+        store: Store::open(dir.path()).unwrap(),
+        limits: Limits {
+            stall: STALL,
+            handshake: STALL,
+            buffers: 1,
+            bounds: Bounds::NONE,
+        },
+        restorer: restorer.cloned(),
+        dump_parents: DumpParents::None,
     };
     let bytes: Vec<u8> = frames
         .iter()
         .flat_map(|frame| &frame.bytes)
         .copied()
         .collect();
-    let mut migration = Migration::default();
     let write = tokio::io::sink();
     let pending = Admission::new(1).admit(STALL).unwrap();
-    let receiving = receive(
-        &bytes[..],
-        write,
-        pending,
-        &store,
-        limits,
-        restorer,
-        &mut migration,
-    );
+    let receiving = receive(&bytes[..], write, pending, &context);
     let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-    let result = runtime.block_on(receiving);
-    let rounds = check_store(store.dir());
-    (result, rounds, memory_in(&store.home(&CLAIM)))
+    let result = runtime.block_on(receiving).result;
+    let rounds = check_store(context.store.dir());
+    (result, rounds, memory_in(&context.store.home(&CLAIM)))
 }
 
 /// Damages the first frames of a session; at least `least` damages must be detected.

@@ -1,34 +1,34 @@
-//! Tells protocols apart by the first bytes a client sends.
+//! Detects the protocol of a connection from its first bytes.
 
 use pageferry_common::wire::frame::MAGIC;
 
-/// Bytes needed to tell.
+/// Number of bytes that tell the protocols apart.
 pub const FIRST_BYTES: usize = 4;
 
-/// What a client speaks.
+/// Protocol of a connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Dialect {
-    /// Our own protocol.
+    /// Pageferry's own protocol.
     Native,
     /// CRIU's page-server protocol.
     Criu,
-    /// TLS, with something else inside.
+    /// TLS, with one of the others inside.
     Tls,
-    /// Nothing we know.
+    /// Not supported.
     Unknown,
 }
 
-/// Judges the first bytes.
+/// Returns the protocol that begins with these bytes.
 #[must_use]
 pub fn detect(first: [u8; FIRST_BYTES]) -> Dialect {
     if first == MAGIC {
         return Dialect::Native;
     }
-    // A record of type handshake, of whatever version it says for old servers' sake.
+    // A handshake record. The version after the major number 3 differs, for compatibility with old servers.
     if first[..2] == [0x16, 3] {
         return Dialect::Tls;
     }
-    // CRIU's header begins with a u32: the command in its lower half, flags of pages above.
+    // CRIU's header begins with a little-endian u32: the command in the lower half, page flags in the upper.
     let word = u32::from_le_bytes(first);
     match (word & 0xffff, word >> 16) {
         (1..=7 | 0x1023 | 0x1024, 0..=7) => Dialect::Criu,
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_bytes_tell() {
+    fn protocol_is_detected_from_four_bytes() {
         for (first, dialect) in [
             (*b"PFRY", Dialect::Native),
             ([4, 0, 0, 0], Dialect::Criu),

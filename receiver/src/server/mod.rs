@@ -1,283 +1,191 @@
-//! Accepting senders: any number, one after another and at once, none in another's way.
+//! The server: accepts any number of connections, one after another and at the same time.
 
+mod connection;
 pub mod detect;
 pub mod tls;
 
 use crate::refusal::Failure;
-use crate::restore::Restorer;
-use crate::server::detect::{Dialect, FIRST_BYTES, detect};
-use crate::server::tls::{Accepted, Secure};
-use crate::session::admission::{Admission, Pending};
-use crate::session::{Limits, Migration, criu, native};
-use crate::storage::lease::Disconnect;
-use crate::storage::store::Store;
-use crate::with_causes;
-use nix::sys::socket::{MsgFlags, recv};
-use pageferry_common::wire::WireError;
+use crate::server::detect::Dialect;
+use crate::server::tls::Secure;
+use crate::session::admission::Admission;
+use crate::session::{Migration, ServerContext, SessionEnd, native};
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, Interest, split};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// Pause after a connection could not be accepted.
+const ACCEPT_RETRY_DELAY: Duration = Duration::from_millis(100);
 
 /// How the server works.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// End after one migration. If its connection is lost, its sender may come again for so long.
-    pub once: Option<Duration>,
-    /// Most senders at once.
+    /// When the server exits.
+    pub exit: ExitPolicy,
+    /// Largest number of senders at a time.
     pub max_senders: usize,
-    /// Of each.
-    pub limits: Limits,
-    /// Each dump by CRIU has the one before of the same process as its parent.
-    pub chain_dumps: bool,
-    /// With this, everybody has to prove who he is, and everything is encrypted.
+    /// Requires TLS and authenticates peers; `None` for plaintext.
     pub secure: Option<Secure>,
-    /// With this, processes are restored if their senders want it.
-    pub restorer: Option<Restorer>,
+}
+
+/// When the server exits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitPolicy {
+    /// When it receives a signal.
+    Signal,
+    /// Also after one migration (`--once`).
+    AfterOne {
+        /// How long a sender that has lost its connection may take to connect again.
+        reconnect_for: Duration,
+    },
 }
 
 /// Why the server ended.
 #[derive(Debug)]
 pub enum Ended {
-    /// With `once`: how the migration went.
+    /// One migration ended, as [`ExitPolicy::AfterOne`] wants it.
     Once(Migration, Result<(), Failure>),
-    /// SIGINT.
+    /// It received SIGINT.
     Interrupted,
-    /// SIGTERM.
+    /// It received SIGTERM.
     Terminated,
 }
 
-/// Serves until a signal comes or, with `once`, one migration is over.
+/// Serves until a signal arrives or, with [`ExitPolicy::AfterOne`], one migration has ended.
 ///
 /// # Errors
 /// Those of the runtime and of accepting.
-pub async fn serve(listener: TcpListener, store: Store, options: Options) -> io::Result<Ended> {
-    let store = Arc::new(store);
-    if let Some(restorer) = &options.restorer {
-        native::finish_all(&restorer.criu, &store).await;
-    }
-    let admission = Admission::new(options.max_senders);
+pub async fn serve(
+    listener: TcpListener,
+    context: ServerContext,
+    options: Options,
+) -> io::Result<Ended> {
+    let context = Arc::new(context);
+    native::finish_all(&context).await;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut terminate = signal(SignalKind::terminate())?;
-    let (over, mut ended) = mpsc::unbounded_channel::<(Dialect, Over)>();
-    // With `once`: a migration that has lost its connection.
-    let mut lost: Option<Over> = None;
-    let patience = options.once.unwrap_or_default();
-    let mut waiting = Box::pin(sleep(patience));
+    let (ended_tx, mut ended_rx) = mpsc::unbounded_channel();
+    let mut exit = Exit::new(options.exit);
+    let server = Server {
+        admission: Admission::new(options.max_senders),
+        context,
+        secure: options.secure,
+        ended_tx,
+    };
     loop {
-        let (stream, peer) = tokio::select! {
+        tokio::select! {
             accepted = listener.accept() => match accepted {
-                Ok(accepted) => accepted,
+                Ok((stream, peer)) => server.spawn(stream, peer),
                 Err(error) => {
-                    // Out of descriptors, most likely: those who are here finish and free some.
-                    tracing::error!(%error, "cannot accept a connection");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                    continue;
+                    // Too many descriptors, most likely: connections that end free some.
+                    tracing::error!(event = "accept_failed", %error, "cannot accept a connection");
+                    sleep(ACCEPT_RETRY_DELAY).await;
                 }
             },
-            Some((dialect, (migration, result))) = ended.recv() => {
-                if options.once.is_none() {
-                    continue;
-                }
-                // CRIU does not come again.
-                let native = dialect == Dialect::Native;
-                let broken = result.as_ref().is_err_and(Failure::is_broken_connection);
-                if !(native && broken) || patience.is_zero() {
+            Some((dialect, end)) = ended_rx.recv() => {
+                if let Some(SessionEnd { migration, result }) = exit.after(dialect, end) {
                     return Ok(Ended::Once(migration, result));
                 }
-                tracing::info!(event = "awaiting_reconnect", ?patience, "its sender may come again");
-                lost = Some((migration, result));
-                waiting.as_mut().reset(Instant::now() + patience);
-                continue;
             }
-            () = &mut waiting, if lost.is_some() => {
-                let came = |lost: &mut (Migration, _)| store.is_leased(&lost.0.directory);
-                match lost.take_if(|lost| !came(lost)) {
-                    Some((migration, result)) => return Ok(Ended::Once(migration, result)),
-                    None => waiting.as_mut().reset(Instant::now() + patience),
+            () = sleep_until(exit.deadline), if exit.lost.is_some() => {
+                if let Some(SessionEnd { migration, result }) = exit.at_deadline(&server.context) {
+                    return Ok(Ended::Once(migration, result));
                 }
-                continue;
             }
             _ = interrupt.recv() => return Ok(Ended::Interrupted),
             _ = terminate.recv() => return Ok(Ended::Terminated),
-        };
-        let Some(pending) = admission.admit(options.limits.handshake) else {
-            tracing::warn!(event = "connection_refused", %peer, "closed: too many have not said yet what they want");
-            continue;
-        };
-        let (store, over, options) = (Arc::clone(&store), over.clone(), options.clone());
-        tokio::spawn(async move {
-            if let Some(outcome) = connection(stream, peer, pending, &store, &options).await {
-                // The server is gone only if everything is over.
-                let _ = over.send(outcome);
-            }
-        });
-    }
-}
-
-/// How a connection's migration went.
-type Over = (Migration, Result<(), Failure>);
-
-/// Serves one connection. `None` if it was no migration.
-async fn connection(
-    stream: TcpStream,
-    peer: SocketAddr,
-    pending: Pending,
-    store: &Arc<Store>,
-    options: &Options,
-) -> Option<(Dialect, Over)> {
-    let limits = options.limits;
-    let pending = match Disconnect::new(&stream) {
-        Ok(cut) => pending.with(cut),
-        Err(error) => {
-            tracing::error!(event = "connection_refused", %peer, %error, "refused");
-            return None;
-        }
-    };
-    let first = first_bytes(&stream);
-    let first = pending.in_time(async { first.await.map_err(WireError::Io) });
-    let Ok(Some(first)) = first.await else {
-        // Connected and gone, or not a word: a port scan, a health check.
-        tracing::debug!(%peer, "said nothing");
-        return None;
-    };
-    let _ = stream.set_nodelay(true);
-    match (&options.secure, detect(first)) {
-        (Some(secure), Dialect::Tls) => {
-            let accepted = async { Ok::<_, WireError>(secure.accept(stream).await) };
-            let Accepted {
-                stream,
-                first,
-                name,
-            } = match pending.in_time(accepted).await {
-                Ok(Ok(accepted)) => accepted,
-                Ok(Err(why)) => {
-                    tracing::warn!(event = "connection_refused", %peer, why, "refused");
-                    return None;
-                }
-                Err(_) => {
-                    tracing::warn!(event = "connection_refused", %peer, "refused: it does not say who it is");
-                    return None;
-                }
-            };
-            let (read, write) = split(stream);
-            let read = first.chain(read);
-            let dialect = detect(first);
-            match name {
-                Ok(name) => tracing::info!(event = "connection_accepted", %peer, name, "let in"),
-                Err(why) => {
-                    tracing::warn!(event = "connection_refused", %peer, why, "refused");
-                    if dialect == Dialect::Native {
-                        native::refuse(read, write, limits, why).await;
-                    }
-                    return None;
-                }
-            }
-            converse(dialect, read, write, peer, pending, store, options).await
-        }
-        (Some(_), dialect) => {
-            tracing::warn!(event = "connection_refused", %peer, "refused: it does not encrypt, as this receiver wants it");
-            if dialect == Dialect::Native {
-                let (read, write) = stream.into_split();
-                let what = "this receiver takes encrypted connections only: send --tls-ca ...";
-                native::refuse(read, write, limits, what.to_owned()).await;
-            }
-            None
-        }
-        (None, Dialect::Tls) => {
-            tracing::warn!(event = "connection_refused", %peer, "refused: it encrypts, and this receiver has no certificates (--tls-ca)");
-            None
-        }
-        (None, dialect) => {
-            let (read, write) = stream.into_split();
-            converse(dialect, read, write, peer, pending, store, options).await
         }
     }
 }
 
-/// Takes what a peer sends that may. `None` if it was no migration.
-async fn converse(
-    dialect: Dialect,
-    read: impl AsyncRead + Unpin,
-    write: impl AsyncWrite + Unpin,
-    peer: SocketAddr,
-    pending: Pending,
-    store: &Arc<Store>,
-    options: &Options,
-) -> Option<(Dialect, Over)> {
-    let limits = options.limits;
-    let mut migration = Migration::default();
-    let result = match dialect {
-        Dialect::Native => {
-            let restorer = options.restorer.as_ref();
-            let migration = &mut migration;
-            native::receive(read, write, pending, store, limits, restorer, migration).await
-        }
-        Dialect::Criu => {
-            tracing::info!(event = "dump_begun", %peer, "CRIU begins a dump");
-            let chain = options.chain_dumps;
-            let migration = &mut migration;
-            criu::receive(read, write, pending, store, limits, chain, migration).await
-        }
-        Dialect::Tls | Dialect::Unknown => {
-            tracing::warn!(event = "connection_refused", %peer, "refused: neither `send` nor CRIU");
-            return None;
-        }
-    };
-    let directory = migration.directory.display();
-    match &result {
-        Ok(()) => tracing::info!(
-            event = "migration_done",
-            %peer,
-            %directory,
-            migration.rounds,
-            "migration complete"
-        ),
-        Err(Failure::Refusal(refusal)) if migration.directory.as_os_str().is_empty() => {
-            let why = with_causes(refusal);
-            tracing::warn!(event = "migration_refused", %peer, why, "migration refused");
-        }
-        Err(error) => {
-            let why = with_causes(error);
+/// What every connection is served with.
+struct Server {
+    admission: Admission,
+    context: Arc<ServerContext>,
+    secure: Option<Secure>,
+    ended_tx: mpsc::UnboundedSender<(Dialect, SessionEnd)>,
+}
+
+impl Server {
+    /// Serves a connection in a task of its own, unless there are too many pending ones.
+    fn spawn(&self, stream: TcpStream, peer: SocketAddr) {
+        let Some(pending) = self.admission.admit(self.context.limits.handshake) else {
             tracing::warn!(
-                event = "connection_ended_early",
+                event = "connection_refused",
                 %peer,
-                %directory,
-                migration.rounds,
-                why,
-                "migration ended early"
+                "rejected: too many pending connections"
             );
-        }
+            return;
+        };
+        let connection = connection::Connection {
+            peer,
+            pending,
+            context: Arc::clone(&self.context),
+        };
+        let (secure, ended_tx) = (self.secure.clone(), self.ended_tx.clone());
+        tokio::spawn(async move {
+            if let Some(end) = connection.serve(stream, secure.as_ref()).await {
+                // The receiver is gone only if the server has ended.
+                let _ = ended_tx.send(end);
+            }
+        });
     }
-    // A peer that broke the protocol before it was welcome began no migration.
-    let began = !migration.directory.as_os_str().is_empty();
-    began.then_some((dialect, (migration, result)))
 }
 
-/// The first bytes, left where they are; `None` if the peer goes without sending as many.
-async fn first_bytes(stream: &TcpStream) -> io::Result<Option<[u8; FIRST_BYTES]>> {
-    let mut first = [0; FIRST_BYTES];
-    loop {
-        let ready = stream.ready(Interest::READABLE).await?;
-        let peeked = stream.try_io(Interest::READABLE, || {
-            let got = recv(stream.as_raw_fd(), &mut first, MsgFlags::MSG_PEEK)?;
-            if got < FIRST_BYTES && !ready.is_read_closed() {
-                // Readable, but not enough yet: the next bytes, or the end, are news again.
-                return Err(io::ErrorKind::WouldBlock.into());
-            }
-            Ok(got)
-        });
-        match peeked {
-            Ok(FIRST_BYTES) => return Ok(Some(first)),
-            Ok(_) => return Ok(None),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
+/// Decides when the server exits.
+struct Exit {
+    policy: ExitPolicy,
+    /// A migration whose connection was lost and whose sender may connect again.
+    lost: Option<SessionEnd>,
+    /// When to give up waiting for that sender.
+    deadline: Instant,
+}
+
+impl Exit {
+    fn new(policy: ExitPolicy) -> Self {
+        Self {
+            policy,
+            lost: None,
+            deadline: Instant::now(),
         }
+    }
+
+    /// Takes the end of a migration; returns it if the server is to exit now.
+    fn after(&mut self, dialect: Dialect, end: SessionEnd) -> Option<SessionEnd> {
+        let ExitPolicy::AfterOne { reconnect_for } = self.policy else {
+            return None;
+        };
+        let lost = end
+            .result
+            .as_ref()
+            .is_err_and(Failure::is_broken_connection);
+        // CRIU never connects again for the same dump.
+        if dialect != Dialect::Native || !lost || reconnect_for.is_zero() {
+            return Some(end);
+        }
+        tracing::info!(
+            event = "awaiting_reconnect",
+            ?reconnect_for,
+            "waiting for the sender to reconnect"
+        );
+        self.lost = Some(end);
+        self.deadline = Instant::now() + reconnect_for;
+        None
+    }
+
+    /// Returns the lost migration unless its sender has connected again.
+    fn at_deadline(&mut self, context: &ServerContext) -> Option<SessionEnd> {
+        let reconnected = |end: &SessionEnd| context.store.is_leased(&end.migration.directory);
+        if let Some(end) = self.lost.take_if(|end| !reconnected(end)) {
+            return Some(end);
+        }
+        if let ExitPolicy::AfterOne { reconnect_for } = self.policy {
+            self.deadline = Instant::now() + reconnect_for;
+        }
+        None
     }
 }

@@ -1,4 +1,4 @@
-//! Who may come in: TLS, and the names in certificates.
+//! TLS: authenticates peers by certificate, and checks their names.
 
 use crate::server::detect::FIRST_BYTES;
 use pageferry_common::tls::{TlsError, TlsFiles, names, words};
@@ -10,21 +10,21 @@ use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
-/// Lets in who has a certificate of our authority.
+/// Accepts peers that have a certificate of the configured authority.
 #[derive(Clone)]
 pub struct Secure {
     acceptor: TlsAcceptor,
-    /// Only these, if there are any.
+    /// Names that are allowed; all if empty.
     allowed: Arc<BTreeSet<String>>,
 }
 
-/// Who has a certificate of our authority.
-pub struct Accepted {
+/// A peer that has a certificate of the configured authority.
+pub struct Authenticated {
     /// The connection.
     pub stream: TlsStream<TcpStream>,
-    /// What has been read of it.
+    /// First bytes, which were read from the connection.
     pub first: [u8; FIRST_BYTES],
-    /// The name that it is allowed by; or in words, why it is not.
+    /// The allowed name in its certificate, or why none of its names is allowed.
     pub name: Result<String, String>,
 }
 
@@ -32,12 +32,13 @@ impl fmt::Debug for Secure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Secure")
             .field("allowed", &self.allowed)
-            .finish()
+            .finish_non_exhaustive()
     }
 }
 
 impl Secure {
-    /// With these certificates; `None` if there are none. `allowed` are the names to let in, all if empty.
+    /// Reads the certificates; returns `None` if none are configured. `allowed` are the names of peers that
+    /// may connect; all if empty.
     ///
     /// # Errors
     /// [`TlsError`].
@@ -49,21 +50,21 @@ impl Secure {
         }))
     }
 
-    /// Finds out who it is.
+    /// Authenticates the peer, and reads its first bytes.
     ///
     /// # Errors
-    /// In words, why it is no one known.
-    pub async fn accept(&self, stream: TcpStream) -> Result<Accepted, String> {
+    /// A description if the handshake fails.
+    pub async fn accept(&self, stream: TcpStream) -> Result<Authenticated, String> {
         let words = |error| words(&error);
         let mut stream = self.acceptor.accept(stream).await.map_err(words)?;
         let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
         let names = certificates.first().map(names).unwrap_or_default();
-        let allowed = |name: &&String| self.allowed.is_empty() || self.allowed.contains(*name);
-        let name = names.iter().find(allowed).cloned();
+        let is_allowed = |name: &&String| self.allowed.is_empty() || self.allowed.contains(*name);
+        let name = names.iter().find(is_allowed).cloned();
         let name = name.ok_or_else(|| format!("{:?} is not among those allowed", names.join(", ")));
         let mut first = [0; FIRST_BYTES];
         stream.read_exact(&mut first).await.map_err(words)?;
-        Ok(Accepted {
+        Ok(Authenticated {
             stream,
             first,
             name,

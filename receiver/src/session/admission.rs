@@ -1,5 +1,5 @@
-//! The admission: who has not said yet what he wants waits in the hall, with little time and next to no memory;
-//! who sends takes one of the places.
+//! Admission: a connection has a short deadline and almost no memory until it has identified itself; then it
+//! takes one of `--max-senders` slots.
 
 use crate::refusal::{Failure, Refusal};
 use crate::storage::lease::Disconnect;
@@ -9,95 +9,96 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
-/// How many more may be in the hall than there are places: so that who comes when all are taken is told so.
-pub const HALL_MORE: usize = 64;
+/// Number of pending connections that are allowed beyond the number of sender slots, so that a sender that
+/// connects when all slots are taken still receives a refusal.
+pub const EXTRA_PENDING: usize = 64;
 
-/// Lets in so many and no more.
+/// Limits the numbers of pending connections and of senders.
 #[derive(Debug)]
 pub struct Admission {
-    hall: Arc<Semaphore>,
-    places: Arc<Semaphore>,
+    pending: Arc<Semaphore>,
+    slots: Arc<Semaphore>,
 }
 
-/// A connection in the hall.
+/// A connection that has not identified itself yet.
 #[derive(Debug)]
 pub struct Pending {
-    places: Arc<Semaphore>,
-    /// When it has to have said what it wants.
-    until: Instant,
+    slots: Arc<Semaphore>,
+    deadline: Instant,
+    /// Time from the connection to the deadline.
     handshake: Duration,
-    cut: Disconnect,
-    _hall: OwnedSemaphorePermit,
+    disconnect: Disconnect,
+    _permit: OwnedSemaphorePermit,
 }
 
-/// A place for a sender, until dropped.
+/// The right to send a migration, until dropped.
 #[derive(Debug)]
 pub struct SenderSlot {
-    _taken: OwnedSemaphorePermit,
+    _permit: OwnedSemaphorePermit,
 }
 
 impl Admission {
-    /// With so many places.
+    /// Allows `max_senders` senders at a time.
     #[must_use]
     pub fn new(max_senders: usize) -> Self {
         Self {
-            hall: Arc::new(Semaphore::new(max_senders + HALL_MORE)),
-            places: Arc::new(Semaphore::new(max_senders)),
+            pending: Arc::new(Semaphore::new(max_senders + EXTRA_PENDING)),
+            slots: Arc::new(Semaphore::new(max_senders)),
         }
     }
 
-    /// Lets a connection into the hall, where it has so much time to say what it wants; `None` if that is
-    /// full.
+    /// Admits a connection that has until `handshake` from now to identify itself. Returns `None` if there
+    /// are too many pending connections.
     #[must_use]
     pub fn admit(&self, handshake: Duration) -> Option<Pending> {
-        let hall = Arc::clone(&self.hall).try_acquire_owned().ok()?;
+        let permit = Arc::clone(&self.pending).try_acquire_owned().ok()?;
         Some(Pending {
-            places: Arc::clone(&self.places),
-            until: Instant::now() + handshake,
+            slots: Arc::clone(&self.slots),
+            deadline: Instant::now() + handshake,
             handshake,
-            cut: Disconnect::default(),
-            _hall: hall,
+            disconnect: Disconnect::default(),
+            _permit: permit,
         })
     }
 }
 
 impl Pending {
-    /// Its connection can be cut.
+    /// Adds the handle that closes the connection.
     #[must_use]
-    pub fn with(self, cut: Disconnect) -> Self {
-        Self { cut, ..self }
+    pub fn with_disconnect(self, disconnect: Disconnect) -> Self {
+        Self { disconnect, ..self }
     }
 
-    /// Cuts its connection.
+    /// Returns the handle that closes the connection.
     #[must_use]
-    pub fn cut(&self) -> Disconnect {
-        self.cut.clone()
+    pub fn disconnect(&self) -> Disconnect {
+        self.disconnect.clone()
     }
 
-    /// Waits for what it says, no longer than it may be in the hall.
+    /// Waits for `work`, but not beyond the deadline.
     ///
     /// # Errors
-    /// What `said` returns; [`WireError::Stalled`].
-    pub async fn in_time<T, E: Into<Failure>>(
+    /// The error of `work`; [`WireError::Stalled`] at the deadline.
+    pub async fn within_deadline<T, E: Into<Failure>>(
         &self,
-        said: impl Future<Output = Result<T, E>>,
+        work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, Failure> {
-        match timeout_at(self.until, said).await {
-            Ok(said) => said.map_err(Into::into),
+        match timeout_at(self.deadline, work).await {
+            Ok(result) => result.map_err(Into::into),
             Err(_) => Err(WireError::Stalled(self.handshake).into()),
         }
     }
 
-    /// Leaves the hall for a place.
+    /// Makes the connection a sender's.
     ///
     /// # Errors
-    /// [`Refusal`] if there is none.
+    /// [`Refusal`] if all slots are taken.
     pub fn promote(self) -> Result<SenderSlot, Refusal> {
-        match self.places.try_acquire_owned() {
-            Ok(taken) => Ok(SenderSlot { _taken: taken }),
+        match self.slots.try_acquire_owned() {
+            Ok(permit) => Ok(SenderSlot { _permit: permit }),
             Err(_) => {
-                let what = "as many senders are here as this receiver takes (--max-senders)";
-                Err(Refusal::new(RefuseCode::Limit, what))
+                let reason = "all sender slots of this receiver are taken (--max-senders)";
+                Err(Refusal::new(RefuseCode::Limit, reason))
             }
         }
     }
@@ -108,31 +109,30 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn the_hall_is_left_for_a_place_or_for_good() {
+    async fn promoted_or_refused_connection_is_no_longer_pending() {
         let admission = Admission::new(1);
-        let mut hall = Vec::new();
-        while let Some(guest) = admission.admit(Duration::from_secs(60)) {
-            hall.push(guest);
+        let mut pending = Vec::new();
+        while let Some(connection) = admission.admit(Duration::from_secs(60)) {
+            pending.push(connection);
         }
-        assert_eq!(hall.len(), 1 + HALL_MORE);
-        let place = hall.pop().unwrap().promote().unwrap();
-        let refused = hall.pop().unwrap().promote().unwrap_err();
+        assert_eq!(pending.len(), 1 + EXTRA_PENDING);
+        let slot = pending.pop().unwrap().promote().unwrap();
+        let refused = pending.pop().unwrap().promote().unwrap_err();
         assert!(refused.reason.contains("--max-senders"));
-        // Both have left the hall.
-        hall.extend(admission.admit(Duration::from_secs(60)));
-        hall.extend(admission.admit(Duration::from_secs(60)));
-        assert_eq!(hall.len(), 1 + HALL_MORE);
-        drop(place);
-        hall.pop().unwrap().promote().unwrap();
+        pending.extend(admission.admit(Duration::from_secs(60)));
+        pending.extend(admission.admit(Duration::from_secs(60)));
+        assert_eq!(pending.len(), 1 + EXTRA_PENDING);
+        drop(slot);
+        pending.pop().unwrap().promote().unwrap();
     }
 
     #[tokio::test]
-    async fn who_says_nothing_in_time_is_given_up() {
-        let guest = Admission::new(1).admit(Duration::from_millis(10)).unwrap();
-        let said = guest.in_time(async { Ok::<_, WireError>("hello") }).await;
-        assert_eq!(said.unwrap(), "hello");
-        let nothing = std::future::pending::<Result<(), WireError>>();
-        let late = guest.in_time(nothing).await;
+    async fn silent_connection_fails_at_the_deadline() {
+        let pending = Admission::new(1).admit(Duration::from_millis(10)).unwrap();
+        let received = pending.within_deadline(async { Ok::<_, WireError>("hello") });
+        assert_eq!(received.await.unwrap(), "hello");
+        let silence = std::future::pending::<Result<(), WireError>>();
+        let late = pending.within_deadline(silence).await;
         assert!(matches!(late, Err(Failure::Wire(WireError::Stalled(_)))));
     }
 }

@@ -1,11 +1,10 @@
-//! CRIU's page-server protocol, receiving: what `criu page-server` does for `criu dump` and
-//! `criu pre-dump`.
+//! CRIU's page-server protocol, receiving: what `criu page-server` does for `criu dump` and `criu pre-dump`.
 //!
-//! A connection is one dump, and gets one directory. CRIU says nothing of a dump but the numbers of
-//! its processes and segments, so nothing tells which dump is to be the parent of which, and a
-//! client that is not run for it fails if it is offered one: only `chain` links them. CRIU has no
-//! message for errors: closing the connection, or at the end a status other than 0, is how its dump
-//! fails, and the dumped processes then run on.
+//! A connection is one dump, and gets one directory. CRIU sends nothing about a dump except the numbers of
+//! its processes and segments, so nothing shows which dump is the parent of which, and a client that was not
+//! started with a parent fails if it is offered one. Only [`DumpParents::Newest`] links dumps. The protocol
+//! has no message for errors: a dump fails if the connection is closed, or if the status at the end is not
+//! 0, and the dumped processes then resume.
 
 use crate::image::DirName;
 use crate::image::format::PagemapEntry;
@@ -13,10 +12,12 @@ use crate::image::writer::DirWriter;
 use crate::quota::Quota;
 use crate::refusal::{Failure, Refusal};
 use crate::session::admission::Pending;
-use crate::session::{Limits, Migration};
-use crate::storage::store::Store;
-use crate::storage::writer_thread::Disk;
-use pageferry_common::criu::page_server::{self, Command, Header, PageLocation, Width};
+use crate::session::{DumpParents, Migration, ServerContext, SessionEnd};
+use crate::storage::writer_thread::WriterThread;
+use bytes::Bytes;
+use pageferry_common::criu::page_server::{
+    self, Command, Header, PageLocation, UnknownCommand, Width,
+};
 use pageferry_common::wire::{RefuseCode, WireError};
 use pageferry_common::{BufferPool, CHUNK_SIZE, ImageId, PAGE_SIZE, PageBuf, PageRange};
 use std::io;
@@ -26,137 +27,154 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-/// Most entries given to the disk at once: bounds the list, for in-parent entries have no pages.
+/// Largest number of entries in a batch. Entries without pages would otherwise grow the list without bound.
 const ENTRIES_MAX: usize = 4096;
 
-/// Most pages in one entry: bounds nothing but sums, for pages are taken as they come.
+/// Largest number of pages in one entry. It only keeps sums from overflowing: pages are read in batches.
 const ENTRY_PAGES_MAX: u64 = 1 << 40;
 
-/// Takes one dump, whose outcome is in `migration` however it ends. With `chain` it continues the
-/// newest dump of the same process. The client is a pending until it has said that it dumps.
-///
-/// # Errors
-/// [`Failure`]; the client sees the connection close, or a status that is not 0.
+/// Status of a dump that was written completely.
+const STATUS_OK: i32 = 0;
+/// Status of a dump that could not be written.
+const STATUS_FAILED: i32 = -1;
+
+/// Receives one dump. The client takes a sender slot once it has sent the first header of a dump. An error
+/// closes the connection, or sends a status other than 0.
 pub async fn receive<R, W>(
     read: R,
     write: W,
     pending: Pending,
-    store: &Arc<Store>,
-    limits: Limits,
-    chain: bool,
+    context: &Arc<ServerContext>,
+) -> SessionEnd
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut connection = Connection::new(read, write, context.limits.stall);
+    let mut migration = Migration::default();
+    let result = receive_dump(&mut connection, pending, context, &mut migration).await;
+    migration.bytes_wire = connection.bytes;
+    SessionEnd { migration, result }
+}
+
+async fn receive_dump<R, W>(
+    connection: &mut Connection<R, W>,
+    pending: Pending,
+    context: &Arc<ServerContext>,
     migration: &mut Migration,
 ) -> Result<(), Failure>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let mut socket = Socket {
-        reader: BufReader::with_capacity(1 << 16, read),
-        writer: write,
-        width: Width::Narrow,
-        stall: limits.stall,
-        bytes: 0,
-    };
-    let first = pending.in_time(socket.first_header()).await?;
-    let _place = pending.promote()?;
+    let first = connection.recv_first_header();
+    let first = pending.within_deadline(first).await?;
+    let _slot = pending.promote()?;
+    let (store, limits) = (&context.store, &context.limits);
     let name = store.new_dump();
     migration.directory = store.dir().join(name.to_string());
-    let dump = Dump {
-        store: Arc::clone(store),
+    let dump = DumpWriter {
+        context: Arc::clone(context),
         name,
-        chain,
         quota: Quota::new(limits.bounds, store.dir()),
         parent: None,
         writer: None,
     };
+    let depth = BufferPool::chunks(limits.buffers);
     let mut session = Session {
-        socket,
-        disk: Disk::start(BufferPool::chunks(limits.buffers), move |jobs| {
-            dump.work(jobs)
-        })?,
+        connection,
+        writer: WriterThread::start(depth, move |jobs_rx| dump.run(jobs_rx))?,
         pool: BufferPool::new(limits.buffers),
         batch: Batch::default(),
         began: Instant::now(),
     };
     let result = session.run(first, migration).await;
-    // What is torn is gone when the client hears of it.
-    session.disk.end().await;
-    migration.bytes_wire = session.socket.bytes;
-    if let Err(Failed::InCommit(_)) = &result {
-        // The client may be gone; then it needs no status.
-        let _ = session.socket.say(&(-1i32).to_le_bytes()).await;
+    // An incomplete dump is removed before the client notices.
+    session.writer.join().await;
+    if let Err(DumpError::Commit(_)) = &result {
+        // A client that is gone needs no status.
+        let _ = connection.send(&STATUS_FAILED.to_le_bytes()).await;
     }
-    result.map_err(|failed| match failed {
-        Failed::Early(failure) | Failed::InCommit(failure) => failure,
+    result.map_err(|error| match error {
+        DumpError::BeforeCommit(failure) | DumpError::Commit(failure) => failure,
     })
 }
 
-enum Failed {
-    Early(Failure),
-    InCommit(Failure),
+/// When a dump failed.
+enum DumpError {
+    /// Before the client has sent everything: closing the connection is enough.
+    BeforeCommit(Failure),
+    /// While it was completed: the client waits for a status.
+    Commit(Failure),
 }
 
-impl<E: Into<Failure>> From<E> for Failed {
+impl<E: Into<Failure>> From<E> for DumpError {
     fn from(error: E) -> Self {
-        Self::Early(error.into())
+        Self::BeforeCommit(error.into())
     }
 }
 
-struct Session<R, W> {
-    socket: Socket<R, W>,
-    disk: Disk<Job>,
+/// A dump being received.
+struct Session<'a, R, W> {
+    connection: &'a mut Connection<R, W>,
+    writer: WriterThread<Job>,
     pool: BufferPool,
     batch: Batch,
     began: Instant,
 }
 
-/// Entries that are not at the disk yet.
+/// Entries that the writing thread does not have yet.
 #[derive(Default)]
 struct Batch {
     entries: Vec<PagemapEntry>,
-    /// Their pages, once there are any.
+    /// Their pages; `None` until there are any.
     buffer: Option<PageBuf>,
-    /// Bytes of the buffer that are in use.
+    /// Number of bytes of the buffer that are filled.
     filled: usize,
 }
 
-impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
-    async fn run(&mut self, first: Header, migration: &mut Migration) -> Result<(), Failed> {
+impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<'_, R, W> {
+    async fn run(&mut self, first: Header, migration: &mut Migration) -> Result<(), DumpError> {
         let mut header = first;
-        // Only a pre-dump asks before it names an object.
+        // Only a pre-dump asks for a parent before it opens an image.
         let pre_dump = header.command == Command::HasParent;
         loop {
             match header.command {
                 Command::HasParent => {
                     let image = image(header)?;
-                    let has = self.ask(|answer| Job::HasParent(image, answer)).await?;
-                    self.socket.say(&u32::from(has).to_le_bytes()).await?;
+                    let has_parent = self
+                        .ask(|answer_tx| Job::HasParent(image, answer_tx))
+                        .await?;
+                    let answer = u32::from(has_parent);
+                    self.connection.send(&answer.to_le_bytes()).await?;
                 }
                 Command::Open { answered } => {
                     let image = image(header)?;
                     self.flush().await?;
-                    let has = self.ask(|answer| Job::Open(image, answer)).await?;
+                    let has_parent = self.ask(|answer_tx| Job::Open(image, answer_tx)).await?;
                     if answered {
-                        self.socket.say(&[u8::from(has)]).await?;
+                        self.connection.send(&[u8::from(has_parent)]).await?;
                     }
                 }
-                Command::Add(place) => {
-                    self.add(header, place).await?;
-                    if let PageLocation::Present { .. } = place {
-                        migration.data_pages += header.pages;
+                Command::Add(location) => {
+                    self.add(header, location).await?;
+                    match location {
+                        PageLocation::Present { .. } => migration.data_pages += header.pages,
+                        PageLocation::Parent | PageLocation::Elsewhere => {}
                     }
                 }
                 Command::Get => {
-                    let what = "it wants pages: that is what `receive serve-pages` is for";
-                    return Err(Refusal::new(RefuseCode::Unsupported, what).into());
+                    let reason =
+                        "the client requests pages: that is what `receive serve-pages` is for";
+                    return Err(Refusal::new(RefuseCode::Unsupported, reason).into());
                 }
                 Command::Close => break,
             }
-            header = self.socket.header().await?;
+            header = self.connection.recv_header().await?;
         }
         self.flush().await?;
-        let committed = self.ask(Job::Commit).await;
-        migration.rounds = u32::from(committed.map_err(Failed::InCommit)?);
+        let committed = self.ask(Job::Commit).await.map_err(DumpError::Commit)?;
+        migration.rounds = u32::from(committed);
         migration.finished_frozen = !pre_dump;
         tracing::info!(
             event = "dump_done",
@@ -164,27 +182,27 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
             pre_dump,
             data_mib = (migration.data_pages * PAGE_SIZE) >> 20,
             seconds = self.began.elapsed().as_secs_f64(),
-            "CRIU's dump is complete"
+            "dump by CRIU complete"
         );
-        // It is safe; whether the client still hears so is its affair.
-        if self.socket.say(&0i32.to_le_bytes()).await.is_ok() {
-            self.socket.await_end().await;
+        // The dump is durable, whether or not the client still receives the status.
+        if self.connection.send(&STATUS_OK.to_le_bytes()).await.is_ok() {
+            self.connection.wait_for_close().await;
         }
         Ok(())
     }
 
-    /// Takes an entry, and the pages behind it if there are any.
-    async fn add(&mut self, header: Header, place: PageLocation) -> Result<(), Failure> {
+    /// Adds an entry to the batch and receives its pages, if it has any.
+    async fn add(&mut self, header: Header, location: PageLocation) -> Result<(), Failure> {
         let mut rest = match PageRange::new(header.address, header.pages) {
             Ok(range) if header.pages <= ENTRY_PAGES_MAX => Some(range),
-            Ok(_) => return Err(protocol(format!("an entry of {} pages", header.pages))),
-            Err(bad) => return Err(protocol(bad.to_string())),
+            Ok(_) => return Err(protocol(format!("entry of {} pages", header.pages))),
+            Err(error) => return Err(protocol(error.to_string())),
         };
         while let Some(range) = rest {
-            let (now, later) = match place {
+            let (now, later) = match location {
                 PageLocation::Present { .. } => {
-                    let room = (CHUNK_SIZE - self.batch.filled) as u64 / PAGE_SIZE;
-                    range.split_at(room)
+                    let free = (CHUNK_SIZE - self.batch.filled) as u64 / PAGE_SIZE;
+                    range.split_at(free)
                 }
                 PageLocation::Parent | PageLocation::Elsewhere => (Some(range), None),
             };
@@ -192,17 +210,10 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
                 self.flush().await?;
                 continue;
             };
-            if let PageLocation::Present { .. } = place {
-                if self.batch.buffer.is_none() {
-                    self.batch.buffer = Some(self.pool.take().await);
-                }
-                let buffer = self.batch.buffer.as_mut().expect("there is one now");
-                let end = self.batch.filled + range.bytes() as usize;
-                self.socket
-                    .read(&mut buffer[self.batch.filled..end])
-                    .await?;
-                self.batch.filled = end;
+            if let PageLocation::Present { .. } = location {
+                self.recv_pages(range).await?;
             }
+            let place = location;
             self.batch.entries.push(PagemapEntry { range, place });
             if self.batch.entries.len() == ENTRIES_MAX {
                 self.flush().await?;
@@ -212,7 +223,21 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         Ok(())
     }
 
-    /// Gives the disk what there is.
+    /// Receives pages into the batch's buffer, which has room for them.
+    async fn recv_pages(&mut self, range: PageRange) -> Result<(), WireError> {
+        let buffer = match &mut self.batch.buffer {
+            Some(buffer) => buffer,
+            None => self.batch.buffer.insert(self.pool.take().await),
+        };
+        let end = self.batch.filled + range.bytes() as usize;
+        self.connection
+            .recv(&mut buffer[self.batch.filled..end])
+            .await?;
+        self.batch.filled = end;
+        Ok(())
+    }
+
+    /// Hands the batch to the writing thread.
     async fn flush(&mut self) -> Result<(), Failure> {
         let Batch {
             entries,
@@ -224,76 +249,85 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<R, W> {
         }
         let pages = buffer.map(|buffer| buffer.freeze(filled));
         let pages = pages.unwrap_or_default();
-        self.disk.give(Job::Put { entries, pages }).await
+        self.writer.send(Job::Put { entries, pages }).await
     }
 
-    /// Has the disk answer, behind everything that it was given before.
+    /// Returns the answer of the writing thread to a question, which it reaches after all earlier jobs.
     async fn ask(
         &mut self,
         question: impl FnOnce(oneshot::Sender<bool>) -> Job,
     ) -> Result<bool, Failure> {
-        let (answer, answered) = oneshot::channel();
-        self.disk.give(question(answer)).await?;
-        match answered.await {
+        let (answer_tx, answer_rx) = oneshot::channel();
+        self.writer.send(question(answer_tx)).await?;
+        match answer_rx.await {
             Ok(answer) => Ok(answer),
-            Err(_) => Err(self.disk.why_it_ended().await.into()),
+            Err(_) => Err(self.writer.exit_reason().await.into()),
         }
     }
 }
 
 fn image(header: Header) -> Result<ImageId, Failure> {
     let object = header.object;
-    page_server::image(object)
-        .ok_or_else(|| protocol(format!("{object:#x} is no process or segment")))
+    page_server::image(object).ok_or_else(|| {
+        protocol(format!(
+            "object {object:#x} is neither a process nor a segment"
+        ))
+    })
 }
 
-fn protocol(what: String) -> Failure {
-    Refusal::new(RefuseCode::Protocol, what).into()
+fn protocol(reason: String) -> Failure {
+    Refusal::new(RefuseCode::Protocol, reason).into()
 }
 
-/// The connection.
-struct Socket<R, W> {
+/// The connection to CRIU.
+struct Connection<R, W> {
     reader: BufReader<R>,
     writer: W,
+    /// Width of headers, known after the first one.
     width: Width,
     stall: Duration,
+    /// Number of bytes received.
     bytes: u64,
 }
 
-impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Socket<R, W> {
-    /// The header that begins a dump, which tells how long headers are.
-    async fn first_header(&mut self) -> Result<Header, Failure> {
+impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Connection<R, W> {
+    fn new(read: R, write: W, stall: Duration) -> Self {
+        Self {
+            reader: BufReader::with_capacity(1 << 16, read),
+            writer: write,
+            width: Width::Narrow,
+            stall,
+            bytes: 0,
+        }
+    }
+
+    /// Receives the header that begins a dump, and learns from it how wide all headers are.
+    async fn recv_first_header(&mut self) -> Result<Header, Failure> {
         let mut bytes = [0; page_server::HEADER_MAX];
         let (first, more) = bytes.split_at_mut(Width::Narrow.header_len());
-        self.read(first).await?;
+        self.recv(first).await?;
         let first: &[u8; 24] = (&*first).try_into().expect("as long as a narrow header");
         let header = Header::decode(first, Width::Narrow);
         if header.is_ok_and(|header| header.command == Command::Close) {
-            return self.decoded(header);
+            return decoded(header);
         }
         self.width = Width::of_dump(first);
         if self.width == Width::Wide {
-            self.read(more).await?;
+            self.recv(more).await?;
         }
-        self.decoded(Header::decode(&bytes, self.width))
+        decoded(Header::decode(&bytes, self.width))
     }
 
-    async fn header(&mut self) -> Result<Header, Failure> {
+    async fn recv_header(&mut self) -> Result<Header, Failure> {
         let mut bytes = [0; page_server::HEADER_MAX];
-        self.read(&mut bytes[..self.width.header_len()]).await?;
-        self.decoded(Header::decode(&bytes, self.width))
+        self.recv(&mut bytes[..self.width.header_len()]).await?;
+        decoded(Header::decode(&bytes, self.width))
     }
 
-    fn decoded(
-        &self,
-        header: Result<Header, page_server::UnknownCommand>,
-    ) -> Result<Header, Failure> {
-        header.map_err(|unknown| protocol(unknown.to_string()))
-    }
-
-    async fn read(&mut self, into: &mut [u8]) -> Result<(), WireError> {
-        self.bytes += into.len() as u64;
-        match timeout(self.stall, self.reader.read_exact(into)).await {
+    /// Fills `buffer`.
+    async fn recv(&mut self, buffer: &mut [u8]) -> Result<(), WireError> {
+        self.bytes += buffer.len() as u64;
+        match timeout(self.stall, self.reader.read_exact(buffer)).await {
             Ok(Ok(_)) => Ok(()),
             Ok(Err(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
                 Err(WireError::Closed)
@@ -303,82 +337,91 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Socket<R, W> {
         }
     }
 
-    async fn say(&mut self, bytes: &[u8]) -> Result<(), WireError> {
+    async fn send(&mut self, bytes: &[u8]) -> Result<(), WireError> {
         match timeout(self.stall, self.writer.write_all(bytes)).await {
             Ok(written) => written.map_err(WireError::Io),
             Err(_) => Err(WireError::Stalled(self.stall)),
         }
     }
 
-    /// Waits until the client has closed its end, so that ours does not linger.
-    async fn await_end(&mut self) {
+    /// Waits until the client has closed its end, so that ours leaves no socket in TIME_WAIT.
+    async fn wait_for_close(&mut self) {
         let mut scrap = [0; 64];
         let end = async { while matches!(self.reader.read(&mut scrap).await, Ok(1..)) {} };
         let _ = timeout(self.stall, end).await;
     }
 }
 
+fn decoded(header: Result<Header, UnknownCommand>) -> Result<Header, Failure> {
+    header.map_err(|unknown| protocol(unknown.to_string()))
+}
+
+/// A step of writing a dump.
 enum Job {
+    /// Answers whether the parent has the image.
     HasParent(ImageId, oneshot::Sender<bool>),
+    /// Begins an image, and answers whether the parent has it.
     Open(ImageId, oneshot::Sender<bool>),
+    /// Appends entries and their pages to the open image.
     Put {
         entries: Vec<PagemapEntry>,
-        pages: bytes::Bytes,
+        pages: Bytes,
     },
-    /// Answers whether there was anything to complete.
+    /// Completes the dump, and answers whether it had any image.
     Commit(oneshot::Sender<bool>),
 }
 
-/// What the writing thread works on.
-struct Dump {
-    store: Arc<Store>,
+/// Writes one dump, in the writing thread.
+struct DumpWriter {
+    context: Arc<ServerContext>,
     name: DirName,
-    chain: bool,
     quota: Arc<Quota>,
     parent: Option<DirName>,
-    /// From the first object on.
+    /// `None` until the first image is opened.
     writer: Option<DirWriter>,
 }
 
-impl Dump {
-    fn work(mut self, mut jobs: mpsc::Receiver<Job>) -> Result<(), Refusal> {
-        // Whoever does not wait for an answer any more has given up; then the jobs end, too.
-        while let Some(job) = jobs.blocking_recv() {
+impl DumpWriter {
+    fn run(mut self, mut jobs_rx: mpsc::Receiver<Job>) -> Result<(), Refusal> {
+        // If nothing waits for an answer any more, the connection has ended, and the jobs end, too.
+        while let Some(job) = jobs_rx.blocking_recv() {
             match job {
-                Job::HasParent(image, answer) => {
-                    let _ = answer.send(self.has_parent(image)?);
+                Job::HasParent(image, answer_tx) => {
+                    let _ = answer_tx.send(self.has_parent(image)?);
                 }
-                Job::Open(image, answer) => {
-                    let _ = answer.send(self.open(image)?);
+                Job::Open(image, answer_tx) => {
+                    let _ = answer_tx.send(self.open(image)?);
                 }
                 Job::Put { entries, pages } => match &mut self.writer {
                     Some(writer) => writer.put_as_is(&entries, &pages)?,
                     None => {
-                        let what = "pages without an object";
-                        return Err(Refusal::new(RefuseCode::Protocol, what));
+                        let reason = "pages were sent before an image was opened";
+                        return Err(Refusal::new(RefuseCode::Protocol, reason));
                     }
                 },
-                Job::Commit(answer) => {
-                    let something = self.writer.is_some();
+                Job::Commit(answer_tx) => {
+                    let has_images = self.writer.is_some();
                     self.writer.take().map(DirWriter::commit).transpose()?;
-                    let _ = answer.send(something);
+                    let _ = answer_tx.send(has_images);
                 }
             }
         }
         Ok(())
     }
 
-    /// Whether the parent has this image. The parent is chosen when first a process is named:
-    /// segments' numbers are not unique enough.
+    /// Returns whether the parent has this image. The parent is chosen when a process is first named,
+    /// because the numbers of segments are not unique enough.
     fn has_parent(&mut self, image: ImageId) -> Result<bool, Refusal> {
-        if self.chain && self.parent.is_none() && matches!(image, ImageId::Process(_)) {
-            self.parent = self.store.newest_dump_of(image)?;
+        let store = &self.context.store;
+        let is_process = matches!(image, ImageId::Process(_));
+        if self.context.dump_parents == DumpParents::Newest && self.parent.is_none() && is_process {
+            self.parent = store.newest_dump_of(image)?;
             if let (Some(parent), Some(writer)) = (self.parent, &mut self.writer) {
                 writer.follow(parent)?;
             }
         }
         Ok(self.parent.is_some_and(|parent| {
-            let dir = self.store.dir().join(parent.to_string());
+            let dir = store.dir().join(parent.to_string());
             dir.join(image.pagemap_name()).exists()
         }))
     }
@@ -389,9 +432,11 @@ impl Dump {
             Some(writer) => writer,
             None => {
                 self.quota.check_round(1)?;
-                let writer = DirWriter::begin(self.store.dir(), self.name)?;
+                let writer = DirWriter::begin(self.context.store.dir(), self.name)?;
                 let mut writer = writer.with_quota(&self.quota);
-                self.parent.map_or(Ok(()), |parent| writer.follow(parent))?;
+                if let Some(parent) = self.parent {
+                    writer.follow(parent)?;
+                }
                 self.writer.insert(writer)
             }
         };

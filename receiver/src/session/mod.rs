@@ -1,4 +1,4 @@
-//! The protocols spoken on the port, told apart by their first bytes.
+//! Conversations with peers, one module for each protocol spoken on the port.
 
 pub mod admission;
 pub mod criu;
@@ -6,36 +6,78 @@ pub mod native;
 pub mod page_client;
 
 use crate::quota::Bounds;
+use crate::refusal::Failure;
+use crate::restore::Restorer;
+use crate::storage::store::Store;
 use serde::Serialize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+/// What all conversations of a server share.
+#[derive(Debug)]
+pub struct ServerContext {
+    /// The directory of `--dir`.
+    pub store: Store,
+    /// Limits of each connection.
+    pub limits: Limits,
+    /// Restores processes for senders that ask for it; `None` without `--restore`.
+    pub restorer: Option<Restorer>,
+    /// Which dumps by CRIU get a parent.
+    pub dump_parents: DumpParents,
+}
+
 /// Limits of one connection.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Longest silence.
+    /// Longest time without progress (`--timeout`).
     pub stall: Duration,
-    /// Longest time until the peer has said who it is, and what it speaks.
+    /// Longest time until the peer has authenticated itself and sent what it wants (`--handshake-timeout`).
     pub handshake: Duration,
-    /// Buffers of 4 MiB.
+    /// Number of buffers of 4 MiB.
     pub buffers: usize,
-    /// What its migration may take of the disk.
+    /// Share of the disk that its migration may take.
     pub bounds: Bounds,
 }
 
-/// How a migration went.
+/// Whether a dump by CRIU refers to an earlier one for unchanged pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DumpParents {
+    /// Each dump is complete in itself.
+    None,
+    /// The parent is the newest dump of the same process (`--chain-dumps`).
+    Newest,
+}
+
+/// How far a migration has come.
 #[derive(Debug, Clone, Default, Serialize)]
 pub struct Migration {
-    /// Its directory.
+    /// Its directory; empty until the peer was accepted.
     pub directory: PathBuf,
-    /// Complete rounds.
+    /// Number of complete rounds.
     pub rounds: u32,
-    /// Whether the last of them was a final one.
+    /// Whether the last of them was a final round.
     pub finished_frozen: bool,
-    /// Whether the process runs here now.
+    /// Whether the process was restored and runs here.
     pub restored: bool,
-    /// Pages received with content.
+    /// Number of pages received with content.
     pub data_pages: u64,
-    /// Bytes received on the wire.
+    /// Number of bytes received on the wire.
     pub bytes_wire: u64,
+}
+
+impl Migration {
+    /// Returns whether the peer was accepted as the sender of a migration.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        !self.directory.as_os_str().is_empty()
+    }
+}
+
+/// How a conversation ended.
+#[derive(Debug)]
+pub struct SessionEnd {
+    /// Progress of its migration, however it ended.
+    pub migration: Migration,
+    /// Why it ended early, if it did.
+    pub result: Result<(), Failure>,
 }

@@ -1,5 +1,15 @@
-//! `--dir`: its migrations, who works on which, and the thread that writes.
+//! The directory of `--dir`: its migrations and dumps, who holds which, and the thread that writes them.
 
+pub(crate) mod jobs;
 pub mod lease;
 pub mod store;
-pub mod writer_thread;
+pub(crate) mod writer_thread;
+
+/// When a round is made durable, relative to its acknowledgement.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// Before: an acknowledged round survives a crash of the host.
+    BeforeAck,
+    /// After, while the process is being restored from it: an acknowledged round may be lost with the host.
+    AfterAck,
+}

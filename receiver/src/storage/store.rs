@@ -1,10 +1,11 @@
-//! `--dir`: one directory for each migration, one in it for each round; and one for each dump that
-//! CRIU itself sends.
+//! The directory of `--dir`: one directory for each migration, with one for each of its rounds, and one
+//! directory for each dump that CRIU itself sends.
 
 use crate::file_error::{FileError, failed};
 use crate::image::DirName;
 use crate::image::chain::names;
 use crate::image::durable::{create_image, sync};
+use crate::storage::Durability;
 use crate::storage::lease::{Disconnect, Lease, Leases};
 use nix::fcntl::{Flock, FlockArg};
 use pageferry_common::{Claim, ImageId, Token};
@@ -14,21 +15,21 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// The file that says which receiver works here.
+/// File that the receiver using the directory keeps locked. It contains the PID, for error messages.
 const LOCK: &str = ".lock";
 
-/// The file in a migration's directory that has its sender's [`Token`], and in a second line when this host was
-/// started last before it began.
+/// File in a migration's directory. Its first line is the sender's [`Token`], its second the boot ID of this
+/// host when the migration began.
 const TOKEN: &str = "token";
 
-/// Another each time that the host is started.
-const BOOT: &str = "/proc/sys/kernel/random/boot_id";
+/// File of the kernel with an ID that differs after each boot.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
-/// The directory of all migrations, ours alone while this lives.
+/// The directory of all migrations and dumps, locked against other receivers.
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
-    /// The number of the last dump that CRIU began.
+    /// Number of the newest dump by CRIU.
     last_dump: AtomicU32,
     leases: Leases,
     _lock: Flock<File>,
@@ -37,22 +38,22 @@ pub struct Store {
 /// Why a directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The file system.
+    /// A file cannot be accessed.
     #[error(transparent)]
     File(#[from] FileError),
-    /// Another receiver is there.
+    /// Another receiver uses it.
     #[error("{dir} is in use by another receiver (process {by})")]
     InUse {
         /// The directory.
         dir: String,
-        /// Its PID, as it wrote it down.
+        /// PID of that receiver, from its lock file.
         by: String,
     },
 }
 
 impl Store {
-    /// Takes `dir`, making it if it is not there, and removes rounds that an earlier receiver left
-    /// torn. Complete ones stay.
+    /// Opens and locks `dir`, creating it if it is missing, and removes incomplete rounds and dumps that an
+    /// earlier receiver left. Complete ones stay.
     ///
     /// # Errors
     /// [`StoreError`].
@@ -62,45 +63,26 @@ impl Store {
             .recursive(true)
             .create(dir)
             .map_err(failed("create", dir))?;
-        // Other paths must not change meaning with the working directory.
+        // Absolute, so that it does not depend on the working directory.
         let dir = fs::canonicalize(dir).map_err(failed("use", dir))?;
-        let path = dir.join(LOCK);
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path)
-            .map_err(failed("write to", &path))?;
-        let mut by = String::new();
-        // The text of a lock is for people; without it there still is the lock.
-        let _ = file.read_to_string(&mut by);
-        let mut lock =
-            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| StoreError::InUse {
-                dir: dir.display().to_string(),
-                by: by.trim().to_owned(),
-            })?;
-        lock.set_len(0)
-            .and_then(|()| lock.rewind())
-            .and_then(|()| writeln!(lock, "{}", std::process::id()))
-            .map_err(failed("write to", &path))?;
+        let lock = lock(&dir)?;
         let store = Self {
             dir,
             last_dump: AtomicU32::new(0),
             leases: Leases::default(),
             _lock: lock,
         };
-        store.remove_torn()?;
+        store.remove_incomplete()?;
         let last = store.dumps()?.into_iter().max();
         store.last_dump.store(last.unwrap_or(0), Ordering::Relaxed);
         Ok(store)
     }
 
-    /// The directory of a new migration, with what its sender will prove itself by later.
+    /// Creates the directory of a new migration, with the token that its sender authenticates itself with
+    /// when it connects again.
     ///
     /// # Errors
-    /// [`FileError`]; `AlreadyExists` if that migration was here before.
+    /// [`FileError`]; `AlreadyExists` if the store has that migration.
     pub fn create(&self, claim: &Claim) -> Result<PathBuf, FileError> {
         let home = self.home(claim);
         DirBuilder::new()
@@ -109,8 +91,8 @@ impl Store {
             .map_err(failed("create", &home))?;
         let path = home.join(TOKEN);
         let write = |mut file: File| {
-            let boot = fs::read_to_string(BOOT)?;
-            write!(file, "{}\n{boot}", claim.token.to_hex())?;
+            let boot_id = fs::read_to_string(BOOT_ID)?;
+            write!(file, "{}\n{boot_id}", claim.token.to_hex())?;
             file.sync_all()
         };
         write(create_image(&path)?).map_err(failed("write", &path))?;
@@ -118,13 +100,14 @@ impl Store {
         Ok(home)
     }
 
-    /// Where a migration is, if it is here.
+    /// Returns the directory of a migration, which need not exist.
     #[must_use]
     pub fn home(&self, claim: &Claim) -> PathBuf {
         self.dir.join(format!("{}-{}", claim.root_pid, claim.id))
     }
 
-    /// Whether the migration is the one's who says so; also if it is not here.
+    /// Returns whether the claim's token is that of the migration. Also true for a migration that the store
+    /// does not have, so that the answer does not reveal whether it has.
     ///
     /// # Errors
     /// [`FileError`].
@@ -154,28 +137,29 @@ impl Store {
         self.leases.is_leased(home)
     }
 
-    /// How many complete rounds there are of a migration. Those of before this host was started do not count if
-    /// they need not be `durable`: then the last may be torn.
+    /// Returns the number of complete rounds of the migration in `home`.
     ///
     /// # Errors
-    /// [`FileError`].
-    pub fn rounds(&self, home: &Path, durable: bool) -> Result<u32, FileError> {
+    /// [`FileError`]; also if rounds were acknowledged before they were durable and this host was restarted
+    /// since, because the last of them may then be incomplete.
+    pub fn rounds(&self, home: &Path, durability: Durability) -> Result<u32, FileError> {
         let path = home.join(TOKEN);
         let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
-        let now = fs::read_to_string(BOOT).map_err(failed("read", Path::new(BOOT)))?;
-        if !durable && text.lines().nth(1) != Some(now.trim()) {
-            let what = io::Error::other("this host was restarted since the migration began");
-            return Err(failed("go on with", home)(what));
+        let boot_id = fs::read_to_string(BOOT_ID).map_err(failed("read", Path::new(BOOT_ID)))?;
+        let is_restarted = text.lines().nth(1) != Some(boot_id.trim());
+        if durability == Durability::AfterAck && is_restarted {
+            let error = io::Error::other("this host was restarted since the migration began");
+            return Err(failed("resume", home)(error));
         }
         let numbers = names(home)?.into_iter();
         let numbers = numbers.filter_map(|name| match DirName::parse(&name) {
             Some(round @ DirName::Round(number)) if round.to_string() == name => Some(number),
-            Some(_) | None => None,
+            Some(DirName::Round(_) | DirName::Dump(_) | DirName::Restore(_)) | None => None,
         });
         Ok(numbers.max().unwrap_or(0))
     }
 
-    /// Where all migrations are that were ever to be restored here.
+    /// Returns the directories of all migrations.
     ///
     /// # Errors
     /// [`FileError`].
@@ -187,20 +171,19 @@ impl Store {
         Ok(homes.collect())
     }
 
-    /// Where all of it is.
+    /// Returns the directory of the store.
     #[must_use]
     pub fn dir(&self) -> &Path {
         &self.dir
     }
 
-    /// The name of a new dump by CRIU, in [`Store::dir`].
+    /// Returns the name of the next dump by CRIU, a directory in [`Store::dir`].
     #[must_use]
     pub fn new_dump(&self) -> DirName {
-        // More than four thousand million dumps would take a while.
         DirName::Dump(self.last_dump.fetch_add(1, Ordering::Relaxed) + 1)
     }
 
-    /// The newest complete dump by CRIU that has this image, if there is one.
+    /// Returns the newest complete dump by CRIU that has this image.
     ///
     /// # Errors
     /// [`FileError`].
@@ -213,21 +196,21 @@ impl Store {
         Ok(newest.map(DirName::Dump))
     }
 
-    /// The numbers of all complete dumps by CRIU.
+    /// Returns the numbers of all complete dumps by CRIU.
     fn dumps(&self) -> Result<Vec<u32>, FileError> {
         let number = |name: String| match DirName::parse(&name) {
             Some(dump @ DirName::Dump(number)) if dump.to_string() == name => Some(number),
-            _ => None,
+            Some(DirName::Round(_) | DirName::Dump(_) | DirName::Restore(_)) | None => None,
         };
         Ok(names(&self.dir)?.into_iter().filter_map(number).collect())
     }
 
-    fn remove_torn(&self) -> Result<(), FileError> {
-        remove_torn_in(&self.dir, |name| matches!(name, DirName::Dump(_)))?;
+    fn remove_incomplete(&self) -> Result<(), FileError> {
+        remove_incomplete_in(&self.dir, |name| matches!(name, DirName::Dump(_)))?;
         for name in names(&self.dir)? {
             let home = self.dir.join(&name);
             if is_migration(&name) && home.is_dir() {
-                remove_torn_in(&home, |name| {
+                remove_incomplete_in(&home, |name| {
                     matches!(name, DirName::Round(_) | DirName::Restore(_))
                 })?;
             }
@@ -236,20 +219,50 @@ impl Store {
     }
 }
 
-/// Removes what a writer did not complete. Only what has exactly the name that we give: the
-/// directory is the user's.
-fn remove_torn_in(dir: &Path, ours: impl Fn(DirName) -> bool) -> Result<(), FileError> {
+/// Locks the directory and writes this process's PID to the lock file.
+fn lock(dir: &Path) -> Result<Flock<File>, StoreError> {
+    let path = dir.join(LOCK);
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(&path)
+        .map_err(failed("write to", &path))?;
+    let mut by = String::new();
+    // Only for the error message: a lock works without it.
+    let _ = file.read_to_string(&mut by);
+    let mut lock =
+        Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|_| StoreError::InUse {
+            dir: dir.display().to_string(),
+            by: by.trim().to_owned(),
+        })?;
+    lock.set_len(0)
+        .and_then(|()| lock.rewind())
+        .and_then(|()| writeln!(lock, "{}", std::process::id()))
+        .map_err(failed("write to", &path))?;
+    Ok(lock)
+}
+
+/// Removes directories that were not completed. Only names that exactly match a temporary name are
+/// considered, because the user may keep other files here.
+fn remove_incomplete_in(dir: &Path, ours: impl Fn(DirName) -> bool) -> Result<(), FileError> {
     for name in names(dir)? {
         if DirName::parse(&name).is_some_and(|it| ours(it) && it.temporary() == name) {
             let path = dir.join(name);
-            tracing::info!(path = %path.display(), "removing what is torn");
+            tracing::info!(
+                event = "incomplete_removed",
+                path = %path.display(),
+                "removing an incomplete directory"
+            );
             fs::remove_dir_all(&path).map_err(failed("remove", &path))?;
         }
     }
     Ok(())
 }
 
-/// Whether a name is one that [`Store::create`] gives.
+/// Returns whether a name has the form of those that [`Store::home`] returns.
 fn is_migration(name: &str) -> bool {
     name.split_once('-').is_some_and(|(pid, id)| {
         pid.parse::<u32>().is_ok()
@@ -273,10 +286,10 @@ mod tests {
     }
 
     #[test]
-    fn only_who_has_the_token_is_the_owner() {
+    fn only_a_claim_with_the_token_is_the_owner() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        // Of what is not here nobody learns anything.
+        // An unknown migration is indistinguishable from one's own.
         assert!(store.is_owner(&claim(1)).unwrap());
         let home = store.create(&claim(1)).unwrap();
         assert!(store.is_owner(&claim(1)).unwrap());
@@ -292,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_torn_goes_and_everything_else_stays() {
+    fn incomplete_directories_are_removed_and_all_others_stay() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
         let home = store.create(&claim(1)).unwrap();

@@ -1,19 +1,20 @@
-//! The thread that writes: everything of one connection, in the order it came.
+//! The thread that writes the images of one connection, in the order in which they arrive.
 
 use crate::refusal::{Failure, Refusal};
 use pageferry_common::wire::RefuseCode;
 use tokio::sync::mpsc;
 
-/// A thread that takes jobs until there are no more or one fails.
+/// A thread that performs jobs of type `J` until there are no more or one fails.
 #[derive(Debug)]
-pub struct Disk<J> {
-    /// `None` once it is to end.
-    jobs: Option<mpsc::Sender<J>>,
-    failed: mpsc::UnboundedReceiver<Refusal>,
+pub(crate) struct WriterThread<J> {
+    /// `None` once the thread is to exit.
+    jobs_tx: Option<mpsc::Sender<J>>,
+    /// Receives the error of the job that failed; closed when the thread has exited.
+    failed_rx: mpsc::UnboundedReceiver<Refusal>,
 }
 
-impl<J: Send + 'static> Disk<J> {
-    /// Starts the thread, whose whole life is `work`; up to `depth` jobs wait for it.
+impl<J: Send + 'static> WriterThread<J> {
+    /// Starts the thread, which runs `work` to its end. Up to `depth` jobs are queued for it.
     ///
     /// # Errors
     /// [`Refusal`] if there are too many threads.
@@ -21,65 +22,59 @@ impl<J: Send + 'static> Disk<J> {
         depth: usize,
         work: impl FnOnce(mpsc::Receiver<J>) -> Result<(), Refusal> + Send + 'static,
     ) -> Result<Self, Refusal> {
-        let (jobs, todo) = mpsc::channel(depth);
-        let (fail, failed) = mpsc::unbounded_channel();
+        let (jobs_tx, jobs_rx) = mpsc::channel(depth);
+        let (failed_tx, failed_rx) = mpsc::unbounded_channel();
         std::thread::Builder::new()
-            .name("disk".into())
+            .name("writer".into())
             .spawn(move || {
-                // Dropping `fail` says that the thread is over, so it is kept to the end.
-                if let Err(error) = work(todo) {
-                    // The task is gone only if the connection is over anyway.
-                    let _ = fail.send(error);
+                if let Err(error) = work(jobs_rx) {
+                    // The receiver is gone only if the connection has ended.
+                    let _ = failed_tx.send(error);
                 }
-                drop(fail);
+                // `failed_tx` is dropped last: that reports the exit.
             })
             .map_err(|error| {
-                Refusal::new(
-                    RefuseCode::Limit,
-                    format!("no thread to write with: {error}"),
-                )
+                let reason = format!("cannot start a thread for writing: {error}");
+                Refusal::new(RefuseCode::Limit, reason)
             })?;
         Ok(Self {
-            jobs: Some(jobs),
-            failed,
+            jobs_tx: Some(jobs_tx),
+            failed_rx,
         })
     }
 
-    /// Queues a job; waits if too many are.
+    /// Queues a job; waits while the queue is full.
     ///
     /// # Errors
-    /// Why the thread has ended.
-    pub async fn give(&mut self, job: J) -> Result<(), Failure> {
-        let sent = match &self.jobs {
-            Some(jobs) => jobs.send(job).await.is_ok(),
+    /// Why the thread has exited.
+    pub async fn send(&mut self, job: J) -> Result<(), Failure> {
+        let sent = match &self.jobs_tx {
+            Some(jobs_tx) => jobs_tx.send(job).await.is_ok(),
             None => false,
         };
-        if sent {
-            Ok(())
-        } else {
-            Err(self.why_it_ended().await.into())
+        match sent {
+            true => Ok(()),
+            false => Err(self.exit_reason().await.into()),
         }
     }
 
-    /// Returns only when a job has failed.
+    /// Waits until a job has failed; never returns if none does.
     pub async fn failure(&mut self) -> Refusal {
-        match self.failed.recv().await {
+        match self.failed_rx.recv().await {
             Some(failure) => failure,
             None => std::future::pending().await,
         }
     }
 
-    /// Why the thread, which is over or about to be, ended.
-    pub async fn why_it_ended(&mut self) -> Refusal {
-        self.failed
-            .recv()
-            .await
-            .unwrap_or_else(|| Refusal::new(RefuseCode::Storage, "the writing thread panicked"))
+    /// Returns why the thread has exited, or is about to.
+    pub async fn exit_reason(&mut self) -> Refusal {
+        let panicked = || Refusal::new(RefuseCode::Storage, "the writing thread panicked");
+        self.failed_rx.recv().await.unwrap_or_else(panicked)
     }
 
-    /// Ends the thread, and waits until it has.
-    pub async fn end(&mut self) {
-        self.jobs = None;
-        while self.failed.recv().await.is_some() {}
+    /// Stops the thread after the jobs that are queued, and waits until it has exited.
+    pub async fn join(&mut self) {
+        self.jobs_tx = None;
+        while self.failed_rx.recv().await.is_some() {}
     }
 }

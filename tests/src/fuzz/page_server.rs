@@ -9,7 +9,7 @@ use pageferry_receiver::image::writer::DirWriter;
 use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::page_client::Served;
-use pageferry_receiver::session::{Limits, Migration, criu};
+use pageferry_receiver::session::{DumpParents, Limits, ServerContext, SessionEnd, criu};
 use pageferry_receiver::storage::store::Store;
 use pageferry_receiver::tools::verify::verify;
 use std::cell::LazyCell;
@@ -40,9 +40,22 @@ pub fn page_server(input: &[u8]) {
     }
     let first = usize::from(input.byte()) * width.header_len();
     let home = scratch();
-    let store = Arc::new(Store::open(home.path()).expect("it is new"));
+    let context = Arc::new(ServerContext {
+        store: Store::open(home.path()).expect("it is new"),
+        limits: Limits {
+            stall: STALL,
+            handshake: STALL,
+            buffers: 1,
+            bounds: Bounds::NONE,
+        },
+        restorer: None,
+        dump_parents: match how & how::CHAIN {
+            0 => DumpParents::None,
+            _ => DumpParents::Newest,
+        },
+    });
     for headers in [input.take(first), input.0] {
-        take(&store, how & how::CHAIN != 0, &with_pages(width, headers));
+        take(&context, &with_pages(width, headers));
     }
 }
 
@@ -70,26 +83,12 @@ fn with_pages(width: Width, headers: &[u8]) -> Vec<u8> {
     bytes
 }
 
-fn take(store: &Arc<Store>, chain: bool, bytes: &[u8]) {
-    let limits = Limits {
-        stall: STALL,
-        handshake: STALL,
-        buffers: 1,
-        bounds: Bounds::NONE,
-    };
-    let mut migration = Migration::default();
+fn take(context: &Arc<ServerContext>, bytes: &[u8]) {
     let mut answers = Vec::new();
     let pending = Admission::new(1).admit(STALL).expect("it is the only one");
-    let received = criu::receive(
-        bytes,
-        &mut answers,
-        pending,
-        store,
-        limits,
-        chain,
-        &mut migration,
-    );
-    match run(received) {
+    let received = criu::receive(bytes, &mut answers, pending, context);
+    let SessionEnd { migration, result } = run(received);
+    match result {
         Ok(()) => assert!(answers.ends_with(&[0; 4])),
         Err(_) => assert!(!migration.directory.exists()),
     }

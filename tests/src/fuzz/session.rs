@@ -6,7 +6,7 @@ use pageferry_common::wire::{Chunk, Entry, EntryKind, FrameKind, Header, Message
 use pageferry_common::{ImageId, PageRange};
 use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::session::admission::Admission;
-use pageferry_receiver::session::{Limits, Migration, native};
+use pageferry_receiver::session::{DumpParents, Limits, ServerContext, native};
 use pageferry_receiver::storage::store::Store;
 use pageferry_receiver::tools::verify::verify;
 use std::fs;
@@ -32,35 +32,30 @@ mod how {
 /// frames: a kind, its changes, the length of its metadata (u16), and the metadata.
 pub fn session(input: &[u8]) {
     let home = scratch();
-    let store = Store::open(home.path()).expect("it is new");
-    let limits = Limits {
-        stall: STALL,
-        handshake: STALL,
-        buffers: 1,
-        bounds: Bounds::NONE,
+    let context = ServerContext {
+        store: Store::open(home.path()).expect("it is new"),
+        limits: Limits {
+            stall: STALL,
+            handshake: STALL,
+            buffers: 1,
+            bounds: Bounds::NONE,
+        },
+        restorer: None,
+        dump_parents: DumpParents::None,
     };
     for bytes in connections(input) {
-        let mut migration = Migration::default();
         let write = tokio::io::sink();
         let pending = Admission::new(1).admit(STALL).expect("it is the only one");
-        let received = native::receive(
-            &bytes[..],
-            write,
-            pending,
-            &store,
-            limits,
-            None,
-            &mut migration,
-        );
+        let received = native::receive(&bytes[..], write, pending, &context);
         // The receiver may accept or reject it.
-        let _ = run(received);
+        let migration = run(received).migration;
         assert!(migration.bytes_wire <= bytes.len() as u64);
         if migration.rounds > 0 {
             let newest = migration.directory.join(migration.rounds.to_string());
             assert!(newest.is_dir());
         }
     }
-    check_store(store.dir());
+    check_store(context.store.dir());
 }
 
 /// Checks that a receiver's directory contains nothing but migrations with complete rounds. Returns the number of
