@@ -109,11 +109,10 @@ impl ImageSender<'_> {
     ) -> Result<u64, StreamError> {
         self.sink.open(process.image())?;
         self.scan.runs.clear();
-        // Otherwise every page counts as written in each round, and is compared.
-        let scan_is_destructive = !process.direct_io && !self.scan.tracker.untracked(process.pid);
-        let scan_kind = match scan_is_destructive {
-            true => ScanKind::Destructive,
-            false => ScanKind::Repeatable,
+        let scan_kind = match process.direct_io || self.scan.tracker.untracked(process.pid) {
+            // Every page counts as written in each round, and is compared.
+            true => ScanKind::Repeatable,
+            false => ScanKind::Destructive,
         };
         let copy = self.sink.supports_copy().then_some(EntryKind::Copy);
         let mut source = ProcessSource::new(process);
@@ -140,7 +139,7 @@ impl ImageSender<'_> {
             }
             Err(error) => {
                 // The stream may not have taken all runs of the last scan.
-                if scan_is_destructive {
+                if scan_kind == ScanKind::Destructive {
                     let written = self.scan.runs.iter().filter(|run| run.written);
                     let written = written.map(|run| run.range).collect();
                     outcome.changed = outcome.changed.union(&written);
@@ -169,22 +168,8 @@ impl ImageSender<'_> {
         }
         let file = segment.file.try_clone().map_err(StreamError::Source)?;
         let size = file.metadata().map_err(StreamError::Source)?.len();
-        let runs = &mut *self.scan.runs;
-        runs.clear();
-        match &written {
-            Some(written) => {
-                for range in baseline.pages().union(written).iter() {
-                    written.split(range, |range, written| runs.push(Run { range, written }));
-                }
-            }
-            None => {
-                let all = PageRange::from_bounds(0, size.next_multiple_of(PAGE_SIZE));
-                runs.extend(all.map(|range| Run {
-                    range,
-                    written: true,
-                }));
-            }
-        }
+        let all = PageRange::from_bounds(0, size.next_multiple_of(PAGE_SIZE));
+        list_segment_runs(self.scan.runs, all, baseline.pages(), written.as_ref());
         let mut source = SegmentSource { file: &file };
         let mut stream = ImageStream::new(
             &mut *self.sink,
@@ -194,7 +179,7 @@ impl ImageSender<'_> {
             ScanKind::Repeatable,
         );
         stream.assume_changed(written.unwrap_or_default());
-        let result = send_runs(runs, segment, Populated::new(&file), &mut stream);
+        let result = send_segment_runs(self.scan.runs, segment, Populated::new(&file), &mut stream);
         let result = result.and_then(|()| stream.flush());
         let outcome = stream.into_outcome();
         if let Err(error) = result {
@@ -207,8 +192,29 @@ impl ImageSender<'_> {
     }
 }
 
+/// Lists the pages of a segment that are `held` or `written`; `all` of them if it is unknown which were written.
+fn list_segment_runs(
+    runs: &mut Vec<Run>,
+    all: Option<PageRange>,
+    held: &PageSet,
+    written: Option<&PageSet>,
+) {
+    runs.clear();
+    match written {
+        Some(written) => {
+            for range in held.union(written).iter() {
+                written.split(range, |range, written| runs.push(Run { range, written }));
+            }
+        }
+        None => runs.extend(all.map(|range| Run {
+            range,
+            written: true,
+        })),
+    }
+}
+
 /// Adds the populated pages of these runs of a segment to its image.
-fn send_runs(
+fn send_segment_runs(
     runs: &[Run],
     segment: &mut Segment,
     mut populated: Populated<'_>,

@@ -281,3 +281,189 @@ impl<'a> ImageStream<'a> {
         self.outcome
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::progress::Counters;
+    use crate::sink::Receipt;
+    use pageferry_common::ImageId;
+    use pageferry_common::wire::{RoundKind, WireError};
+    use std::sync::Arc;
+
+    /// Keeps what is put, or fails.
+    #[derive(Default)]
+    struct Chunks {
+        entries: Vec<Entry>,
+        data: Vec<u8>,
+        is_lost: bool,
+    }
+
+    impl PageSink for Chunks {
+        fn begin(&mut self, _: u32, _: RoundKind, _: u64) -> Result<(), SinkError> {
+            Ok(())
+        }
+
+        fn open(&mut self, _: ImageId) -> Result<(), SinkError> {
+            Ok(())
+        }
+
+        fn put(&mut self, entries: Vec<Entry>, pages: Bytes) -> Result<(), SinkError> {
+            if self.is_lost {
+                return Err(WireError::Closed.into());
+            }
+            self.entries.extend(entries);
+            self.data.extend_from_slice(&pages);
+            Ok(())
+        }
+
+        fn commit(&mut self) -> Result<Receipt, SinkError> {
+            Ok(Receipt::default())
+        }
+
+        fn finish(&mut self) -> Result<(), SinkError> {
+            Ok(())
+        }
+
+        fn directory(&self) -> &str {
+            ""
+        }
+
+        fn counters(&self) -> Arc<Counters> {
+            Arc::default()
+        }
+    }
+
+    /// Memory whose pages are filled with their number, modulo 256.
+    struct Numbered;
+
+    impl PageSource for Numbered {
+        fn read(
+            &mut self,
+            wanted: &[PageRange],
+            buffer: &mut [u8],
+            arrived: &mut Vec<PageRange>,
+        ) -> io::Result<()> {
+            let mut rooms = buffer.chunks_exact_mut(PAGE_SIZE as usize);
+            for range in wanted {
+                for at in (range.start()..range.end()).step_by(PAGE_SIZE as usize) {
+                    if at != MISSING << 12 {
+                        rooms.next().unwrap().fill((at >> 12) as u8);
+                        arrived.push(PageRange::new(at, 1).unwrap());
+                    }
+                }
+            }
+            Ok(())
+        }
+    }
+
+    /// Number of the page that cannot be read, and of one that is all zero.
+    const MISSING: u64 = 3;
+    const ZERO: u64 = 256;
+
+    fn range(first: u64, pages: u64) -> PageRange {
+        PageRange::new(first << 12, pages).unwrap()
+    }
+
+    fn set(ranges: &[PageRange]) -> PageSet {
+        ranges.iter().copied().collect()
+    }
+
+    fn held(ranges: &[PageRange]) -> Baseline {
+        let mut baseline = Baseline::new(ContentHashes::nowhere());
+        baseline.sent(set(ranges), PageSet::new());
+        baseline.acked();
+        baseline
+    }
+
+    fn send(
+        sink: &mut Chunks,
+        baseline: &mut Baseline,
+        scan: ScanKind,
+        runs: &[Run],
+    ) -> (Outcome, Result<(), StreamError>) {
+        let pool = BufferPool::new(1);
+        let mut source = Numbered;
+        let mut stream = ImageStream::new(sink, &pool, &mut source, baseline, scan);
+        let kept = Some(EntryKind::Parent);
+        let mut result = runs.iter().try_for_each(|&run| stream.run(run, kept));
+        result = result.and_then(|()| stream.flush());
+        (stream.into_outcome(), result)
+    }
+
+    fn run(range: PageRange, written: bool) -> Run {
+        Run { range, written }
+    }
+
+    #[test]
+    fn only_clean_pages_that_the_receiver_holds_are_kept() {
+        let (mut sink, mut baseline) = (Chunks::default(), held(&[range(4, 4)]));
+        let runs = [run(range(4, 2), true), run(range(6, 3), false)];
+        let (outcome, result) = send(&mut sink, &mut baseline, ScanKind::Repeatable, &runs);
+        result.unwrap();
+        let expected = [
+            (range(4, 1), EntryKind::Data),
+            (range(5, 1), EntryKind::Data),
+            (range(6, 2), EntryKind::Parent),
+            (range(8, 1), EntryKind::Data),
+        ];
+        assert_eq!(
+            sink.entries,
+            expected.map(|(range, kind)| Entry { range, kind })
+        );
+        assert_eq!(outcome.announced, set(&[range(4, 5)]));
+        assert_eq!(outcome.changed, set(&[range(4, 2), range(8, 1)]));
+        assert_eq!((outcome.scanned_pages, outcome.sent_pages), (5, 3));
+    }
+
+    #[test]
+    fn page_that_cannot_be_read_is_not_announced() {
+        let (mut sink, mut baseline) = (Chunks::default(), held(&[]));
+        let runs = [run(range(2, 3), true), run(range(ZERO, 1), true)];
+        let (outcome, result) = send(&mut sink, &mut baseline, ScanKind::Repeatable, &runs);
+        result.unwrap();
+        assert_eq!(
+            outcome.announced,
+            set(&[range(2, 1), range(4, 1), range(ZERO, 1)])
+        );
+        assert_eq!(sink.entries[2].kind, EntryKind::Zero);
+        let data: Vec<u8> = sink.data.chunks_exact(4096).map(|page| page[0]).collect();
+        assert_eq!(data, [2, 4]);
+    }
+
+    #[test]
+    fn compared_page_of_the_same_content_is_kept() {
+        let mut baseline = Baseline::new(ContentHashes::everywhere());
+        let runs = [run(range(4, 2), true)];
+        let mut sink = Chunks::default();
+        let (outcome, result) = send(&mut sink, &mut baseline, ScanKind::Repeatable, &runs);
+        result.unwrap();
+        assert_eq!((outcome.sent_pages, outcome.compared_pages), (2, 2));
+        // Not acked: the receiver may not hold them.
+        let (outcome, _) = send(&mut sink, &mut baseline, ScanKind::Repeatable, &runs);
+        assert_eq!(outcome.sent_pages, 2);
+        baseline.sent(outcome.announced, outcome.changed);
+        baseline.acked();
+        let (outcome, _) = send(&mut sink, &mut baseline, ScanKind::Repeatable, &runs);
+        assert_eq!((outcome.sent_pages, outcome.compared_pages), (0, 2));
+        assert!(outcome.changed.is_empty());
+    }
+
+    #[test]
+    fn pages_of_a_destructive_scan_count_as_changed_if_the_round_fails() {
+        for (scan, changed) in [
+            (ScanKind::Destructive, set(&[range(MISSING, 2)])),
+            (ScanKind::Repeatable, set(&[range(4, 1)])),
+        ] {
+            let mut sink = Chunks {
+                is_lost: true,
+                ..Chunks::default()
+            };
+            let mut baseline = held(&[range(2, 8)]);
+            let runs = [run(range(MISSING, 2), true), run(range(6, 2), false)];
+            let (outcome, result) = send(&mut sink, &mut baseline, scan, &runs);
+            result.unwrap_err();
+            assert_eq!(outcome.changed, changed, "{scan:?}");
+        }
+    }
+}
