@@ -11,7 +11,7 @@ use crate::sys::writeback;
 use nix::unistd::{Whence, lseek};
 use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::wire::RefuseCode;
-use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange};
+use pageferry_common::{CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange};
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::FileExt;
@@ -20,6 +20,10 @@ use std::path::{Path, PathBuf};
 /// Bytes of a pages file after which the kernel is asked to write them to the disk. The sync at the end of
 /// the round would wait for all that gathers until then.
 const WRITEBACK_INTERVAL: u64 = 32 << 20;
+
+/// Pages of the parent that are copied, and charged, at a time. Each piece of a hole costs two system calls, and a
+/// hole may be terabytes, so this is much more than a chunk.
+const COPY_PAGES: u64 = (32 << 20) / PAGE_SIZE;
 
 /// Reason why images cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -157,7 +161,7 @@ impl ImageWriter {
         let mut rest = Some(range);
         // Charged piece by piece: a few bytes from the peer may stand for many here.
         while let Some(all) = rest {
-            let (now, later) = all.split_at(CHUNK_PAGES as u64);
+            let (now, later) = all.split_at(COPY_PAGES);
             if let Some(now) = now {
                 quota.charge_bytes(now.bytes())?;
                 self.copy(&mut parent, now, LazyPages::Copy)?;
