@@ -2,6 +2,7 @@
 
 use crate::daemon::output;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// Address of the service. Both hosts have it; the router decides which one receives the packets.
 pub const SERVICE: &str = "10.78.9.10";
@@ -20,7 +21,9 @@ impl Net {
     /// If the setup fails; it requires root.
     #[must_use]
     pub fn up(rate: &str) -> Self {
-        let net = Self(format!("pf{}", std::process::id()));
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let net = Self(format!("pf{}-{number}", std::process::id()));
         for name in ["R", "A", "B", "C"] {
             run(&format!("ip netns add {}", net.name(name)));
             run(&format!("ip -n {} link set lo up", net.name(name)));

@@ -435,7 +435,9 @@ fn hostile_peers_stay_within_the_stated_memory_while_a_migration_succeeds() {
     let hostile = Hostile::start(pair.address());
     let mut victim = Victim::start("heap=32 children=1 shared=2 dirty=20");
     let before = hostile.times();
-    let sent = pair.send(victim.pid(), &["--then", "stop"]);
+    // A slow machine would otherwise make rounds until it reaches the byte limit.
+    let options = ["--max-rounds", "2", "--then", "stop"];
+    let sent = pair.send(victim.pid(), &options);
     assert!(hostile.times() > before, "they went on");
     let peak = peak(pair.receiver().program().pid());
     drop(hostile);
