@@ -16,6 +16,7 @@ use pageferry_sender::sink::DEFAULT_LEVEL;
 use pageferry_sender::sys::pagemap::{self, PRESENT, Query, Region, SWAPPED, WRITTEN};
 use pageferry_sender::target::process::{Process, namespace_depth};
 use pageferry_tests::Victim;
+use pageferry_tests::random::XorShift64;
 use std::fs::File;
 use std::hint::black_box;
 use std::os::unix::fs::FileExt;
@@ -23,15 +24,16 @@ use std::time::Duration;
 
 /// Returns partly random bytes, like the memory of a typical program.
 fn pages() -> Vec<u8> {
-    let mut state = 1_u64;
+    let mut random = XorShift64::new(1);
     let mut pages = vec![0; CHUNK_SIZE];
     for (index, word) in pages.chunks_exact_mut(8).enumerate() {
-        // xorshift64
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        let word_is = if index % 4 == 0 { state } else { state & 0xff };
-        word.copy_from_slice(&word_is.to_le_bytes());
+        let number = random.next_u64();
+        let value = if index % 4 == 0 {
+            number
+        } else {
+            number & 0xff
+        };
+        word.copy_from_slice(&value.to_le_bytes());
     }
     pages
 }

@@ -29,6 +29,7 @@ pub mod net;
 pub mod pair;
 pub mod privileges;
 pub mod program;
+pub mod random;
 pub mod scenario;
 pub mod servers;
 pub mod service;

@@ -1,6 +1,7 @@
 //! Databases with content, and clients that put load on them.
 
 use crate::daemon::{Daemon, answered, output, until};
+use crate::random::XorShift64;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -92,14 +93,8 @@ impl Redis {
     /// # Panics
     /// If redis rejects one.
     pub fn fill_with_text(&self, mib: u32) {
-        let (mut state, mut words) = (1_u64, Vec::new());
-        let mut random = || {
-            // xorshift64
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            state
-        };
+        let (mut random, mut words) = (XorShift64::new(1), Vec::new());
+        let mut random = || random.next_u64();
         for _ in 0..4096 {
             let letters = (0..2 + random() % 8).map(|_| char::from(b'a' + (random() % 26) as u8));
             words.push(letters.collect::<String>());
