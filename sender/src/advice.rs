@@ -154,7 +154,7 @@ fn of_resolve(error: &ResolveError) -> Advice {
     match error {
         ResolveError::Record(_) => advice(
             Exit::Failed,
-            "no migration of this process is unresolved if there is no record of it",
+            "if there is no record, there is nothing to resolve for this process",
         ),
         ResolveError::Damaged(_) => advice(Exit::Failed, ""),
         ResolveError::MayNotSignal(error) => of_tree(error),
@@ -233,5 +233,293 @@ fn of_sink(error: &SinkError) -> Advice {
             "the target runs; the receiver keeps the rounds that it has acknowledged",
         ),
         SinkError::State(_) | SinkError::Io(_) => advice(Exit::Failed, TARGET_RUNS),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handover::InDoubt;
+    use crate::handover::record::Record;
+    use pageferry_common::criu::page_server::UnknownCommand;
+    use pageferry_common::wire::RefuseCode;
+    use std::net::IpAddr;
+
+    /// Exit code of an error, and a word in its hint.
+    type Expected = (Exit, &'static str);
+
+    fn assert_advised(cases: Vec<(Failure, Expected)>) {
+        for (failure, (exit, word)) in cases {
+            let advice = of_failure(&failure);
+            assert_eq!(advice.exit, exit, "{failure:?}");
+            assert!(advice.hint.contains(word), "{failure:?}: {}", advice.hint);
+        }
+    }
+
+    fn os(errno: i32) -> io::Error {
+        io::Error::from_raw_os_error(errno)
+    }
+
+    fn proc(errno: i32) -> CollectError {
+        let (pid, source) = (7, os(errno));
+        CollectError::List(ListError::Proc { pid, source })
+    }
+
+    fn segment(errno: i32) -> CollectError {
+        let (pid, inode, source) = (7, 8, os(errno));
+        CollectError::List(ListError::Segment { pid, inode, source })
+    }
+
+    fn tracking(errno: i32) -> CollectError {
+        let (pid, source) = (7, os(errno));
+        CollectError::Track(TrackError::Io { pid, source })
+    }
+
+    fn reading(errno: i32) -> SendError {
+        SendError::Stream(StreamError::Source(os(errno)))
+    }
+
+    fn refused() -> SinkError {
+        SinkError::Wire(WireError::Refused {
+            code: RefuseCode::Limit,
+            reason: "too much".to_owned(),
+        })
+    }
+
+    fn in_doubt() -> InDoubt {
+        InDoubt {
+            root: 7,
+            source: SinkError::Wire(WireError::Closed),
+        }
+    }
+
+    fn no_record() -> crate::handover::RecordError {
+        Record::read(i32::MAX).unwrap_err()
+    }
+
+    #[test]
+    fn failures_of_the_setup_have_exit_codes() {
+        let plaintext = Plaintext::LoopbackOnly
+            .check("x", [IpAddr::from([192, 0, 2, 1])])
+            .unwrap_err();
+        let unusable = CriuError::Unusable {
+            path: "/bin/true".into(),
+            source: os(libc::ENOENT),
+        };
+        assert_advised(vec![
+            (Failure::NoTarget(7), (Exit::TargetGone, "PID")),
+            (Failure::Plaintext(plaintext), (Exit::Usage, "--insecure")),
+            (
+                Failure::Address {
+                    to: "x".to_owned(),
+                    source: os(libc::ENOENT),
+                },
+                (Exit::Failed, "HOST:PORT"),
+            ),
+            (
+                Failure::Tls(rustls::Error::DecryptError.into()),
+                (Exit::Usage, "receive certs"),
+            ),
+            (Failure::Criu(unusable), (Exit::Failed, "CRIU 4.1 or later")),
+            (
+                Failure::CriuOption(BadOption::Unclear("x".to_owned())),
+                (Exit::Usage, "--"),
+            ),
+            (
+                Failure::Capabilities(vec!["CAP_SYS_ADMIN"]),
+                (Exit::NotPermitted, "root"),
+            ),
+            (Failure::Prepare(os(libc::ENOMEM)), (Exit::Failed, "")),
+        ]);
+    }
+
+    #[test]
+    fn failures_of_the_freeze_have_exit_codes() {
+        let traced = TreeError::Traced {
+            pid: 7,
+            tracer: 8,
+            name: "strace".to_owned(),
+        };
+        let io = TreeError::Io {
+            pid: 7,
+            error: "x".to_owned(),
+        };
+        for (error, expected) in [
+            (TreeError::NoProcess(7), (Exit::TargetGone, "PID")),
+            (traced, (Exit::Failed, "detach")),
+            (
+                TreeError::NotPermitted(7),
+                (Exit::NotPermitted, "CAP_SYS_PTRACE"),
+            ),
+            (TreeError::MayNotSignal(7), (Exit::NotPermitted, "CAP_KILL")),
+            (TreeError::OwnTree(7), (Exit::Usage, "outside")),
+            (
+                TreeError::Stuck { pid: 7, tid: 8 },
+                (Exit::Failed, "try again"),
+            ),
+            (io, (Exit::Failed, TARGET_RUNS)),
+        ] {
+            let tracked = CollectError::Track(TrackError::Freeze(error.clone().into()));
+            assert_advised(vec![
+                (MigrateError::Freeze(error.clone().into()).into(), expected),
+                (MigrateError::Collect(tracked).into(), expected),
+                (ResolveError::MayNotSignal(error).into(), expected),
+            ]);
+        }
+        let died = MigrateError::Freeze(FreezeError::Freezer(os(libc::EPIPE)));
+        assert_advised(vec![(died.into(), (Exit::Failed, TARGET_RUNS))]);
+    }
+
+    /// Errors that a plain run and a hand-over share have the same exit code and hint in both.
+    #[test]
+    fn plain_run_and_hand_over_agree() {
+        let in_both = |plain: MigrateError, moving: HandoverError, expected: Expected| {
+            assert_advised(vec![
+                (plain.into(), expected),
+                (MigrateError::Handover(moving).into(), expected),
+            ]);
+        };
+        in_both(
+            MigrateError::TargetGone(7),
+            HandoverError::TargetGone(7),
+            (Exit::TargetGone, ""),
+        );
+        for forbidden in [libc::EPERM, libc::EACCES] {
+            for (error, hint) in [
+                (proc as fn(i32) -> CollectError, "CAP_DAC_READ_SEARCH"),
+                (segment, "CAP_CHECKPOINT_RESTORE"),
+                (tracking, "CAP_SYS_PTRACE"),
+            ] {
+                in_both(
+                    error(forbidden).into(),
+                    error(forbidden).into(),
+                    (Exit::NotPermitted, hint),
+                );
+            }
+            in_both(
+                reading(forbidden).into(),
+                reading(forbidden).into(),
+                (Exit::NotPermitted, "CAP_SYS_PTRACE"),
+            );
+        }
+        for (errno, hint) in [
+            (libc::EMFILE, "ulimit"),
+            (libc::ENFILE, "ulimit"),
+            (libc::EIO, TARGET_RUNS),
+        ] {
+            let expected = (Exit::Failed, hint);
+            in_both(proc(errno).into(), proc(errno).into(), expected);
+            in_both(reading(errno).into(), reading(errno).into(), expected);
+        }
+        let ambiguous = || SendError::Ambiguous(8);
+        let expected = (Exit::Failed, TARGET_RUNS);
+        in_both(ambiguous().into(), ambiguous().into(), expected);
+        for (sink, expected) in sink_errors() {
+            in_both(sink().into(), sink().into(), expected);
+            let sent = || SendError::Stream(StreamError::Sink(sink()));
+            in_both(sent().into(), sent().into(), expected);
+        }
+    }
+
+    fn sink_errors() -> Vec<(fn() -> SinkError, Expected)> {
+        vec![
+            (
+                || SinkError::Connect {
+                    to: "x".to_owned(),
+                    source: os(libc::ECONNREFUSED),
+                },
+                (Exit::Failed, "receive --listen"),
+            ),
+            (refused, (Exit::Refused, TARGET_RUNS)),
+            (
+                || SinkError::Wire(WireError::Closed),
+                (Exit::Failed, "keeps the rounds"),
+            ),
+            (
+                || SinkError::UnexpectedReply,
+                (Exit::Failed, "keeps the rounds"),
+            ),
+            (
+                || SinkError::Tls("x".to_owned()),
+                (Exit::Refused, "receive certs"),
+            ),
+            (
+                || SinkError::PageServer("x".to_owned()),
+                (Exit::Failed, "--prev-images-dir"),
+            ),
+            (
+                || SinkError::NoRestore,
+                (Exit::Refused, "receive --restore"),
+            ),
+            (
+                || SinkError::State(os(libc::EIO)),
+                (Exit::Failed, TARGET_RUNS),
+            ),
+            (|| SinkError::Interrupted, (Exit::Interrupted, TARGET_RUNS)),
+            (|| SinkError::Io(os(libc::EIO)), (Exit::Failed, TARGET_RUNS)),
+        ]
+    }
+
+    #[test]
+    fn failures_of_a_hand_over_have_exit_codes() {
+        let text = || "x".to_owned();
+        let files = HandoverError::Files {
+            root: 7,
+            lacks: vec![text()],
+        };
+        for (error, expected) in [
+            (files, (Exit::Refused, "install the same builds")),
+            (
+                HandoverError::MayNotStop(7),
+                (Exit::NotPermitted, "CAP_KILL"),
+            ),
+            (in_doubt().into(), (Exit::InDoubt, "do not resume")),
+            (
+                HandoverError::CannotFreeze(text()),
+                (Exit::Failed, TARGET_RUNS),
+            ),
+            (
+                HandoverError::CriuFailed(text()),
+                (Exit::Failed, TARGET_RUNS),
+            ),
+            (
+                HandoverError::CriuExited(os(libc::EPIPE)),
+                (Exit::Failed, TARGET_RUNS),
+            ),
+            (
+                HandoverError::CriuFinishedEarly,
+                (Exit::Failed, TARGET_RUNS),
+            ),
+            (HandoverError::NoPageServer, (Exit::Failed, TARGET_RUNS)),
+            (UnknownCommand(0).into(), (Exit::Failed, TARGET_RUNS)),
+            (HandoverError::Cancelled, (Exit::Failed, TARGET_RUNS)),
+            (
+                HandoverError::FollowerThread(os(libc::EAGAIN)),
+                (Exit::Failed, TARGET_RUNS),
+            ),
+            (os(libc::ENOSPC).into(), (Exit::Failed, TARGET_RUNS)),
+            (no_record().into(), (Exit::Failed, TARGET_RUNS)),
+        ] {
+            assert_advised(vec![(MigrateError::Handover(error).into(), expected)]);
+        }
+        assert_advised(vec![(
+            MigrateError::HandoversLost(5).into(),
+            (Exit::Failed, TARGET_RUNS),
+        )]);
+    }
+
+    #[test]
+    fn failures_to_resolve_have_exit_codes() {
+        assert_advised(vec![
+            (
+                ResolveError::from(no_record()).into(),
+                (Exit::Failed, "no record"),
+            ),
+            (ResolveError::Damaged(7).into(), (Exit::Failed, "")),
+            (
+                ResolveError::from(in_doubt()).into(),
+                (Exit::InDoubt, "do not resume"),
+            ),
+        ]);
     }
 }

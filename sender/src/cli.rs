@@ -12,117 +12,117 @@ use pageferry_common::tls::TlsFiles;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Copies the memory of a running process tree to another host, in rounds, while it runs.
+/// Copy the memory of a running process tree to another host, or move the processes themselves.
 ///
-/// The target is stopped only for moments: to list its mappings in each round, and to read what is
-/// still dirty in the last one. Whatever happens to this program, the target runs on.
+/// Memory is sent in rounds while the target runs. Each round freezes the target for a moment to list its
+/// mappings; the last round keeps it frozen while the pages that are still dirty are sent. If this program or
+/// the connection fails, the target runs on.
 #[derive(Debug, Parser)]
 #[command(name = "send", version, after_help = EXAMPLES)]
 pub struct Cli {
-    /// Where `receive` listens
+    /// Send to the `receive` at this address
     #[arg(long, value_name = "HOST:PORT", required_unless_present = "resolve")]
     pub to: Option<String>,
 
-    /// Root of the process tree
+    /// PID of the root of the process tree
     #[arg(value_name = "PID", value_parser = clap::value_parser!(i32).range(1..),
           required_unless_present = "resolve")]
     pub pid: Option<i32>,
 
-    /// Move the process itself, with CRIU: it runs on at the receiver, and no more here
+    /// Move the processes too, with CRIU: afterwards they run at the receiver, and not here
     #[arg(long, conflicts_with_all = ["rounds", "then"])]
     pub migrate: bool,
 
-    /// Find out how a move of PID ended whose end was lost sight of, and act on it
+    /// Resolve an interrupted migration of PID: ask the receiver, then resume or kill the local copy
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..),
           conflicts_with_all = ["to", "pid", "migrate"])]
     pub resolve: Option<i32>,
 
-    /// The CRIU to move with, 4.1 or later; by default the one in PATH
+    /// Use this CRIU, 4.1 or later [default: the criu in PATH]
     #[arg(long, value_name = "PATH", requires = "migrate")]
     pub criu: Option<PathBuf>,
 
-    /// How CRIU is kept from spending time on memory
+    /// Select how CRIU is kept from spending time on memory
     #[arg(long, value_enum, default_value = "preload", requires = "migrate")]
     pub state_dump: StateDump,
 
-    /// Move established TCP connections too; their address must move with the process
+    /// Move established TCP connections too; their local address must move with the target
     #[arg(long, requires = "migrate")]
     pub tcp_established: bool,
 
-    /// Move a process that does not lead its terminal's session
+    /// Move processes of a terminal session whose leader is outside the tree
     #[arg(long, requires = "migrate")]
     pub shell_job: bool,
 
-    /// Move a process with Unix sockets that are connected to others, without them
+    /// Move processes whose Unix sockets are connected to processes outside the tree, and drop those connections
     #[arg(long, requires = "migrate")]
     pub ext_unix_sk: bool,
 
-    /// Move the process's cgroups too
+    /// Move the cgroups of the processes too
     #[arg(long, requires = "migrate")]
     pub manage_cgroups: bool,
 
-    /// More options for the `criu dump` of a move, by their long names
+    /// Pass more options to `criu dump`, by their long names
     #[arg(last = true, value_name = "CRIU OPTIONS", requires = "migrate")]
     pub criu_args: Vec<String>,
 
-    /// How to find out which pages were written
+    /// Select how dirty pages are found
     #[arg(long, value_enum, default_value = "auto")]
     pub tracker: TrackerChoice,
 
-    /// Also compare written pages by content and do not send again what is the same (costs 4 MiB
-    /// of memory a GiB)
+    /// Compare dirty pages by content, and skip those that are unchanged (needs 4 MiB of memory for each GiB)
     #[arg(long)]
     pub skip_unchanged: bool,
 
-    /// What the receiver speaks: `receive` the native protocol, `criu page-server` its own
+    /// Select the protocol: native for `receive`, criu for `criu page-server`
     #[arg(long, value_enum, default_value = "native")]
     pub dialect: Dialect,
 
-    /// Compress pages: auto (as far, and as well, as the link leaves time for), none, or zstd or zstd:LEVEL
+    /// Compress pages: auto (when it makes them arrive sooner), none, zstd, or zstd:LEVEL
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_compression)]
     pub compress: Compression,
 
-    /// Begin the last, frozen round when it is estimated to take no longer than this
+    /// Begin the last, frozen round when its estimated time is at most this
     #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = duration)]
     pub max_downtime: Duration,
 
-    /// Most rounds before the last one
+    /// Limit the number of rounds before the last one
     #[arg(long, value_name = "N", default_value_t = 30)]
     pub max_rounds: u32,
 
-    /// Exactly N rounds while the target runs, and no last one
+    /// Send exactly N rounds while the target runs, and no last, frozen one
     #[arg(long, value_name = "N", conflicts_with_all = ["max_rounds", "max_downtime", "then"],
           value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: Option<u32>,
 
-    /// What becomes of the target after the last round
+    /// Select what happens to the target after the last round
     #[arg(long, value_enum, default_value = "run")]
     pub then: Then,
 
-    /// Buffers of 4 MiB between reading and sending
+    /// Use N buffers of 4 MiB between reading and sending
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub buffers: u16,
 
-    /// Give up when the receiver is silent, or takes nothing, for so long
+    /// Treat the connection as lost after this time without progress
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = non_zero_duration)]
     pub timeout: Duration,
 
-    /// When the connection is lost, try for so long to connect again, and go on with the round that was on
-    /// its way; 0 to give up at once
+    /// Try to reconnect for this time after the connection is lost, then resend the round in flight; 0 to give
+    /// up at once
     #[arg(long, value_name = "DURATION", default_value = "60s", value_parser = duration)]
     pub reconnect_for: Duration,
 
-    /// While the target is frozen, wait for the receiver no longer than this; then the target runs again, and
-    /// the last round is sent later
+    /// Wait at most this time for the receiver while the target is frozen; then thaw the target and send the
+    /// last round again later
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = non_zero_duration)]
     pub max_frozen: Duration,
 
-    /// Who to trust, and who to be
+    /// TLS identity and trust
     #[command(flatten)]
     pub tls: TlsFiles,
 
-    /// Send memory in the clear to another host
+    /// Allow sending memory to another host unencrypted
     #[arg(long)]
     pub insecure: bool,
 
@@ -130,7 +130,7 @@ pub struct Cli {
     #[arg(long)]
     pub json: bool,
 
-    /// Log more (twice: every chunk)
+    /// Log more (-vv logs every chunk)
     #[arg(long, short, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }
@@ -138,30 +138,30 @@ pub struct Cli {
 const EXAMPLES: &str = "\
 Examples:
   send --to 127.0.0.1:7700 $(pidof redis-server)
-      copy until little is dirty, copy the rest while frozen, let it run on
+      copy until little is dirty, copy the rest while frozen, let the target run
   send --to 127.0.0.1:7700 --rounds 3 4711
-      three rounds, never frozen for longer than it takes to list mappings
+      send three rounds; the target is only frozen to list its mappings
   send --to 127.0.0.1:7700 --then stop --json 4711
-      leave the target stopped (kill -CONT lets it go on), and report
+      leave the target stopped (kill -CONT resumes it), and print a report
 
   send --to dst:7700 --tls-ca ca.pem --tls-cert send.pem --tls-key send.key 4711
-      to another host, encrypted; `receive certs` makes the files
+      send to another host, encrypted; `receive certs` creates the files
 
   send --to 127.0.0.1:7700 --dialect criu --rounds 1 4711
-      a round into `criu page-server --port 7700 -D DIR`; for each further round start another,
-      with --prev-images-dir of the one before
+      send one round to `criu page-server --port 7700 -D DIR`; each further round needs a new
+      page server, with --prev-images-dir set to the directory of the previous one
 
   send --to 127.0.0.1:7700 --migrate $(pidof redis-server)
-      move it, to `receive --restore`: it runs on there, and is gone here
+      move the processes to `receive --restore`: they run there, and are gone here
   send --to 127.0.0.1:7700 --migrate 4711 -- --tcp-close --ghost-limit 8M
-      the same, with more options for CRIU; those for its restore are receive's
+      the same, with more options for `criu dump`; those for `criu restore` go to `receive`
 
 Exit codes:
   0 done, 1 failed, 2 usage, 3 target gone, 4 receiver refused, 5 not permitted,
   6 in doubt (see --resolve), 130 interrupted";
 
 impl Cli {
-    /// What CRIU is to do about what reaches beyond the tree.
+    /// Returns the options for CRIU's dump and restore.
     #[must_use]
     pub fn criu_options(&self) -> Options {
         Options {
@@ -172,7 +172,7 @@ impl Cli {
         }
     }
 
-    /// When to stop.
+    /// Returns the limits for pre-copying.
     #[must_use]
     pub fn limits(&self) -> Limits {
         Limits {
@@ -194,8 +194,8 @@ fn parse_compression(text: &str) -> Result<Compression, String> {
             .ok()
             .filter(|level| levels.contains(level))
             .map(Compression::Zstd)
-            .ok_or_else(|| format!("zstd has levels {} to {}", levels.start(), levels.end())),
-        _ => Err("it is auto, none, zstd or zstd:LEVEL".to_owned()),
+            .ok_or_else(|| format!("zstd levels are {} to {}", levels.start(), levels.end())),
+        _ => Err("must be auto, none, zstd or zstd:LEVEL".to_owned()),
     }
 }
 
