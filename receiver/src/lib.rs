@@ -1,5 +1,5 @@
-//! The receiving side of Pageferry: takes rounds of memory from the network and writes them as CRIU
-//! image files, each round complete or not at all.
+//! The receiving side of Pageferry: receives rounds of memory from the network and writes them as CRIU image
+//! files. A round becomes visible only when it is complete.
 
 #![deny(unsafe_code)]
 

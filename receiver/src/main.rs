@@ -1,4 +1,4 @@
-//! `receive`: takes the memory of process trees from `send` and writes CRIU image files.
+//! `receive`: receives the memory of process trees from `send` and writes CRIU image files.
 
 #![forbid(unsafe_code)]
 
@@ -12,7 +12,8 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     match (arguments.next(), arguments.next(), arguments.next()) {
-        (Some(hidden), Some(round), Some(restored)) if hidden == filler::ARG => {
+        // The receiver starts itself again as a filler process.
+        (Some(first), Some(round), Some(restored)) if first == filler::ARG => {
             filler::main(Path::new(&round), Path::new(&restored))
         }
         _ => run(&Cli::parse()),

@@ -1,11 +1,11 @@
-//! From the command line to an exit code, and of every failure what to do about it.
+//! From the command line to an exit code, with advice for every error that a user can do something about.
 
 use crate::cli::{Cli, Command, RestoreHow, Serve, ServePages};
 use crate::quota::Bounds;
 use crate::restore::Restorer;
 use crate::server::tls::Secure;
 use crate::server::{self, Ended, ExitPolicy, Options};
-use crate::session::page_client::{ServeError, Served};
+use crate::session::page_client::{ClientEnd, ServeError, Served};
 use crate::session::{DumpParents, Limits, Migration, ServerContext};
 use crate::storage::store::{Store, StoreError};
 use crate::tools::certs;
@@ -17,9 +17,10 @@ use pageferry_common::criu::session::Criu;
 use pageferry_common::proc::capabilities::{self, lacking};
 use pageferry_common::sys::rlimit::raise_descriptors;
 use std::io;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 use time::OffsetDateTime;
 
@@ -28,198 +29,202 @@ use time::OffsetDateTime;
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.serve.verbose, io::stderr);
     raise_descriptors();
-    let exit = match &cli.command {
+    let done = match &cli.command {
         Some(Command::Flatten { dir, out, skeleton }) => run_flatten(dir, out, *skeleton),
         Some(Command::ServePages(options)) => run_serve_pages(options),
         Some(Command::Certs { dir, host, days }) => run_certs(dir, host, *days),
         Some(Command::Verify { dir }) => run_verify(dir),
         None => run_serve(&cli.serve),
     };
-    exit.into()
+    done.unwrap_or_else(|fault| fault.print()).into()
 }
 
-fn run_flatten(dir: &Path, out: &Path, skeleton: bool) -> Exit {
+/// An error that ends the program.
+struct Fault {
+    exit: Exit,
+    error: anyhow::Error,
+    /// What the user can do about it; may be empty.
+    advice: &'static str,
+}
+
+impl Fault {
+    fn new(exit: Exit, error: impl Into<anyhow::Error>, advice: &'static str) -> Self {
+        let error = error.into();
+        Self {
+            exit,
+            error,
+            advice,
+        }
+    }
+
+    fn print(&self) -> Exit {
+        eprintln!("receive: {:#}", self.error);
+        if !self.advice.is_empty() {
+            eprintln!("receive: {}", self.advice);
+        }
+        self.exit
+    }
+}
+
+/// Returns the fault of an error without advice.
+fn failed(error: impl Into<anyhow::Error>) -> Fault {
+    Fault::new(Exit::Failed, error, "")
+}
+
+fn run_flatten(dir: &Path, out: &Path, skeleton: bool) -> Result<Exit, Fault> {
     let pages = match skeleton {
         true => Pages::NotLazy,
         false => Pages::All,
     };
-    match flatten(dir, out, pages, |image| tracing::info!(%image, "merging")) {
-        Ok(done) => {
-            println!(
-                "{}: {} images with {} pages, merged from {} rounds",
-                out.display(),
-                done.images,
-                done.pages,
-                done.levels
-            );
-            Exit::Done
-        }
-        Err(error) => complain(error, ""),
-    }
+    let progress = |image| tracing::info!(event = "image_merging", %image, "merging image");
+    let done = flatten(dir, out, pages, progress).map_err(failed)?;
+    println!(
+        "{}: {} images with {} pages, merged from {} rounds",
+        out.display(),
+        done.images,
+        done.pages,
+        done.levels
+    );
+    Ok(Exit::Done)
 }
 
-fn run_certs(dir: &Path, hosts: &[String], days: u16) -> Exit {
+fn run_certs(dir: &Path, hosts: &[String], days: u16) -> Result<Exit, Fault> {
     let now = OffsetDateTime::now_utc();
-    match certs::make(dir, hosts, now..now + time::Duration::days(days.into())) {
-        Ok(()) => {
-            let dir = dir.display();
-            println!(
-                "{dir}: keep ca.key away from both hosts\n\
-                 here:   receive --tls-ca {dir}/ca.pem --tls-cert {dir}/receive.pem \
-                 --tls-key {dir}/receive.key ...\n\
-                 there:  send --tls-ca ca.pem --tls-cert send.pem --tls-key send.key ..."
-            );
-            Exit::Done
-        }
-        Err(error) => complain(error, ""),
-    }
+    let validity = now..now + time::Duration::days(days.into());
+    certs::make(dir, hosts, validity).map_err(failed)?;
+    let dir = dir.display();
+    println!(
+        "{dir}: keep ca.key away from both hosts\n\
+         receiver:  receive --tls-ca {dir}/ca.pem --tls-cert {dir}/receive.pem \
+         --tls-key {dir}/receive.key ...\n\
+         sender:    send --tls-ca ca.pem --tls-cert send.pem --tls-key send.key ..."
+    );
+    Ok(Exit::Done)
 }
 
-fn run_verify(dir: &Path) -> Exit {
-    match verify(dir) {
-        Ok(verified) if verified.problems.is_empty() => {
-            println!(
-                "{}: {} rounds, {} images, {} pages in the newest: all right",
-                dir.display(),
-                verified.levels,
-                verified.images,
-                verified.pages
-            );
-            Exit::Done
+fn run_verify(dir: &Path) -> Result<Exit, Fault> {
+    let verified = verify(dir).map_err(failed)?;
+    if !verified.problems.is_empty() {
+        for problem in &verified.problems {
+            eprintln!("receive: {problem}");
         }
-        Ok(verified) => {
-            for problem in &verified.problems {
-                eprintln!("receive: {problem}");
-            }
-            Exit::Failed
-        }
-        Err(error) => complain(error, ""),
+        return Ok(Exit::Failed);
     }
+    println!(
+        "{}: {} rounds, {} images, {} pages in the newest: no problems found",
+        dir.display(),
+        verified.levels,
+        verified.images,
+        verified.pages
+    );
+    Ok(Exit::Done)
 }
 
-/// Gives the pages of finished images to whoever connects, each client on a thread of its own.
-fn run_serve_pages(options: &ServePages) -> Exit {
-    if let Err(exit) = check_plaintext(options.listen, options.insecure) {
-        return exit;
-    }
-    let served = match Served::load(&options.dir) {
-        Ok(served) => served,
-        Err(error) => {
-            complain(error, "it takes a directory that `receive` has completed");
-            return Exit::Unusable;
-        }
-    };
-    let listener = match std::net::TcpListener::bind(options.listen) {
-        Ok(listener) => listener,
-        Err(error) => return cannot_listen(options.listen, error),
-    };
-    match listener.local_addr() {
-        Ok(at) => log_listening(at),
-        Err(error) => return complain(error, ""),
-    }
-    tracing::info!(processes = served.processes(), "serving pages");
-    std::thread::scope(|scope| {
+/// Serves the pages of complete images, each client on a thread of its own.
+fn run_serve_pages(options: &ServePages) -> Result<Exit, Fault> {
+    check_plaintext(options.listen, options.insecure)?;
+    let served = Served::load(&options.dir).map_err(|error| {
+        let advice = "serve-pages needs a directory that `receive` has completed";
+        Fault::new(Exit::Unusable, error, advice)
+    })?;
+    let listener = TcpListener::bind(options.listen);
+    let listener = listener.map_err(|error| cannot_listen(options.listen, error))?;
+    log_listening(listener.local_addr().map_err(failed)?);
+    tracing::info!(
+        event = "serving_pages",
+        processes = served.processes(),
+        "serving pages"
+    );
+    thread::scope(|scope| {
         for stream in listener.incoming() {
             let served = &served;
             match stream {
-                // One client at a time then: the one that gets everything is the last.
+                // Clients are served one at a time, and the first that gets all pages is the last.
                 Ok(stream) if options.once => {
-                    if serve_client(served, &stream, options.timeout) {
-                        return Exit::Done;
+                    let end = serve_client(served, &stream, options.timeout);
+                    if end.is_some_and(|end| end.complete) {
+                        return Ok(Exit::Done);
                     }
                 }
                 Ok(stream) => {
                     scope.spawn(move || serve_client(served, &stream, options.timeout));
                 }
-                Err(error) => tracing::error!(%error, "cannot accept a connection"),
+                Err(error) => {
+                    tracing::error!(event = "accept_failed", %error, "cannot accept a connection");
+                }
             }
         }
-        Exit::Failed
+        Ok(Exit::Failed)
     })
 }
 
-/// Serves one client; whether it said that it has everything.
-fn serve_client(served: &Served, stream: &TcpStream, stall: Duration) -> bool {
+/// Serves one client. Errors are logged.
+fn serve_client(served: &Served, stream: &TcpStream, stall: Duration) -> Option<ClientEnd> {
     let peer = stream.peer_addr().ok();
+    // A client may be silent as long as no pages are needed, but has to read those that it requested.
     let prepared = stream
         .set_nodelay(true)
-        // It may be silent for as long as nobody needs pages, but must take what it wants.
-        .and_then(|()| stream.set_write_timeout(Some(stall)));
-    match prepared
-        .map_err(ServeError::Io)
-        .and_then(|()| served.serve(stream, stream))
-    {
-        Ok((pages, complete)) => {
+        .and_then(|()| stream.set_write_timeout(Some(stall)))
+        .map_err(ServeError::Io);
+    match prepared.and_then(|()| served.serve(stream, stream)) {
+        Ok(end) => {
+            let ClientEnd { pages, complete } = end;
             tracing::info!(
                 event = "page_client_done",
                 ?peer,
                 pages,
                 complete,
-                "the client is gone"
+                "client disconnected"
             );
-            complete
+            Some(end)
         }
         Err(error) => {
-            tracing::warn!(
-                event = "page_client_failed",
-                ?peer,
-                why = with_causes(&error),
-                "a client is given up"
-            );
-            false
+            let why = with_causes(&error);
+            tracing::warn!(event = "page_client_failed", ?peer, why, "client dropped");
+            None
         }
     }
 }
 
-fn check_plaintext(listen: SocketAddr, insecure: bool) -> Result<(), Exit> {
-    let checked = Plaintext::from_flag(insecure).check(listen, [listen.ip()]);
-    checked.map_err(|forbidden| {
-        complain(forbidden, Plaintext::ADVICE);
-        Exit::Usage
-    })
+fn check_plaintext(listen: SocketAddr, insecure: bool) -> Result<(), Fault> {
+    Plaintext::from_flag(insecure)
+        .check(listen, [listen.ip()])
+        .map_err(|forbidden| Fault::new(Exit::Usage, forbidden, Plaintext::ADVICE))
 }
 
-fn cannot_listen(listen: SocketAddr, error: io::Error) -> Exit {
+fn cannot_listen(listen: SocketAddr, error: io::Error) -> Fault {
     let advice = match error.kind() {
-        io::ErrorKind::AddrInUse => "another program listens there: take another port",
+        io::ErrorKind::AddrInUse => "another program listens there: choose another port",
         io::ErrorKind::PermissionDenied => "ports below 1024 are for root",
         _ => "",
     };
-    let what = anyhow::Error::new(error).context(format!("cannot listen on {listen}"));
-    complain(what, advice);
-    Exit::Unusable
+    let error = anyhow::Error::new(error).context(format!("cannot listen on {listen}"));
+    Fault::new(Exit::Unusable, error, advice)
 }
 
-fn run_serve(serve: &Serve) -> Exit {
+fn run_serve(serve: &Serve) -> Result<Exit, Fault> {
     let (Some(listen), Some(dir)) = (serve.listen, &serve.dir) else {
         unreachable!("clap requires both without a subcommand");
     };
-    let secure = match Secure::new(&serve.tls, &serve.allow) {
-        Ok(secure) => secure,
-        Err(error) => {
-            let advice = "`receive certs DIR --host NAME` makes certificates for both ends";
-            complain(error, advice);
-            return Exit::Usage;
-        }
-    };
-    if secure.is_none()
-        && let Err(exit) = check_plaintext(listen, serve.insecure)
-    {
-        return exit;
+    let secure = Secure::new(&serve.tls, &serve.allow).map_err(|error| {
+        let advice = "`receive certs DIR --host NAME` creates certificates for both sides";
+        Fault::new(Exit::Usage, error, advice)
+    })?;
+    if secure.is_none() {
+        check_plaintext(listen, serve.insecure)?;
     }
-    match serve_until_end(serve, secure, listen, dir) {
-        Ok(Ended::Once(migration, result)) => {
+    match serve_until_end(serve, secure, listen, dir)? {
+        Ended::Once(migration, result) => {
             if serve.json {
-                report(&migration, result.as_ref().err().map(ToString::to_string));
+                print_report(&migration, result.as_ref().err().map(ToString::to_string));
             }
-            match result {
+            Ok(match result {
                 Ok(()) => Exit::Done,
                 Err(_) => Exit::Failed,
-            }
+            })
         }
-        Ok(Ended::Interrupted) => Exit::Interrupted,
-        Ok(Ended::Terminated) => Exit::Terminated,
-        Err(exit) => exit,
+        Ended::Interrupted => Ok(Exit::Interrupted),
+        Ended::Terminated => Ok(Exit::Terminated),
     }
 }
 
@@ -228,33 +233,26 @@ fn serve_until_end(
     secure: Option<Secure>,
     listen: SocketAddr,
     dir: &Path,
-) -> Result<Ended, Exit> {
+) -> Result<Ended, Fault> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .map_err(|error| complain(error, ""))?;
+        .map_err(failed)?;
     runtime.block_on(async {
-        let listener = tokio::net::TcpListener::bind(listen)
-            .await
-            .map_err(|error| cannot_listen(listen, error))?;
+        let listener = tokio::net::TcpListener::bind(listen).await;
+        let listener = listener.map_err(|error| cannot_listen(listen, error))?;
         let store = Store::open(dir).map_err(|error| {
             let advice = match &error {
                 StoreError::InUse { .. } => "give each receiver a directory of its own",
                 StoreError::File(_) => "--dir takes a directory that this user may write to",
             };
-            complain(error, advice);
-            Exit::Unusable
+            Fault::new(Exit::Unusable, error, advice)
         })?;
-        let at = listener.local_addr().map_err(|error| complain(error, ""))?;
-        log_listening(at);
-        let restorer = match serve.restore {
-            Some(how) => Some(restorer(how, serve)?),
-            None => None,
-        };
+        log_listening(listener.local_addr().map_err(failed)?);
         let context = ServerContext {
             store,
             limits: limits(serve),
-            restorer,
+            restorer: serve.restore.map(|how| restorer(how, serve)).transpose()?,
             dump_parents: match serve.chain_dumps {
                 true => DumpParents::Newest,
                 false => DumpParents::None,
@@ -270,9 +268,8 @@ fn serve_until_end(
             max_senders: usize::from(serve.max_senders),
             secure,
         };
-        server::serve(listener, context, options)
-            .await
-            .map_err(|error| complain(error, ""))
+        let ended = server::serve(listener, context, options).await;
+        ended.map_err(failed)
     })
 }
 
@@ -290,50 +287,46 @@ fn limits(serve: &Serve) -> Limits {
     }
 }
 
-fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Exit> {
+fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Fault> {
     let criu = Criu::find(serve.criu.as_deref()).map_err(|error| {
-        let advice = "--restore takes CRIU 4.1 or later: scripts/install-criu installs one";
-        complain(error, advice);
-        Exit::Unusable
+        let advice = "--restore needs CRIU 4.1 or later: scripts/install-criu installs one";
+        Fault::new(Exit::Unusable, error, advice)
     })?;
-    let criu = criu.with_options(&serve.criu_args).map_err(|error| {
-        complain(error, "what follows -- is for CRIU");
-        Exit::Usage
-    })?;
-    let lacking = lacking(&capabilities::TO_RESTORE);
-    if !lacking.is_empty() {
-        let without = lacking.join(", ");
-        tracing::warn!(without, "CRIU will hardly be able to restore");
+    let criu = criu
+        .with_options(&serve.criu_args)
+        .map_err(|error| Fault::new(Exit::Usage, error, "options after -- are passed to CRIU"))?;
+    let missing = lacking(&capabilities::TO_RESTORE);
+    if !missing.is_empty() {
+        let missing = missing.join(", ");
+        tracing::warn!(
+            event = "capabilities_missing",
+            missing,
+            "CRIU is unlikely to be able to restore"
+        );
     }
-    let can = how != RestoreHow::Eager && criu.has_lazy_pages();
-    if how == RestoreHow::Lazy && !can {
-        let what = "CRIU or this kernel has no lazy restore";
-        complain(anyhow::anyhow!(what), "say --restore=eager");
-        return Err(Exit::Unusable);
+    let lazy = match how {
+        RestoreHow::Eager => false,
+        RestoreHow::Auto | RestoreHow::Lazy => criu.has_lazy_pages(),
+    };
+    if how == RestoreHow::Lazy && !lazy {
+        let error = anyhow::anyhow!("CRIU or this kernel does not support a lazy restore");
+        return Err(Fault::new(Exit::Unusable, error, "use --restore=eager"));
     }
     Ok(Restorer {
         criu,
-        lazy: can,
+        lazy,
         timeout: serve.restore_timeout,
     })
 }
 
-fn report(migration: &Migration, error: Option<String>) {
+fn print_report(migration: &Migration, error: Option<String>) {
     let mut report = serde_json::to_value(migration).expect("a migration is plain data");
     report["error"] = error.into();
     println!("{report}");
 }
 
-fn complain(error: impl Into<anyhow::Error>, advice: &str) -> Exit {
-    eprintln!("receive: {:#}", error.into());
-    if !advice.is_empty() {
-        eprintln!("receive: {advice}");
-    }
-    Exit::Failed
-}
-
-/// Logs the address that connections are accepted on, which is the only place where a port chosen by the
-/// kernel (`--listen 0`) appears.
+/// Logs the address that connections are accepted on, the only place where a port chosen by the kernel
+/// (`--listen 0`) appears.
 fn log_listening(address: SocketAddr) {
     tracing::info!(event = "listening", "listening on {address}");
 }

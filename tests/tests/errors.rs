@@ -168,7 +168,11 @@ fn unusable_ports_and_directories_exit_7() {
     let dir = tempfile::tempdir().unwrap();
     let taken = receive(&[&"--listen", &port, &"--dir", &dir.path()]);
     assert_eq!(taken.status.code(), Some(7), "{}", taken.stderr);
-    assert!(taken.stderr.contains("another port"), "{}", taken.stderr);
+    assert!(
+        taken.stderr.contains("choose another port"),
+        "{}",
+        taken.stderr
+    );
 
     let second = receive(&[&"--listen", &"0", &"--dir", &pair.dir()]);
     assert_eq!(second.status.code(), Some(7), "{}", second.stderr);

@@ -107,9 +107,9 @@ fn request_for_missing_pages_ends_the_client() {
     };
     let pid = u64::from(victim.pid().unsigned_abs());
     for (request, word) in [
-        (request(7, 1, 0x1000, pid), "which are not here"),
-        (request(7, 1, 0x1001, pid), "which are not here"),
-        (request(7, u32::MAX, 0, pid), "which are not here"),
+        (request(7, 1, 0x1000, pid), "which are not in the images"),
+        (request(7, 1, 0x1001, pid), "which are not in the images"),
+        (request(7, u32::MAX, 0, pid), "which are not in the images"),
         (request(4, 0, 0, pid), "to send pages"),
         (request(99, 0, 0, pid), "broke the protocol"),
     ] {

@@ -1,5 +1,5 @@
-//! CRIU's page-server protocol, giving: pages of finished images to `criu lazy-pages`, which fetches
-//! what a restored process touches, and in the background everything else.
+//! CRIU's page-server protocol, sending: pages of complete images to `criu lazy-pages`, which requests those
+//! that the restored process touches, and meanwhile all others.
 
 use crate::file_error::FileError;
 use crate::image::chain::{images, levels, newest_round};
@@ -12,99 +12,117 @@ use std::collections::BTreeMap;
 use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 
-/// The private memory of every process in a directory of images.
+/// Private memory of every process in a directory of images.
 #[derive(Debug)]
 pub struct Served {
-    tasks: BTreeMap<u32, Pages>,
+    /// By PID.
+    processes: BTreeMap<u32, Pages>,
+}
+
+/// How a client ended that was served without an error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientEnd {
+    /// Number of pages sent.
+    pub pages: u64,
+    /// Whether the client reported that it has all pages, instead of just closing the connection.
+    pub complete: bool,
 }
 
 /// Why a client is no longer served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The connection.
+    /// The connection failed.
     #[error("the connection failed")]
     Io(#[from] io::Error),
-    /// The images.
+    /// The images cannot be read.
     #[error(transparent)]
     File(#[from] FileError),
-    /// The client's words.
+    /// The client sent an unknown command.
     #[error("the peer broke the protocol")]
     Unknown(#[from] UnknownCommand),
-    /// It wants what no client of this protocol wants here.
-    #[error("it wants to send pages, not to fetch them: that is what `receive --listen` is for")]
+    /// The client dumps instead of requesting pages.
+    #[error("the client tries to send pages: that is what `receive --listen` is for")]
     Sends,
-    /// It wants pages of a process that is not in the images.
-    #[error("it wants pages of process {0}, which is not here")]
+    /// The requested process is not in the images.
+    #[error("the client requests pages of process {0}, which is not in the images")]
     NoProcess(u64),
-    /// It wants pages that the images have not.
-    #[error("it wants the pages of process {pid} at {address:#x}, which are not here")]
+    /// The requested pages are not in the images.
+    #[error(
+        "the client requests pages of process {pid} at {address:#x}, which are not in the images"
+    )]
     NoPages {
-        /// The process.
+        /// PID of the process.
         pid: u32,
-        /// The first of them.
+        /// Address of the first page.
         address: u64,
     },
 }
 
 impl Served {
-    /// Finds the pages of every process in `dir` (or its newest round), wherever in the chain they
-    /// are.
+    /// Opens the pages of every process in `dir`, a directory of images or of a migration (then its newest
+    /// round). Pages may be in any directory of the chain.
     ///
     /// # Errors
     /// [`FileError`].
     pub fn load(dir: &Path) -> Result<Self, FileError> {
         let top = newest_round(dir)?;
         let chain = levels(&top)?;
-        let mut tasks = BTreeMap::new();
+        let mut processes = BTreeMap::new();
         for image in images(&top)? {
-            // Shared segments are restored before any process runs; nobody asks for them later.
+            // Shared segments are restored before any process runs, and never requested.
             if let ImageId::Process(pid) = image
                 && let Some(index) = Index::load(&chain, image)?
             {
-                tasks.insert(pid, Pages::open(&chain, image, index)?);
+                processes.insert(pid, Pages::open(&chain, image, index)?);
             }
         }
-        Ok(Self { tasks })
+        Ok(Self { processes })
     }
 
-    /// How many processes there are.
+    /// Returns the number of processes.
     #[must_use]
     pub fn processes(&self) -> usize {
-        self.tasks.len()
+        self.processes.len()
     }
 
-    /// Serves a client, for as long as it takes, until it says that it has everything, or goes. Returns the pages given, and
-    /// whether it has everything.
+    /// Serves a client until it has all pages or closes the connection.
     ///
     /// # Errors
     /// [`ServeError`].
-    pub fn serve(&self, read: impl Read, mut write: impl Write) -> Result<(u64, bool), ServeError> {
+    pub fn serve(&self, read: impl Read, mut write: impl Write) -> Result<ClientEnd, ServeError> {
         let mut reader = BufReader::new(read);
         let mut buffer = vec![0; HEADER_MAX + CHUNK_SIZE];
         let mut width = None;
-        let mut given = 0;
-        while let Some(header) = self.next(&mut reader, &mut width)? {
+        let mut sent = 0;
+        while let Some(header) = self.recv(&mut reader, &mut width)? {
             match header.command {
                 Command::Get => {
                     let width = width.unwrap_or(Width::Narrow);
                     let answer = self.answer(header, width, &mut buffer)?;
                     write.write_all(answer)?;
-                    given += answer.len() as u64 / PAGE_SIZE;
+                    sent += answer.len() as u64 / PAGE_SIZE;
                 }
                 Command::Close => {
                     write.write_all(&0i32.to_le_bytes())?;
-                    return Ok((given, true));
+                    return Ok(ClientEnd {
+                        pages: sent,
+                        complete: true,
+                    });
                 }
                 Command::Open { .. } | Command::HasParent | Command::Add(_) => {
                     return Err(ServeError::Sends);
                 }
             }
         }
-        Ok((given, false))
+        Ok(ClientEnd {
+            pages: sent,
+            complete: false,
+        })
     }
 
-    /// The next request; `None` if the client is gone.
-    fn next(
+    /// Receives the next request; `None` if the client has closed the connection. The first request that
+    /// shows the width of headers sets `width`.
+    fn recv(
         &self,
         reader: &mut impl Read,
         width: &mut Option<Width>,
@@ -117,8 +135,8 @@ impl Served {
         }
         let narrow = Header::decode(first, Width::Narrow)?;
         let known = *width.get_or_insert_with(|| {
-            // The last of a narrow request is the process; a longer one has the address there, and
-            // no address is as low as a process's number.
+            // A narrow request ends with the PID, where a wide one has the address, which is never as low
+            // as a PID.
             let is_process = u32::try_from(narrow.object).is_ok_and(|pid| self.has(pid));
             match is_process || narrow.command == Command::Close {
                 true => Width::Narrow,
@@ -133,21 +151,21 @@ impl Served {
     }
 
     fn has(&self, pid: u32) -> bool {
-        self.tasks.contains_key(&pid)
+        self.processes.contains_key(&pid)
     }
 
-    /// Puts the pages asked for, or the first of them, into `buffer`; returns the whole answer.
+    /// Reads the requested pages, or the first of them, into `buffer`. Returns the answer to send.
     fn answer<'a>(
         &self,
-        wanted: Header,
+        request: Header,
         width: Width,
         buffer: &'a mut [u8],
     ) -> Result<&'a [u8], ServeError> {
-        let pid = u32::try_from(wanted.object).ok();
-        let task = pid.and_then(|pid| Some((pid, self.tasks.get(&pid)?)));
-        let (pid, pages) = task.ok_or(ServeError::NoProcess(wanted.object))?;
-        let most = (wanted.pages.min(CHUNK_PAGES as u64) * PAGE_SIZE) as usize;
-        let address = wanted.address;
+        let pid = u32::try_from(request.object).ok();
+        let process = pid.and_then(|pid| Some((pid, self.processes.get(&pid)?)));
+        let (pid, pages) = process.ok_or(ServeError::NoProcess(request.object))?;
+        let most = (request.pages.min(CHUNK_PAGES as u64) * PAGE_SIZE) as usize;
+        let address = request.address;
         let pages = match address.is_multiple_of(PAGE_SIZE) {
             true => pages.read(address, &mut buffer[HEADER_MAX..][..most])?,
             false => 0,
@@ -159,7 +177,7 @@ impl Served {
         let header = Header {
             command: Command::Add(PageLocation::Present { lazy: false }),
             pages,
-            ..wanted
+            ..request
         };
         header.encode(width, &mut head);
         let start = HEADER_MAX - head.len();
