@@ -333,8 +333,8 @@ impl Freezer<'_> {
         }
     }
 
-    /// Detaches all threads, and does with the processes what `then` says. Waits for killed processes to
-    /// exit. Ignores errors: they mean that a thread has exited.
+    /// Detaches all threads, and resumes, stops or kills the processes. Waits for killed processes to exit.
+    /// Ignores errors: they mean that a thread has exited.
     fn release(&mut self, then: Then) {
         let pids: BTreeSet<i32> = self.threads.values().map(|thread| thread.pid).collect();
         // Signals are sent while all threads are stopped, so that no process sees another die and reacts.

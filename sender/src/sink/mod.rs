@@ -20,12 +20,12 @@ use pageferry_common::{BufferPool, ImageId, MemfdName, StateName};
 use std::io;
 use std::sync::Arc;
 
-/// Protocol that the receiver speaks.
+/// Protocol of the receiver.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Dialect {
-    /// Pageferry's own protocol, spoken by `receive`.
+    /// Pageferry's own protocol, for `receive`.
     Native,
-    /// CRIU's page-server protocol, spoken by `criu page-server`.
+    /// CRIU's page-server protocol, for `criu page-server`.
     Criu,
 }
 

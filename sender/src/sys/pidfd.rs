@@ -24,7 +24,7 @@ pub fn is_alive(pidfd: BorrowedFd<'_>) -> bool {
         events: libc::POLLIN,
         revents: 0,
     };
-    // SAFETY: poll reads and writes one pollfd, as the count says, which is alive.
+    // SAFETY: poll reads and writes one pollfd, the count given, which is alive.
     unsafe { libc::poll(&raw mut poll, 1, 0) == 0 }
 }
 

@@ -169,7 +169,7 @@ pub fn dispatches_system_calls(tid: Tid) -> io::Result<bool> {
     // mode, selector, offset, length
     let mut configuration = [0u64; 4];
     // SAFETY: the kernel writes at most the size given, to a live array of that size.
-    let got = check(unsafe {
+    let result = check(unsafe {
         libc::ptrace(
             GET_SYSCALL_USER_DISPATCH_CONFIG,
             tid,
@@ -177,7 +177,7 @@ pub fn dispatches_system_calls(tid: Tid) -> io::Result<bool> {
             configuration.as_mut_ptr(),
         )
     });
-    match got {
+    match result {
         Ok(_) => Ok(configuration[0] != 0),
         // A kernel before 6.4 does not have this request.
         Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL)) => Ok(false),
@@ -212,7 +212,7 @@ pub fn rseq_area(tid: Tid) -> io::Result<Option<u64>> {
     }
     let mut configuration = Configuration::default();
     // SAFETY: the kernel writes at most the size given, to a live struct of that size.
-    let got = check(unsafe {
+    let result = check(unsafe {
         libc::ptrace(
             PTRACE_GET_RSEQ_CONFIGURATION,
             tid,
@@ -220,7 +220,7 @@ pub fn rseq_area(tid: Tid) -> io::Result<Option<u64>> {
             &raw mut configuration,
         )
     });
-    match got {
+    match result {
         Ok(_) => Ok(Some(configuration.pointer).filter(|&pointer| pointer != 0)),
         // The kernel was built without restartable sequences.
         Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(None),
@@ -235,8 +235,8 @@ pub fn rseq_area(tid: Tid) -> io::Result<Option<u64>> {
 pub fn poll(tid: Tid) -> io::Result<Option<Stop>> {
     let mut status = 0;
     // SAFETY: waitpid writes one int, to a live int.
-    let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
-    match check(libc::c_long::from(got)) {
+    let result = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
+    match check(libc::c_long::from(result)) {
         Ok(0) => Ok(None),
         Ok(_) => Ok(Some(decode(status))),
         Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(Some(Stop::Gone)),
@@ -253,8 +253,8 @@ pub fn wait(tid: Tid) -> io::Result<Stop> {
     loop {
         let mut status = 0;
         // SAFETY: waitpid writes one int, to a live int.
-        let got = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
-        match check(libc::c_long::from(got)) {
+        let result = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
+        match check(libc::c_long::from(result)) {
             Ok(_) => return Ok(decode(status)),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) if error.raw_os_error() == Some(libc::ECHILD) => return Ok(Stop::Gone),

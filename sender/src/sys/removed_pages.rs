@@ -84,30 +84,30 @@ mod tests {
         memfd.write_all_at(&vec![1; 1000 << 12], 0).unwrap();
         let removed_pages = RemovedPages::map(&memfd).unwrap();
         let all = PageRange::new(0, 1000).unwrap();
-        let gone = || {
-            let mut gone = Vec::new();
-            if let Err(error) = removed_pages.missing(all, &mut gone) {
+        let missing = || {
+            let mut pages = Vec::new();
+            if let Err(error) = removed_pages.missing(all, &mut pages) {
                 assert_eq!(error.raw_os_error(), Some(libc::ENOTTY), "{error}");
                 return None;
             }
-            Some(gone)
+            Some(pages)
         };
-        if gone().is_none() {
+        if missing().is_none() {
             eprintln!("skipped: this kernel has no PAGEMAP_SCAN");
             return;
         }
-        assert_eq!(gone().unwrap(), [all]);
+        assert_eq!(missing().unwrap(), [all]);
         removed_pages.populate(all).unwrap();
         memfd.write_all_at(&[2], 0).unwrap();
-        assert_eq!(gone().unwrap(), []);
+        assert_eq!(missing().unwrap(), []);
         let (mode, page) = (FallocateFlags::FALLOC_FL_PUNCH_HOLE, PAGE_SIZE as i64);
         let mode = mode | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         fallocate(&memfd, mode, 7 * page, 3 * page).unwrap();
         memfd.write_all_at(&[2], 8 << 12).unwrap();
         let expected = PageRange::new(7 * PAGE_SIZE, 3).unwrap();
-        assert_eq!(gone().unwrap(), [expected]);
+        assert_eq!(missing().unwrap(), [expected]);
         removed_pages.populate(expected).unwrap();
-        assert_eq!(gone().unwrap(), []);
+        assert_eq!(missing().unwrap(), []);
         assert!(
             removed_pages
                 .populate(PageRange::new(999 * PAGE_SIZE, 2).unwrap())

@@ -1,4 +1,4 @@
-//! Sink for the native protocol, spoken by `receive`.
+//! Sink for the native protocol of `receive`.
 //!
 //! The network thread owns the socket ([`conversation`]); a bounded channel feeds it. [`destination`]
 //! restores the process after the last round.
