@@ -234,7 +234,7 @@ impl Restore {
             .restore(session, dir.as_fd(), &self.options, filler.is_some())?;
         loop {
             let event = session.event()?;
-            tracing::debug!(?event, "CRIU");
+            tracing::debug!(event = "criu_event", criu = ?event, "event from CRIU");
             match event {
                 // All is restored; aborting now undoes all of it.
                 Event::Stage { name, pid } if name == "post-restore" => {
@@ -274,7 +274,7 @@ impl Restore {
 fn report_filler(mut filler: FillerProcess, began: Instant) {
     match filler.wait() {
         Ok(true) => {
-            let seconds = began.elapsed().as_secs_f64();
+            let seconds = (began.elapsed().as_secs_f64() * 100.0).round() / 100.0;
             tracing::info!(
                 event = "memory_filled",
                 seconds,
@@ -342,7 +342,12 @@ pub async fn complete(
         if attempt == MAX_ATTEMPTS {
             return Err(why);
         }
-        tracing::warn!(event = "restore_retry", attempt, why, "cannot restore yet");
+        tracing::warn!(
+            event = "restore_retry",
+            attempt,
+            why,
+            "cannot restore yet, retrying"
+        );
         attempt += 1;
         tokio::time::sleep(RETRY_DELAY).await;
     }

@@ -1,4 +1,4 @@
-//! The system calls that no library wraps safely: one small safe function each.
+//! System calls without a safe wrapper in a library: one small safe function each.
 
 pub mod uffd;
 pub mod writeback;
