@@ -296,8 +296,8 @@ mod tests {
         assert!(!store.is_owner(&claim(2)).unwrap());
         let mode = fs::metadata(home.join(TOKEN)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
-        for torn in ["", "01"] {
-            fs::write(home.join(TOKEN), torn).unwrap();
+        for incomplete in ["", "01"] {
+            fs::write(home.join(TOKEN), incomplete).unwrap();
             assert!(!store.is_owner(&claim(1)).unwrap());
         }
         fs::remove_file(home.join(TOKEN)).unwrap();
