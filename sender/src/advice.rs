@@ -51,7 +51,7 @@ pub(crate) enum Failure {
     Resolve(#[from] ResolveError),
 }
 
-/// What to do about an error.
+/// Exit code and hint for an error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Advice {
     /// Exit code for scripts.
@@ -70,11 +70,11 @@ const MAY_NOT_TRACE: &str = "run it as root or as the target's user; processes o
 const MAY_NOT_READ: &str = "run it as root or as the target's user; /proc of other users' processes, and of \
     processes that are not dumpable, needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
 
-const MAY_NOT_OPEN: &str = "run it as root: shared memory needs CAP_CHECKPOINT_RESTORE, and that of other users \
-    CAP_DAC_READ_SEARCH";
+const MAY_NOT_OPEN: &str = "run it as root: shared memory needs CAP_CHECKPOINT_RESTORE, and that of other \
+    users CAP_DAC_READ_SEARCH";
 
-const MAY_NOT_SIGNAL: &str = "run it as root or as the target's user; stopping or killing other users' processes \
-    needs CAP_KILL";
+const MAY_NOT_SIGNAL: &str = "run it as root or as the target's user; stopping or killing other users' \
+    processes needs CAP_KILL";
 
 const DESCRIPTORS: &str = "the target runs; allow more descriptors (ulimit -n, LimitNOFILE=)";
 

@@ -54,7 +54,7 @@ pub struct Cli {
     #[arg(long, requires = "migrate")]
     pub shell_job: bool,
 
-    /// Move processes whose Unix sockets are connected to processes outside the tree, and drop those connections
+    /// Move processes with Unix sockets connected to processes outside the tree, and drop those connections
     #[arg(long, requires = "migrate")]
     pub ext_unix_sk: bool,
 

@@ -13,7 +13,7 @@ pub struct Limits {
     pub exact_rounds: Option<u32>,
 }
 
-/// What one round has shown.
+/// Measurements of one round.
 #[derive(Debug, Clone, Copy)]
 pub struct Observed {
     /// Bytes of pages sent, before compression.
@@ -26,7 +26,7 @@ pub struct Observed {
     pub dirty_after: u64,
 }
 
-/// What to do next.
+/// Next step of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// Another round while the target runs.

@@ -67,14 +67,14 @@ impl MigrateError {
     }
 }
 
-/// What to migrate, and when to stop.
+/// Target of a migration, and when to stop.
 #[derive(Debug)]
 pub struct Plan {
     /// PID of the root of the target.
     pub root: i32,
     /// When to stop pre-copying.
     pub limits: Limits,
-    /// What to do with the target after the final round.
+    /// Fate of the target after the final round.
     pub then: Then,
     /// How to hand the target over; `None` if only its memory is copied.
     pub handover: Option<Handover>,
@@ -153,7 +153,7 @@ struct Migration<'a, 'p> {
     plan: &'a Plan,
     parts: Parts<'p>,
     recorder: Recorder<'a>,
-    /// Whether the target ran while the connection was lost, so that another pre-dump round pays.
+    /// Whether the target ran while the connection was lost: more memory is dirty than the history shows.
     catch_up: bool,
     lost_handovers: u32,
 }
@@ -178,6 +178,8 @@ impl<'a> Migration<'a, '_> {
                 Err(error) => match self.reconnect(error, step)? {
                     Some(receipt) => {
                         round.receipt = receipt;
+                        // A hand-over may have recorded a round before the one in flight.
+                        round.number = self.recorder.next_round();
                         Ack::Late
                     }
                     None => continue,

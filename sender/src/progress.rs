@@ -22,7 +22,7 @@ pub struct Counters {
     pub pages: AtomicU64,
 }
 
-/// What the line shows besides the counters.
+/// Content of the line besides the counters.
 #[derive(Debug, Clone, Default)]
 pub struct Status {
     /// Number of the round in progress.

@@ -24,7 +24,7 @@ pub(crate) struct Round {
     pub scanned: Scanned,
     /// Totals of what was sent.
     pub receipt: Receipt,
-    /// Time from the begin of the round to its ack.
+    /// Time from the start of the round to its ack.
     pub took: Duration,
 }
 

@@ -68,7 +68,7 @@ pub struct Totals {
     pub bytes_raw: u64,
     /// Bytes on the wire, framing included.
     pub bytes_wire: u64,
-    /// Time from the begin of the migration to its end, s.
+    /// Time from the start of the migration to its end, s.
     pub seconds: f64,
     /// How often the connection was lost and made again.
     pub reconnects: u32,
@@ -133,7 +133,7 @@ impl Downtime {
         self.state_ms + self.pages_ms + self.restore_ms + self.resume_ms
     }
 
-    /// Returns the time from the begin to the end of the last phase, or to now if phases are missing.
+    /// Returns the time from the start to the end of the last phase, or to now if phases are missing.
     #[must_use]
     pub fn elapsed(&self) -> Duration {
         match self.resume_ms > 0.0 {

@@ -33,7 +33,7 @@ pub(super) struct Committed {
     restored: Restored,
 }
 
-/// What the receiver decided.
+/// Decision of the receiver.
 enum Decision {
     /// The target runs there.
     Committed,

@@ -26,7 +26,7 @@ pub(super) const CANCEL_POLL_INTERVAL: Duration = Duration::from_millis(100);
 /// (`common/preload/dump.rs`), in the directory of images.
 const STOPPED_SOCKET: &str = "stopped.socket";
 
-/// What CRIU did next.
+/// Next event of the dump.
 #[derive(Debug)]
 pub(super) enum Next {
     /// CRIU reached a stage and waits for the reply, or finished, or failed.
@@ -40,7 +40,7 @@ pub(super) enum Next {
     },
 }
 
-/// What CRIU waits for before it does anything else.
+/// Message that CRIU waits for before it does anything else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Awaited {
     Nothing,
@@ -114,7 +114,7 @@ impl Dump {
         &self.pages
     }
 
-    /// Waits for what CRIU does next, on any of its sockets. Fails as soon as `check` does.
+    /// Waits for the next event, on any of CRIU's sockets. Fails as soon as `check` does.
     pub(super) fn next(
         &mut self,
         check: &mut dyn FnMut() -> Result<(), HandoverError>,

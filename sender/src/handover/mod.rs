@@ -91,7 +91,7 @@ pub struct HandoverRound {
     pub receipt: Receipt,
     /// Totals of what was scanned.
     pub scanned: Scanned,
-    /// Time from the begin of the round to its ack.
+    /// Time from the start of the round to its ack.
     pub took: Duration,
 }
 
@@ -194,7 +194,7 @@ impl Attempt<'_, '_> {
     fn run(&mut self) -> Result<(), HandoverError> {
         let images = image_dir()?;
         let mut dump = Dump::start(self.handover, self.root, images.path())?;
-        // Pays for the first hardware breakpoint now. CRIU would pay while the target is frozen.
+        // The first hardware breakpoint on a machine is slow. CRIU sets breakpoints while the target is frozen.
         let _warm = perf::TaskEvents::keep();
         if let Err(error) = self.copy_memory(&mut dump) {
             dump.abort();
@@ -249,8 +249,8 @@ impl Attempt<'_, '_> {
         Ok(next)
     }
 
-    /// Sends a round while CRIU goes on with its dump, which waits until `held` is dropped. Returns what CRIU
-    /// does after it.
+    /// Sends a round while CRIU dumps. CRIU waits until `held` is dropped. Returns the event that ends this phase:
+    /// CRIU has sent all pages, or failed.
     fn copy_during_dump(&mut self, dump: &mut Dump, held: OwnedFd) -> Result<Next, HandoverError> {
         let processes = process_list(self.root);
         if !are_trace_stopped(&processes) {
