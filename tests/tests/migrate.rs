@@ -49,9 +49,15 @@ fn one_copy_with_stopped(tree: &[i32], stopped: usize) -> i32 {
     until("one copy runs", || {
         let copies = copies(tree);
         let suspended = copies.iter().filter(|(_, runs)| !runs).count();
-        match copies.len() == tree.len() && suspended == stopped {
-            true => Ok(copies[0].0),
-            false => Err(format!("{copies:?}")),
+        // PIDs wrap around: the root need not have the lowest.
+        let is_root = |pid: i32| {
+            let pids = memory::namespaced_pids(pid).unwrap_or_default();
+            pids.last().map(|&pid| pid.cast_signed()) == Some(tree[0])
+        };
+        let root = copies.iter().find(|&&(pid, _)| is_root(pid));
+        match root {
+            Some(&(root, _)) if copies.len() == tree.len() && suspended == stopped => Ok(root),
+            _ => Err(format!("{copies:?}")),
         }
     })
 }
