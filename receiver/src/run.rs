@@ -13,7 +13,7 @@ use crate::tools::flatten::{Pages, flatten};
 use crate::tools::verify::verify;
 use crate::with_causes;
 use pageferry_common::cli::{Exit, Plaintext, start_log};
-use pageferry_common::criu::session::Criu;
+use pageferry_common::criu::Criu;
 use pageferry_common::proc::capabilities::{self, lacking};
 use pageferry_common::sys::rlimit::raise_descriptors;
 use std::io;

@@ -8,7 +8,7 @@ use crate::handover::{HandoverError, ResolveError};
 use crate::migrate::MigrateError;
 use crate::sink::SinkError;
 use pageferry_common::cli::{Exit, Plaintext, PlaintextForbidden};
-use pageferry_common::criu::session::{BadOption, CriuError};
+use pageferry_common::criu::{BadOption, CriuError};
 use pageferry_common::tls::TlsError;
 use pageferry_common::wire::WireError;
 use std::io;
@@ -322,7 +322,7 @@ mod tests {
             ),
             (Failure::Criu(unusable), (Exit::Failed, "CRIU 4.1 or later")),
             (
-                Failure::CriuOption(BadOption::Unclear("x".to_owned())),
+                Failure::CriuOption(BadOption::Malformed("x".to_owned())),
                 (Exit::Usage, "--"),
             ),
             (

@@ -7,7 +7,7 @@ use crate::handover::StateDump;
 use crate::sink::{Compression, DEFAULT_LEVEL, Dialect};
 use clap::Parser;
 use pageferry_common::cli::{duration, non_zero_duration};
-use pageferry_common::criu::session::Options;
+use pageferry_common::criu::Options;
 use pageferry_common::tls::TlsFiles;
 use std::path::PathBuf;
 use std::time::Duration;

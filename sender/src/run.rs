@@ -13,7 +13,7 @@ use crate::sink::{Connect, PageSink, SinkError};
 use crate::target::process::{namespace_depth, pid_in_namespace};
 use nix::sys::signal::Signal;
 use pageferry_common::cli::{Exit, Plaintext, start_log};
-use pageferry_common::criu::session::Criu;
+use pageferry_common::criu::Criu;
 use pageferry_common::proc::capabilities::{self, lacking};
 use pageferry_common::sys::rlimit::raise_descriptors;
 use pageferry_common::{BufferPool, Claim, MigrationId, Token};

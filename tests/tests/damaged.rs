@@ -2,7 +2,7 @@
 //! effect but to end the session.
 
 use cap::Cap;
-use pageferry_common::criu::session::{self, Options};
+use pageferry_common::criu::Options;
 use pageferry_common::digest::{RoundDigest, digest, digest2};
 use pageferry_common::needed_files::NeededFile;
 use pageferry_common::wire::frame::HEADER_LEN;
@@ -356,7 +356,7 @@ fn damaged_file_comparison_is_detected() {
     let Some(criu) = Criu::stable("damage to a session that compares files") else {
         return;
     };
-    let criu = session::Criu::find(Some(criu.path())).unwrap();
+    let criu = pageferry_common::criu::Criu::find(Some(criu.path())).unwrap();
     let lazy = false;
     // Hello, the list of files, and its end.
     damaged_sessions(

@@ -748,7 +748,7 @@ fn options_after_dashes_are_passed_to_criu() {
     let mut victim = Victim::detached("heap=4 dirty=20");
     let tree = victim.tree();
     for (to, option, code, words) in [
-        (&receiver, "--leave-running", 2, "not for you to choose"),
+        (&receiver, "--leave-running", 2, "is reserved"),
         (&receiver, "nonsense", 2, "no option"),
         (&receiver, "--no-such-option", 1, "CRIU"),
         (&wrong, "--tcp-close", 4, "CRIU"),

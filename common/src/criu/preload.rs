@@ -1,23 +1,23 @@
-//! The libraries that are loaded into CRIU (`common/preload/`), carried inside the programs.
+//! The libraries that CRIU preloads (`common/preload/`), embedded in the programs.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-/// Keeps a dump from reading memory.
+/// Library that keeps `criu dump` from reading memory.
 pub static DUMP: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/dump.so"));
 
-/// Keeps a restore from reading shared segments.
+/// Library that keeps `criu restore` from reading shared segments.
 pub static RESTORE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/restore.so"));
 
-/// The name under which CRIU finds one.
-pub const NAME: &str = "shim.so";
+/// File name of a library in a directory of images.
+pub const NAME: &str = "preload.so";
 
-/// Writes a library into a directory, where CRIU can load it. Returns its path.
+/// Writes a library into a directory, for CRIU to load. Returns its path.
 ///
 /// # Errors
-/// The file system's.
+/// Those of creating and writing the file.
 pub fn write(library: &[u8], dir: &Path) -> io::Result<PathBuf> {
     let path = dir.join(NAME);
     let mut file = OpenOptions::new()

@@ -1,11 +1,11 @@
-//! The real CRIU, driven over its RPC: `criu swrk`, one process for each dump or restore.
+//! CRIU's RPC over `criu swrk`: one CRIU process for each dump or restore.
 //!
-//! Requests and answers are protobuf messages, each one packet of a socket pair (CRIU's
-//! `images/rpc.proto`, as far as we need it). While it works CRIU tells of its stages, and waits at
-//! each for our word to go on: a no makes it undo everything. If we die it reads no word, which is a
-//! no.
+//! Requests and responses are protobuf messages, each one packet of a socket pair. While it works, CRIU notifies
+//! its caller of each stage and waits for a reply. A negative reply makes it undo everything; so does the end of
+//! the caller, because CRIU then cannot read a reply.
 
-use crate::proc::read_lossy;
+use super::messages::{Features, Kind, Notify, Opts, PageServerInfo, Request, Response, Version};
+use super::options::{BadOption, Options, config_text};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
@@ -19,146 +19,67 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
-/// The oldest that will do.
+/// Oldest supported version, major and minor.
 pub const OLDEST: (i32, i32) = (4, 1);
 
-/// How long CRIU may take to stop a tree, s. What has come to a stop stands still meanwhile.
+/// Longest time that CRIU may take to freeze a tree, s. Threads that it has stopped already stay stopped meanwhile.
 const FREEZE_TIMEOUT: u32 = 3;
 
-/// Longest message from CRIU, bytes.
-const ANSWER_MAX: usize = 1 << 16;
+/// Maximum length of a response, bytes.
+const RESPONSE_MAX: usize = 1 << 16;
 
-/// A CRIU that will do.
+/// `cr_network_lock_method` that uses nftables.
+const NETWORK_LOCK_NFTABLES: i32 = 2;
+
+/// A CRIU program that is supported.
 #[derive(Debug, Clone)]
 pub struct Criu {
     path: PathBuf,
     version: (i32, i32),
-    /// How it locks connections; `None` for its default.
+    /// How it locks TCP connections; `None` for its default.
     network_lock: Option<i32>,
-    /// Its configuration file with options that we do not know: a memfd.
+    /// Memfd with its configuration file: the options that are passed through.
     config: Option<Arc<File>>,
 }
 
-/// Options that would take the work out of our hands.
-const RESERVED_OPTIONS: [&str; 28] = [
-    "action-script",
-    "address",
-    "auto-dedup",
-    "check-only",
-    "config",
-    "daemon",
-    "deprecated",
-    "exec-cmd",
-    "images-dir",
-    "lazy-pages",
-    "leave-running",
-    "leave-stopped",
-    "log-file",
-    "no-default-config",
-    "page-server",
-    "pidfile",
-    "port",
-    "pre-dump-mode",
-    "prev-images-dir",
-    "ps-socket",
-    "restore-detached",
-    "restore-sibling",
-    "status-fd",
-    "stream",
-    "tls",
-    "track-mem",
-    "tree",
-    "work-dir",
-];
-
-/// Why an option is not passed on to CRIU.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum BadOption {
-    /// It would take the work out of our hands.
-    #[error("--{0} is not for you to choose: it is how Pageferry works with CRIU")]
-    Ours(String),
-    /// It is no option.
-    #[error("{0:?} is no option of CRIU's by its long name, with a value of plain characters")]
-    Unclear(String),
-}
-
-/// The text of a configuration file for CRIU with these options, as on its command line.
-fn config_of(options: &[String]) -> Result<String, BadOption> {
-    let plain = |text: &str| !text.contains(['"', '\\', '\n', '\0', '#']);
-    let mut text = String::new();
-    let mut takes_value = false;
-    for option in options {
-        let unclear = || BadOption::Unclear(option.clone());
-        let (name, value) = match option.strip_prefix("--") {
-            Some(option) => match option.split_once('=') {
-                Some((name, value)) => (Some(name), Some(value)),
-                None => (Some(option), None),
-            },
-            None if takes_value => (None, Some(option.as_str())),
-            None => return Err(unclear()),
-        };
-        if let Some(name) = name {
-            let fine =
-                |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
-            if name.is_empty() || !name.bytes().all(fine) {
-                return Err(unclear());
-            }
-            // CRIU takes the beginning of a name for the whole.
-            if RESERVED_OPTIONS.iter().any(|ours| ours.starts_with(name)) {
-                return Err(BadOption::Ours(name.to_owned()));
-            }
-            text += "\n";
-            text += name;
-        }
-        takes_value = value.is_none();
-        if let Some(value) = value {
-            if !plain(value) {
-                return Err(unclear());
-            }
-            text += &format!(" \"{value}\"");
-        }
-    }
-    Ok(text + "\n")
-}
-
-/// Why there is none.
+/// CRIU cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum CriuError {
-    /// It does not start, or does not answer.
+    /// It does not start, or does not respond.
     #[error("cannot use {} as CRIU", path.display())]
     Unusable {
-        /// The program.
+        /// Path of the program.
         path: PathBuf,
-        /// Why.
+        /// Cause.
         source: io::Error,
     },
     /// It is too old.
     #[error(
-        "{} is CRIU {}.{}, and it takes {}.{} or later", path.display(),
+        "{} is CRIU {}.{}, but {}.{} or later is required", path.display(),
         version.0, version.1, OLDEST.0, OLDEST.1
     )]
     TooOld {
-        /// The program.
+        /// Path of the program.
         path: PathBuf,
-        /// Its version.
+        /// Its version, major and minor.
         version: (i32, i32),
     },
 }
 
 impl Criu {
-    /// Asks the program at `path`, or the `criu` in `PATH`, for its version.
+    /// Checks the version of the program at `path`, or of the `criu` in `PATH`.
     ///
     /// # Errors
     /// [`CriuError`].
     pub fn find(path: Option<&Path>) -> Result<Self, CriuError> {
         let path = path.unwrap_or(Path::new("criu")).to_owned();
-        let ask = || {
-            let mut work = CriuSession::start(&path, &[], None)?;
-            work.ask(&Request::of(Kind::Version))?;
-            let version = work.hear()?.version;
-            version.ok_or_else(|| io::Error::other("it does not tell its version"))
+        let query = || {
+            let mut session = CriuSession::start(&path, &[], None)?;
+            session.send(&Request::new(Kind::Version))?;
+            let version = session.recv()?.version;
+            version.ok_or_else(|| io::Error::other("its response has no version"))
         };
-        match ask() {
+        match query() {
             Ok(Version { major, minor }) if (major, minor) >= OLDEST => Ok(Self {
                 path,
                 version: (major, minor),
@@ -173,36 +94,36 @@ impl Criu {
         }
     }
 
-    /// Whether it and the kernel can let a restored process run before its memory is there.
+    /// Returns whether CRIU and the kernel support a lazy restore.
     #[must_use]
     pub fn has_lazy_pages(&self) -> bool {
-        let ask = || {
-            let mut work = CriuSession::start(&self.path, &[], None)?;
-            let mut request = Request::of(Kind::FeatureCheck);
+        let query = || {
+            let mut session = CriuSession::start(&self.path, &[], None)?;
+            let mut request = Request::new(Kind::FeatureCheck);
             request.features = Some(Features {
                 lazy_pages: Some(true),
             });
-            work.ask(&request)?;
-            work.hear()
+            session.send(&request)?;
+            session.recv()
         };
-        let features = ask().ok().and_then(|answer| answer.features);
+        let features = query().ok().and_then(|response| response.features);
         features.and_then(|features| features.lazy_pages) == Some(true)
     }
 
-    /// Has it keep packets from the connections that it dumps with nftables, if it and the kernel can.
-    /// Its default runs `iptables` twice for each, while nothing runs.
+    /// Makes CRIU lock the TCP connections that it dumps with nftables, if CRIU and the kernel can. By default it
+    /// runs `iptables` twice for each connection while the tree is frozen.
     #[must_use]
     pub fn prefer_nftables(mut self) -> Self {
-        const NFTABLES: i32 = 2;
         let mut check = Command::new(&self.path);
         check.args(["check", "--feature", "network_lock_nftables"]);
         check.stdin(Stdio::null());
-        let can = check.stdout(Stdio::null()).stderr(Stdio::null()).status();
-        self.network_lock = can.is_ok_and(|status| status.success()).then_some(NFTABLES);
+        let status = check.stdout(Stdio::null()).stderr(Stdio::null()).status();
+        let supported = status.is_ok_and(|status| status.success());
+        self.network_lock = supported.then_some(NETWORK_LOCK_NFTABLES);
         self
     }
 
-    /// Gives it more options, as on its command line.
+    /// Adds options, written as on CRIU's command line.
     ///
     /// # Errors
     /// [`BadOption`].
@@ -213,12 +134,12 @@ impl Criu {
         if options.is_empty() {
             return Ok(self);
         }
-        let text = config_of(options)?;
+        let text = config_text(options)?;
         let memfd =
             memfd_create("criu.conf", MFdFlags::MFD_CLOEXEC).expect("the kernel has memfds");
         let file = File::from(memfd);
         file.write_all_at(text.as_bytes(), 0)
-            .expect("there is memory for a few bytes");
+            .expect("a memfd takes a few bytes");
         self.config = Some(Arc::new(file));
         Ok(self)
     }
@@ -229,17 +150,17 @@ impl Criu {
         Some(format!("/proc/{}/fd/{fd}", std::process::id()))
     }
 
-    /// Its version, major and minor.
+    /// Returns the version, major and minor.
     #[must_use]
     pub fn version(&self) -> (i32, i32) {
         self.version
     }
 
-    /// Begins a dump of the tree under `pid`, its state into the directory `images` and its pages
-    /// into the socket `pages`. `preload` is a library that CRIU is to load.
+    /// Begins a dump of the tree under `pid`: its state into the directory `images`, its pages into the socket
+    /// `pages`. `preload` is a library for CRIU to load.
     ///
     /// # Errors
-    /// The kernel's, or CRIU's death.
+    /// Those of starting CRIU and of sending the request.
     pub fn dump(
         &self,
         pid: i32,
@@ -248,105 +169,56 @@ impl Criu {
         preload: Option<&Path>,
         options: &Options,
     ) -> io::Result<CriuSession> {
-        let mut work = CriuSession::start(&self.path, &[pages], preload)?;
-        let mut request = Request::of(Kind::Dump);
+        let mut session = CriuSession::start(&self.path, &[pages], preload)?;
+        let mut request = Request::new(Kind::Dump);
         request.opts = Some(Opts {
             pid: Some(pid),
             log_file: Some("dump.log".to_owned()),
             network_lock: self.network_lock,
             config_file: self.config_file(),
             timeout: Some(FREEZE_TIMEOUT),
-            ps: Some(PageServer {
+            page_server: Some(PageServerInfo {
                 fd: Some(pages.as_raw_fd()),
             }),
             ..options.opts(images)
         });
-        work.ask(&request)?;
-        Ok(work)
+        session.send(&request)?;
+        Ok(session)
     }
 
-    /// Starts one that waits for its task, [`Criu::restore`]. `preload` is a library that it is to load.
+    /// Starts a CRIU process that waits for a request ([`Criu::restore`]). `preload` is a library for it to load.
     ///
     /// # Errors
-    /// The kernel's.
+    /// Those of starting it.
     pub fn start(&self, preload: Option<&Path>) -> io::Result<CriuSession> {
         CriuSession::start(&self.path, &[], preload)
     }
 
-    /// Has one that [`Criu::start`] started begin a restore from the directory `images`. If `lazy`, somebody
-    /// must listen on the socket `lazy-pages.socket` there.
+    /// Begins a restore from the directory `images` in a CRIU process started by [`Criu::start`]. For a lazy
+    /// restore, a process must listen on the socket `lazy-pages.socket` in that directory.
     ///
     /// # Errors
-    /// The kernel's, or CRIU's death.
+    /// Those of sending the request.
     pub fn restore(
         &self,
-        work: &mut CriuSession,
+        session: &mut CriuSession,
         images: BorrowedFd<'_>,
         options: &Options,
         lazy: bool,
     ) -> io::Result<()> {
-        let mut request = Request::of(Kind::Restore);
+        let mut request = Request::new(Kind::Restore);
         request.opts = Some(Opts {
             log_file: Some("restore.log".to_owned()),
             lazy_pages: Some(lazy),
             config_file: self.config_file(),
             ..options.opts(images)
         });
-        work.ask(&request)
+        session.send(&request)
     }
 }
 
-/// What CRIU is to do about connections and terminals, alike at both ends.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Options {
-    /// Keep TCP connections.
-    pub tcp_established: bool,
-    /// The tree belongs to a terminal's session that it does not lead.
-    pub shell_job: bool,
-    /// Let go of Unix sockets that are connected to others.
-    pub ext_unix_sk: bool,
-    /// Dump and restore the tree's cgroups, too.
-    pub manage_cgroups: bool,
-}
-
-impl Options {
-    /// As bits: 1, 2, 4, 8 in the order of the fields.
-    #[must_use]
-    pub fn bits(self) -> u32 {
-        u32::from(self.tcp_established)
-            | u32::from(self.shell_job) << 1
-            | u32::from(self.ext_unix_sk) << 2
-            | u32::from(self.manage_cgroups) << 3
-    }
-
-    /// From bits; `None` if there are others.
-    #[must_use]
-    pub fn from_bits(bits: u32) -> Option<Self> {
-        (bits < 16).then_some(Self {
-            tcp_established: bits & 1 != 0,
-            shell_job: bits & 2 != 0,
-            ext_unix_sk: bits & 4 != 0,
-            manage_cgroups: bits & 8 != 0,
-        })
-    }
-
-    fn opts(self, images: BorrowedFd<'_>) -> Opts {
-        Opts {
-            // CRIU opens it as ours.
-            images_dir_fd: images.as_raw_fd(),
-            notify_scripts: Some(true),
-            log_level: Some(1),
-            // A no would overrule what the configuration file says.
-            tcp_established: self.tcp_established.then_some(true),
-            shell_job: self.shell_job.then_some(true),
-            ext_unix_sk: self.ext_unix_sk.then_some(true),
-            manage_cgroups: self.manage_cgroups.then_some(true),
-            ..Opts::default()
-        }
-    }
-}
-
-/// A CRIU at work. Dropping it says no to whatever it asks next, and waits for its end.
+/// A running CRIU process. Dropping the session closes its socket, which aborts what CRIU is doing, and waits
+/// until CRIU has exited.
 #[derive(Debug)]
 pub struct CriuSession {
     /// `None` only while being dropped.
@@ -354,48 +226,48 @@ pub struct CriuSession {
     child: Child,
 }
 
-/// What CRIU tells.
+/// Message from CRIU during a dump or restore.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// It has come to this stage, and waits for [`CriuSession::answer`].
+    /// CRIU has reached a stage, and waits for [`CriuSession::reply`].
     Stage {
-        /// Its name, as of CRIU's action scripts: `post-dump`, `post-restore`…
+        /// Name of the stage, as in CRIU's action scripts: `post-dump`, `post-restore`, ...
         name: String,
-        /// The process it is about, if any: when restoring, the restored root.
+        /// PID of the process that it concerns, if any; in a restore, the restored root.
         pid: Option<i32>,
     },
-    /// It is done; after a restore, the restored root runs.
+    /// The dump or restore is complete; after a restore, the restored root runs.
     Done,
-    /// It failed, and has undone everything.
+    /// The dump or restore failed, and CRIU has undone it.
     Failed(String),
 }
 
 impl Event {
-    /// Understands what it said.
+    /// Decodes a packet.
     ///
     /// # Errors
-    /// If that is no answer of CRIU's.
+    /// If it is not a response.
     pub fn parse(packet: &[u8]) -> io::Result<Self> {
-        let answer = Answer::decode(packet).map_err(io::Error::other)?;
-        Ok(match (answer.kind, answer.notify) {
+        let response = Response::decode(packet).map_err(io::Error::other)?;
+        Ok(match (response.kind, response.notify) {
             (kind, Some(Notify { script, pid })) if kind == Kind::Notify as i32 => Self::Stage {
                 name: script.unwrap_or_default(),
                 pid,
             },
-            _ if answer.success => Self::Done,
-            _ => Self::Failed(match (answer.message, answer.errno) {
+            _ if response.success => Self::Done,
+            _ => Self::Failed(match (response.message, response.errno) {
                 (Some(message), _) => message,
                 (None, Some(errno)) => io::Error::from_raw_os_error(errno).to_string(),
-                (None, None) => "it does not say why".to_owned(),
+                (None, None) => "no reason given".to_owned(),
             }),
         })
     }
 }
 
-/// The answer to a notification of CRIU.
+/// Reply to a stage of CRIU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reply {
-    /// CRIU goes on.
+    /// CRIU continues.
     Continue,
     /// CRIU undoes everything and fails.
     Abort,
@@ -410,13 +282,10 @@ impl CriuSession {
         let flags = SockFlag::SOCK_CLOEXEC;
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)?;
         let mut command = Command::new(path);
-        // Its socket is its standard input. A Ctrl-C is for us alone: interrupted at any point,
-        // CRIU could leave the tree with its code in it.
         command.args(["swrk", "0"]).stdin(Stdio::from(theirs));
-        command
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .process_group(0);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        // A Ctrl-C must reach this program only: CRIU, interrupted at any point, could leave its code in the tree.
+        command.process_group(0);
         if let Some(library) = preload {
             command.env("LD_PRELOAD", library);
         }
@@ -433,13 +302,13 @@ impl CriuSession {
         })
     }
 
-    /// CRIU's process ID.
+    /// Returns the PID of CRIU.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
     }
 
-    /// What to wait on for [`CriuSession::event`] not to block.
+    /// Returns a descriptor that is readable when [`CriuSession::event`] does not block.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
         let socket = self.socket.as_ref();
@@ -448,29 +317,29 @@ impl CriuSession {
             .as_fd()
     }
 
-    /// Waits for what it tells next.
+    /// Waits for the next event.
     ///
     /// # Errors
-    /// If it has died.
+    /// If CRIU has exited.
     pub fn event(&mut self) -> io::Result<Event> {
-        Event::parse(&self.packet()?)
+        Event::parse(&self.recv_packet()?)
     }
 
-    /// Answers the notification that CRIU waits at.
+    /// Replies to the stage at which CRIU waits.
     ///
     /// # Errors
-    /// If CRIU has died.
+    /// If CRIU has exited.
     pub fn reply(&mut self, reply: Reply) -> io::Result<()> {
-        let mut request = Request::of(Kind::Notify);
+        let mut request = Request::new(Kind::Notify);
         request.notify_success = Some(reply == Reply::Continue);
-        self.ask(&request)
+        self.send(&request)
     }
 
-    /// The same, but whatever it asks, the answer is no.
+    /// Waits for the next event, and aborts if it is a stage.
     ///
     /// # Errors
-    /// If it has died.
-    pub fn event_or_refuse(&mut self) -> io::Result<Event> {
+    /// If CRIU has exited.
+    pub fn event_or_abort(&mut self) -> io::Result<Event> {
         let event = self.event()?;
         if let Event::Stage { .. } = event {
             self.reply(Reply::Abort)?;
@@ -478,18 +347,18 @@ impl CriuSession {
         Ok(event)
     }
 
-    fn ask(&mut self, request: &Request) -> io::Result<()> {
+    fn send(&mut self, request: &Request) -> io::Result<()> {
         let bytes = request.encode_to_vec();
         send(self.fd().as_raw_fd(), &bytes, MsgFlags::MSG_NOSIGNAL)?;
         Ok(())
     }
 
-    fn hear(&mut self) -> io::Result<Answer> {
-        Answer::decode(&self.packet()?[..]).map_err(io::Error::other)
+    fn recv(&mut self) -> io::Result<Response> {
+        Response::decode(&self.recv_packet()?[..]).map_err(io::Error::other)
     }
 
-    fn packet(&mut self) -> io::Result<Vec<u8>> {
-        let mut buffer = vec![0; ANSWER_MAX];
+    fn recv_packet(&mut self) -> io::Result<Vec<u8>> {
+        let mut buffer = vec![0; RESPONSE_MAX];
         let len = loop {
             match recv(self.fd().as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                 Err(nix::Error::EINTR) => {}
@@ -497,7 +366,7 @@ impl CriuSession {
             }
         };
         if len == 0 {
-            return Err(io::Error::other("CRIU ended without a word"));
+            return Err(io::Error::other("CRIU exited without a response"));
         }
         buffer.truncate(len);
         Ok(buffer)
@@ -507,128 +376,9 @@ impl CriuSession {
 impl Drop for CriuSession {
     fn drop(&mut self) {
         drop(self.socket.take());
-        // It undoes what it has done, and ends.
+        // CRIU undoes what it has done, and exits.
         let _ = self.child.wait();
     }
-}
-
-/// The last errors in one of CRIU's logs, which say more than its answers; empty if there are none.
-#[must_use]
-pub fn last_errors(log: &Path) -> String {
-    let log = read_lossy(log).unwrap_or_default();
-    let errors: Vec<_> = log.lines().filter(|line| line.contains("Error")).collect();
-    errors[errors.len().saturating_sub(2)..].join("; ")
-}
-
-#[derive(Debug, Clone, Copy)]
-#[repr(i32)]
-enum Kind {
-    Dump = 1,
-    Restore = 2,
-    Notify = 6,
-    FeatureCheck = 9,
-    Version = 10,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Request {
-    #[prost(int32, required, tag = "1")]
-    kind: i32,
-    #[prost(message, optional, tag = "2")]
-    opts: Option<Opts>,
-    #[prost(bool, optional, tag = "3")]
-    notify_success: Option<bool>,
-    #[prost(message, optional, tag = "5")]
-    features: Option<Features>,
-}
-
-impl Request {
-    fn of(kind: Kind) -> Self {
-        Self {
-            kind: kind as i32,
-            opts: None,
-            notify_success: None,
-            features: None,
-        }
-    }
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Opts {
-    #[prost(int32, required, tag = "1")]
-    images_dir_fd: i32,
-    #[prost(int32, optional, tag = "2")]
-    pid: Option<i32>,
-    #[prost(bool, optional, tag = "4")]
-    ext_unix_sk: Option<bool>,
-    #[prost(bool, optional, tag = "5")]
-    tcp_established: Option<bool>,
-    #[prost(bool, optional, tag = "7")]
-    shell_job: Option<bool>,
-    #[prost(int32, optional, tag = "9")]
-    log_level: Option<i32>,
-    #[prost(string, optional, tag = "10")]
-    log_file: Option<String>,
-    #[prost(message, optional, tag = "11")]
-    ps: Option<PageServer>,
-    #[prost(bool, optional, tag = "12")]
-    notify_scripts: Option<bool>,
-    #[prost(bool, optional, tag = "24")]
-    manage_cgroups: Option<bool>,
-    #[prost(uint32, optional, tag = "45")]
-    timeout: Option<u32>,
-    #[prost(bool, optional, tag = "48")]
-    lazy_pages: Option<bool>,
-    #[prost(string, optional, tag = "51")]
-    config_file: Option<String>,
-    #[prost(int32, optional, tag = "64")]
-    network_lock: Option<i32>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Features {
-    #[prost(bool, optional, tag = "2")]
-    lazy_pages: Option<bool>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct PageServer {
-    #[prost(int32, optional, tag = "4")]
-    fd: Option<i32>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Answer {
-    #[prost(int32, required, tag = "1")]
-    kind: i32,
-    #[prost(bool, required, tag = "2")]
-    success: bool,
-    #[prost(message, optional, tag = "5")]
-    notify: Option<Notify>,
-    #[prost(int32, optional, tag = "7")]
-    errno: Option<i32>,
-    #[prost(message, optional, tag = "8")]
-    features: Option<Features>,
-    #[prost(string, optional, tag = "9")]
-    message: Option<String>,
-    #[prost(message, optional, tag = "10")]
-    version: Option<Version>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Notify {
-    #[prost(string, optional, tag = "1")]
-    script: Option<String>,
-    #[prost(int32, optional, tag = "2")]
-    pid: Option<i32>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Version {
-    #[prost(int32, required, tag = "1")]
-    major: i32,
-    #[prost(int32, required, tag = "2")]
-    minor: i32,
 }
 
 #[cfg(test)]
@@ -636,44 +386,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options_are_bits() {
-        for bits in 0..16 {
-            assert_eq!(Options::from_bits(bits).unwrap().bits(), bits);
-        }
-        assert_eq!(Options::from_bits(16), None);
-    }
-
-    #[test]
-    fn options_become_a_configuration() {
-        let config = |options: &[&str]| {
-            let options: Vec<_> = options.iter().map(|&option| option.to_owned()).collect();
-            config_of(&options)
-        };
-        let text = config(&["--tcp-close", "--external", "mnt[/a b]:x", "--timeout=5"]);
-        let expected = "\ntcp-close\nexternal \"mnt[/a b]:x\"\ntimeout \"5\"\n";
-        assert_eq!(text.unwrap(), expected);
-        for ours in ["--leave-running", "--leave-r", "--images-dir=/tmp"] {
-            assert!(matches!(config(&[ours]), Err(BadOption::Ours(_))), "{ours}");
-        }
-        for unclear in [
-            &["-R"][..],
-            &["word"],
-            &["--"],
-            &["--x", "b", "c"],
-            &["--x=b", "c"],
-            &["--x", "b\"\nleave-running"],
-            &["--x\nleave-running"],
-        ] {
-            let unclear = config(unclear);
-            assert!(matches!(unclear, Err(BadOption::Unclear(_))), "{unclear:?}");
-        }
-    }
-
-    #[test]
-    fn what_is_no_criu_is_named() {
-        for (path, words) in [("/nonexistent", "/nonexistent"), ("/bin/true", "/bin/true")] {
+    fn an_unusable_program_is_named() {
+        for path in ["/nonexistent", "/bin/true"] {
             let error = Criu::find(Some(Path::new(path))).unwrap_err();
-            assert!(error.to_string().contains(words), "{error}");
+            assert!(error.to_string().contains(path), "{error}");
         }
     }
 }

@@ -4,7 +4,9 @@
 //! There may be millions of pagemap entries, so they are coded by hand, with bounds and without allocations.
 
 use pageferry_common::PageRange;
+use pageferry_common::criu::images::Inventory;
 use pageferry_common::criu::page_server::PageLocation;
+use prost::Message;
 use std::io::{self, BufRead, Write};
 
 /// First word of an image.
@@ -164,14 +166,8 @@ impl<R: BufRead> PagemapReader<R> {
 /// # Errors
 /// Those of `out`.
 pub fn write_inventory(out: &mut impl Write, uptime_us: u64) -> io::Result<()> {
-    const IMAGE_VERSION: u64 = 2;
-    const PRE_DUMP_READ: u64 = 2;
     out.write_all(&INVENTORY_MAGIC.to_le_bytes())?;
-    let mut record = Record::default();
-    record.field(1, IMAGE_VERSION);
-    record.field(8, uptime_us);
-    record.field(9, PRE_DUMP_READ);
-    record.write(out)
+    Record(Inventory::of_pre_dump(uptime_us).encode_to_vec()).write(out)
 }
 
 /// Protobuf message under construction. All fields are varints.

@@ -11,7 +11,7 @@ use crate::image::format::PagemapEntry;
 use crate::image::index::{Index, Pages};
 use crate::image::writer::{DirWriter, WriteError};
 use crate::restore::segments::{Prefilled, Segments};
-use pageferry_common::criu::images::records;
+use pageferry_common::criu::images::{Core, Mm, Stack, Vma, records};
 use pageferry_common::criu::page_server::PageLocation;
 use pageferry_common::{CHUNK_SIZE, ImageId, PAGE_SIZE, PageRange, PageSet, StateName};
 use prost::Message;
@@ -23,66 +23,6 @@ use std::rc::Rc;
 /// Most pages that are copied into the directory, 16 MiB. If there are more, they are entries in the parent:
 /// then CRIU reads all pagemaps of the chain, which takes time that grows with memory.
 const COPIED_MAX: u64 = 4096;
-
-const MAP_PRIVATE: u32 = 0x02;
-const MAP_ANONYMOUS: u32 = 0x20;
-const MAP_LOCKED: u32 = 0x2000;
-const MAP_HUGETLB: u32 = 0x4_0000;
-/// Bits of a mapping's status in CRIU's image: the vDSO, and its data.
-const VDSO: u32 = 1 << 3;
-const VVAR: u32 = 1 << 12;
-
-/// CRIU's image of the memory of a process. Fields that are not needed here are left out, in all of these.
-#[derive(Clone, PartialEq, Message)]
-struct Mm {
-    #[prost(message, repeated, tag = "14")]
-    vmas: Vec<Vma>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Vma {
-    #[prost(uint64, required, tag = "1")]
-    start: u64,
-    #[prost(uint64, required, tag = "2")]
-    end: u64,
-    #[prost(uint32, required, tag = "6")]
-    flags: u32,
-    #[prost(uint32, required, tag = "7")]
-    status: u32,
-}
-
-impl Vma {
-    /// Returns whether CRIU registers the mapping with a userfaultfd.
-    fn is_lazy(&self) -> bool {
-        let with = MAP_PRIVATE | MAP_ANONYMOUS;
-        self.flags & (with | MAP_LOCKED | MAP_HUGETLB) == with && self.status & (VDSO | VVAR) == 0
-    }
-}
-
-/// Machine type of a [`Core`] with a [`ThreadInfo`].
-const X86_64: i32 = 1;
-
-/// CRIU's image of a thread.
-#[derive(Clone, PartialEq, Message)]
-struct Core {
-    #[prost(int32, required, tag = "1")]
-    machine: i32,
-    /// Missing in a zombie.
-    #[prost(message, optional, tag = "2")]
-    x86: Option<ThreadInfo>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct ThreadInfo {
-    #[prost(message, optional, tag = "2")]
-    registers: Option<Registers>,
-}
-
-#[derive(Clone, PartialEq, Message)]
-struct Registers {
-    #[prost(uint64, required, tag = "20")]
-    sp: u64,
-}
 
 /// Directory for a lazy restore.
 #[derive(Debug)]
@@ -285,7 +225,7 @@ fn cut(range: PageRange, vmas: &[Vma], stacks: &PageSet, mut each: impl FnMut(Pa
             continue;
         };
         at = end;
-        if vma.flags & MAP_HUGETLB != 0 {
+        if vma.flags & Vma::MAP_HUGETLB != 0 {
             each(inside, Needed::AtOnce { huge: true });
         } else if vma.is_lazy() {
             stacks.split(inside, |range, stack| {
@@ -308,13 +248,10 @@ fn stacks(dir: &Path) -> Result<Option<PageSet>, FileError> {
             continue;
         }
         let core = record::<Core>(&dir.join(&name))?;
-        let sp = match core.map(|core| (core.machine, core.x86)) {
-            Some((X86_64, None)) => continue,
-            Some((X86_64, Some(thread))) => thread.registers.map(|registers| registers.sp),
-            Some(_) | None => None,
-        };
-        let Some(sp) = sp else {
-            return Ok(None);
+        let sp = match core.as_ref().map(Core::stack) {
+            Some(Stack::At(sp)) => sp,
+            Some(Stack::Exited) => continue,
+            Some(Stack::Unknown) | None => return Ok(None),
         };
         if let Ok(page) = PageRange::new(sp - sp % PAGE_SIZE, 1) {
             stacks.insert(page);
@@ -348,12 +285,12 @@ mod tests {
 
     #[test]
     fn every_page_is_in_exactly_one_piece() {
-        let anonymous = MAP_PRIVATE | MAP_ANONYMOUS;
+        let anonymous = Vma::MAP_PRIVATE | Vma::MAP_ANONYMOUS;
         let vmas = [
             vma(1, 10, anonymous),
-            vma(10, 12, MAP_PRIVATE),
-            vma(20, 30, anonymous | MAP_HUGETLB),
-            vma(30, 40, anonymous | MAP_LOCKED),
+            vma(10, 12, Vma::MAP_PRIVATE),
+            vma(20, 30, anonymous | Vma::MAP_HUGETLB),
+            vma(30, 40, anonymous | Vma::MAP_LOCKED),
         ];
         let mut stacks = PageSet::new();
         stacks.insert(range(5, 6));

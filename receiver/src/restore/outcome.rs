@@ -28,7 +28,7 @@ pub enum Outcome {
         criu: Option<ProcessId>,
         /// Root of the restored tree.
         root: Option<ProcessId>,
-        /// Options of the restore, as [`Options::bits`](pageferry_common::criu::session::Options::bits).
+        /// Options of the restore, as [`Options::bits`](pageferry_common::criu::Options::bits).
         options: u32,
     },
     /// The process runs here, or did.

@@ -11,7 +11,7 @@ use crate::with_causes;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_common::criu::preload;
-use pageferry_common::criu::session::{Criu, CriuSession, Event, Options, Reply, last_errors};
+use pageferry_common::criu::{Criu, CriuSession, Event, Options, Reply, last_errors};
 use pageferry_common::proc::process::{ProcessId, children, threads};
 use pageferry_common::wire::RefuseCode;
 use std::fs::File;

@@ -9,11 +9,10 @@ use crate::image::catalog::Catalog;
 use crate::image::index::{Index, Pages};
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use pageferry_common::criu::images::records;
+use pageferry_common::criu::images::{MemfdInode, records};
 use pageferry_common::proc::meminfo::MemInfo;
 use pageferry_common::wire::{Entry, EntryKind};
 use pageferry_common::{ImageId, MemfdName, PageRange};
-use prost::Message;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
@@ -28,21 +27,6 @@ const RECOVERY_BUFFER: usize = 1 << 20;
 
 /// Name of CRIU's image of all memfds.
 const MEMFDS: &str = "memfd.img";
-
-/// A memfd in CRIU's image. Fields that are not needed here are left out.
-#[derive(Clone, PartialEq, Message)]
-pub(super) struct MemfdInode {
-    #[prost(string, required, tag = "1")]
-    name: String,
-    #[prost(uint64, required, tag = "4")]
-    size: u64,
-    #[prost(uint32, required, tag = "5")]
-    shmid: u32,
-    #[prost(uint32, required, tag = "6")]
-    pub(super) seals: u32,
-    #[prost(uint32, optional, tag = "8")]
-    hugetlb_flag: Option<u32>,
-}
 
 /// Segments of a migration, while its rounds arrive.
 #[derive(Debug)]
@@ -308,6 +292,7 @@ pub(super) mod tests {
     use crate::image::writer::DirWriter;
     use pageferry_common::PAGE_SIZE;
     use proptest::prelude::*;
+    use prost::Message;
     use std::fs;
 
     const PAGE: usize = PAGE_SIZE as usize;

@@ -16,7 +16,7 @@ use crate::session::{DumpParents, Migration, ServerContext, SessionEnd};
 use crate::storage::writer_thread::WriterThread;
 use bytes::Bytes;
 use pageferry_common::criu::page_server::{
-    self, Command, Header, PageLocation, UnknownCommand, Width,
+    self, Command, Header, HeaderReader, PageLocation, Width,
 };
 use pageferry_common::wire::{RefuseCode, WireError};
 use pageferry_common::{BufferPool, CHUNK_SIZE, ImageId, PAGE_SIZE, PageBuf, PageRange};
@@ -67,7 +67,7 @@ where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
 {
-    let first = connection.recv_first_header();
+    let first = connection.recv_header();
     let first = pending.within_deadline(first).await?;
     let _slot = pending.promote()?;
     let (store, limits) = (&context.store, &context.limits);
@@ -283,8 +283,7 @@ fn protocol(reason: String) -> Failure {
 struct Connection<R, W> {
     reader: BufReader<R>,
     writer: W,
-    /// Width of headers, known after the first one.
-    width: Width,
+    headers: HeaderReader,
     stall: Duration,
     /// Number of bytes received.
     bytes: u64,
@@ -295,33 +294,24 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Connection<R, W> {
         Self {
             reader: BufReader::with_capacity(1 << 16, read),
             writer: write,
-            width: Width::Narrow,
+            headers: HeaderReader::default(),
             stall,
             bytes: 0,
         }
     }
 
-    /// Receives the header that begins a dump, and learns from it how wide all headers are.
-    async fn recv_first_header(&mut self) -> Result<Header, Failure> {
-        let mut bytes = [0; page_server::HEADER_MAX];
-        let (first, more) = bytes.split_at_mut(Width::Narrow.header_len());
-        self.recv(first).await?;
-        let first: &[u8; 24] = (&*first).try_into().expect("as long as a narrow header");
-        let header = Header::decode(first, Width::Narrow);
-        if header.is_ok_and(|header| header.command == Command::Close) {
-            return decoded(header);
-        }
-        self.width = Width::of_dump(first);
-        if self.width == Width::Wide {
-            self.recv(more).await?;
-        }
-        decoded(Header::decode(&bytes, self.width))
-    }
-
     async fn recv_header(&mut self) -> Result<Header, Failure> {
-        let mut bytes = [0; page_server::HEADER_MAX];
-        self.recv(&mut bytes[..self.width.header_len()]).await?;
-        decoded(Header::decode(&bytes, self.width))
+        let mut headers = self.headers;
+        loop {
+            let missing = headers.missing();
+            self.recv(missing).await?;
+            let len = missing.len();
+            let header = headers.advance(len, Width::of_dump);
+            if let Some(header) = header.map_err(|unknown| protocol(unknown.to_string()))? {
+                self.headers = headers;
+                return Ok(header);
+            }
+        }
     }
 
     /// Fills `buffer`.
@@ -350,10 +340,6 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Connection<R, W> {
         let end = async { while matches!(self.reader.read(&mut scrap).await, Ok(1..)) {} };
         let _ = timeout(self.stall, end).await;
     }
-}
-
-fn decoded(header: Result<Header, UnknownCommand>) -> Result<Header, Failure> {
-    header.map_err(|unknown| protocol(unknown.to_string()))
 }
 
 /// A step of writing a dump.

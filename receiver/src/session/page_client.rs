@@ -5,7 +5,7 @@ use crate::file_error::FileError;
 use crate::image::chain::{images, levels, newest_round};
 use crate::image::index::{Index, Pages};
 use pageferry_common::criu::page_server::{
-    Command, HEADER_MAX, Header, PageLocation, UnknownCommand, Width,
+    Command, HEADER_MAX, Header, HeaderReader, PageLocation, UnknownCommand, Width,
 };
 use pageferry_common::{CHUNK_PAGES, CHUNK_SIZE, ImageId, PAGE_SIZE};
 use std::collections::BTreeMap;
@@ -92,13 +92,13 @@ impl Served {
     pub fn serve(&self, read: impl Read, mut write: impl Write) -> Result<ClientEnd, ServeError> {
         let mut reader = BufReader::new(read);
         let mut buffer = vec![0; HEADER_MAX + CHUNK_SIZE];
-        let mut width = None;
+        let mut headers = HeaderReader::default();
+        let infer = |first: &Header| self.infer_width(first);
         let mut sent = 0;
-        while let Some(header) = self.recv(&mut reader, &mut width)? {
+        while let Some(header) = headers.read::<ServeError>(&mut reader, infer)? {
             match header.command {
                 Command::Get => {
-                    let width = width.unwrap_or(Width::Narrow);
-                    let answer = self.answer(header, width, &mut buffer)?;
+                    let answer = self.answer(header, headers.width(), &mut buffer)?;
                     write.write_all(answer)?;
                     sent += answer.len() as u64 / PAGE_SIZE;
                 }
@@ -120,34 +120,13 @@ impl Served {
         })
     }
 
-    /// Receives the next request; `None` if the client has closed the connection. The first request that
-    /// shows the width of headers sets `width`.
-    fn recv(
-        &self,
-        reader: &mut impl Read,
-        width: &mut Option<Width>,
-    ) -> Result<Option<Header>, ServeError> {
-        let mut bytes = [0; Width::Wide.header_len()];
-        let (first, more) = bytes.split_at_mut(Width::Narrow.header_len());
-        match reader.read(&mut first[..1])? {
-            0 => return Ok(None),
-            _ => reader.read_exact(&mut first[1..])?,
+    /// Infers the width from the first request, decoded as a narrow one. That ends with the PID, where a wide one
+    /// has the address, which is never as low as a PID.
+    fn infer_width(&self, first: &Header) -> Width {
+        match u32::try_from(first.object).is_ok_and(|pid| self.has(pid)) {
+            true => Width::Narrow,
+            false => Width::Wide,
         }
-        let narrow = Header::decode(first, Width::Narrow)?;
-        let known = *width.get_or_insert_with(|| {
-            // A narrow request ends with the PID, where a wide one has the address, which is never as low
-            // as a PID.
-            let is_process = u32::try_from(narrow.object).is_ok_and(|pid| self.has(pid));
-            match is_process || narrow.command == Command::Close {
-                true => Width::Narrow,
-                false => Width::Wide,
-            }
-        });
-        if known == Width::Narrow {
-            return Ok(Some(narrow));
-        }
-        reader.read_exact(more)?;
-        Ok(Some(Header::decode(&bytes, known)?))
     }
 
     fn has(&self, pid: u32) -> bool {

@@ -6,7 +6,7 @@
 
 use super::HandoverError;
 use pageferry_common::PAGE_SIZE;
-use pageferry_common::criu::page_server::{Command, HEADER_MAX, Header, PageLocation, Width};
+use pageferry_common::criu::page_server::{Command, HeaderReader, PageLocation, Width};
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
@@ -28,8 +28,7 @@ pub(super) enum Pages {
 /// The sender's end of CRIU's page-server connection.
 pub(super) struct DiscardingPageServer {
     stream: UnixStream,
-    /// Header width of this CRIU; unknown before the first message.
-    width: Option<Width>,
+    headers: HeaderReader,
     state: Pages,
     opened: bool,
     discarded: u64,
@@ -40,7 +39,7 @@ impl DiscardingPageServer {
     pub(super) fn new(stream: UnixStream) -> Self {
         Self {
             stream,
-            width: None,
+            headers: HeaderReader::default(),
             state: Pages::Open,
             opened: false,
             discarded: 0,
@@ -65,7 +64,10 @@ impl DiscardingPageServer {
 
     /// Receives one message, discards its pages and replies to it. Returns the state after it.
     pub(super) fn recv(&mut self) -> Result<Pages, HandoverError> {
-        let Some(header) = self.recv_header()? else {
+        let header = self
+            .headers
+            .read::<HandoverError>(&mut self.stream, Width::of_dump)?;
+        let Some(header) = header else {
             self.state = Pages::Closed;
             return Ok(self.state);
         };
@@ -83,29 +85,6 @@ impl DiscardingPageServer {
             Command::Close => self.state = Pages::Complete,
         }
         Ok(self.state)
-    }
-
-    /// Receives a header; `None` if CRIU closed the socket.
-    fn recv_header(&mut self) -> Result<Option<Header>, HandoverError> {
-        let mut bytes = [0; HEADER_MAX];
-        let (first, more) = bytes.split_at_mut(Width::Narrow.header_len());
-        if self.stream.read(&mut first[..1])? == 0 {
-            return Ok(None);
-        }
-        self.stream.read_exact(&mut first[1..])?;
-        let is_first = self.width.is_none();
-        let narrow: &[u8; 24] = (&*first).try_into().expect("as long as a narrow header");
-        let width = *self.width.get_or_insert_with(|| Width::of_dump(narrow));
-        let header = match (width, Header::decode(narrow, Width::Narrow)) {
-            (Width::Narrow, header) => header?,
-            // The width of a dump of nothing cannot be detected.
-            (Width::Wide, Ok(close)) if is_first && close.command == Command::Close => close,
-            (Width::Wide, _) => {
-                self.stream.read_exact(more)?;
-                Header::decode(&bytes, width)?
-            }
-        };
-        Ok(Some(header))
     }
 
     fn discard(&mut self, pages: u64) -> io::Result<()> {

@@ -9,7 +9,7 @@ use crate::freeze::FrozenProcess;
 use crate::target::smaps::VmFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pageferry_common::criu::preload;
-use pageferry_common::criu::session::{CriuSession, Event, Reply, last_errors};
+use pageferry_common::criu::{CriuSession, Event, Reply, last_errors};
 use pageferry_common::sys::fdpass;
 use std::fs::{self, File};
 use std::io;
@@ -228,7 +228,7 @@ impl Dump {
             Awaited::PagesStatus => self.pages.reject(),
         };
         let undone = replied.and_then(|()| {
-            while let Event::Stage { .. } = self.session.event_or_refuse()? {}
+            while let Event::Stage { .. } = self.session.event_or_abort()? {}
             Ok(())
         });
         if let Err(why) = undone {

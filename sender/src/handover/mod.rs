@@ -34,7 +34,7 @@ use crate::target::files::needed_files;
 use commit::Restored;
 use dump::{CANCEL_POLL_INTERVAL, Dump, Next};
 use pageferry_common::criu::images::children_are_waited_for;
-use pageferry_common::criu::session::{Criu, Event, Options};
+use pageferry_common::criu::{Criu, Event, Options};
 use pageferry_common::proc::process::ProcessId;
 use pageferry_common::proc::uptime;
 use pageferry_common::sys::perf;

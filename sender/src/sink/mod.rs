@@ -12,7 +12,7 @@ pub use native::{NativeSink, resolve};
 
 use crate::progress::Counters;
 use bytes::Bytes;
-use pageferry_common::criu::session::Options;
+use pageferry_common::criu::Options;
 use pageferry_common::needed_files::NeededFile;
 use pageferry_common::tls;
 use pageferry_common::wire::{Entry, RefuseCode, RoundKind, Totals, WireError};

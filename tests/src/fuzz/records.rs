@@ -1,7 +1,7 @@
 //! Small records: CRIU's replies, pagemaps, and records that Pageferry reads back.
 
 use super::Input;
-use pageferry_common::criu::session::{Event, Options};
+use pageferry_common::criu::{Event, Options};
 use pageferry_common::needed_files::{BUILD_ID_MAX, build_id};
 use pageferry_common::{ImageId, MemfdName, MigrationId, StateName, Token};
 use pageferry_receiver::image::DirName;

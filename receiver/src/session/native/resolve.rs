@@ -10,7 +10,7 @@ use crate::session::ServerContext;
 use crate::storage::lease::Disconnect;
 use crate::with_causes;
 use pageferry_common::Claim;
-use pageferry_common::criu::session::Criu;
+use pageferry_common::criu::Criu;
 use pageferry_common::wire::{Message, RefuseCode};
 use std::path::Path;
 use tokio::io::{AsyncRead, AsyncWrite};

@@ -16,7 +16,7 @@ use crate::restore::cache::RestoreCache;
 use crate::restore::lazy::Prepared;
 use crate::restore::{self, Images, Outcome, Progress, Restorer};
 use crate::with_causes;
-use pageferry_common::criu::session::{CriuSession, Options};
+use pageferry_common::criu::{CriuSession, Options};
 use pageferry_common::wire::{Message, RefuseCode, WireError};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};

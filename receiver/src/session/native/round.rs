@@ -11,7 +11,7 @@ use crate::session::{Migration, ServerContext};
 use crate::storage::Durability;
 use crate::storage::jobs::{Job, Payload, check};
 use crate::storage::writer_thread::WriterThread;
-use pageferry_common::criu::session::Options;
+use pageferry_common::criu::Options;
 use pageferry_common::digest::RoundDigest;
 use pageferry_common::needed_files::{FILES_MAX, NeededFile};
 use pageferry_common::wire::{Chunk, Incoming, Message, RefuseCode, RoundKind, Totals};

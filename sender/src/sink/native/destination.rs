@@ -3,7 +3,7 @@
 use super::NativeSink;
 use crate::sink::link::{Connect, Link, dial};
 use crate::sink::{CommitError, Destination, Outcome, SinkError};
-use pageferry_common::criu::session::Options;
+use pageferry_common::criu::Options;
 use pageferry_common::needed_files::NeededFile;
 use pageferry_common::wire::message::PIECE_MAX;
 use pageferry_common::wire::{FrameReader, FrameWriter, Incoming, Message, SharedPhase, WireError};
