@@ -11,6 +11,7 @@ use crate::session::admission::Admission;
 use crate::session::{Migration, ServerContext, SessionEnd, native};
 use std::io;
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -92,7 +93,8 @@ pub async fn serve(
                 }
             }
             () = sleep_until(exit.deadline), if exit.lost.is_some() => {
-                if let Some(SessionEnd { migration, result }) = exit.at_deadline(&server.context) {
+                let is_leased = |home: &Path| server.context.store.is_leased(home);
+                if let Some(SessionEnd { migration, result }) = exit.at_deadline(is_leased) {
                     return Ok(Ended::Once(migration, result));
                 }
             }
@@ -177,15 +179,57 @@ impl Exit {
         None
     }
 
-    /// Returns the lost migration unless its sender has connected again.
-    fn at_deadline(&mut self, context: &ServerContext) -> Option<SessionEnd> {
-        let reconnected = |end: &SessionEnd| context.store.is_leased(&end.migration.directory);
-        if let Some(end) = self.lost.take_if(|end| !reconnected(end)) {
+    /// Returns the lost migration unless its sender has connected again, which leases its directory.
+    fn at_deadline(&mut self, is_leased: impl Fn(&Path) -> bool) -> Option<SessionEnd> {
+        let lost = |end: &mut SessionEnd| !is_leased(&end.migration.directory);
+        if let Some(end) = self.lost.take_if(lost) {
             return Some(end);
         }
         if let ExitPolicy::AfterOne { reconnect_for } = self.policy {
             self.deadline = Instant::now() + reconnect_for;
         }
         None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry_common::wire::WireError;
+
+    const RECONNECT_FOR: Duration = Duration::from_secs(60);
+
+    fn ended(result: Result<(), Failure>) -> SessionEnd {
+        let migration = Migration::default();
+        SessionEnd { migration, result }
+    }
+
+    fn lost() -> SessionEnd {
+        ended(Err(WireError::Closed.into()))
+    }
+
+    #[tokio::test]
+    async fn server_exits_after_one_migration_only_if_asked() {
+        let mut exit = Exit::new(ExitPolicy::Signal);
+        assert!(exit.after(Dialect::Native, ended(Ok(()))).is_none());
+        assert!(exit.after(Dialect::Native, lost()).is_none());
+        let reconnect_for = RECONNECT_FOR;
+        let mut exit = Exit::new(ExitPolicy::AfterOne { reconnect_for });
+        assert!(exit.after(Dialect::Native, ended(Ok(()))).is_some());
+        assert!(exit.lost.is_none());
+    }
+
+    #[tokio::test]
+    async fn only_a_native_sender_may_reconnect_after_it_was_lost() {
+        let reconnect_for = RECONNECT_FOR;
+        let mut exit = Exit::new(ExitPolicy::AfterOne { reconnect_for });
+        assert!(exit.after(Dialect::Criu, lost()).is_some());
+        assert!(exit.after(Dialect::Native, lost()).is_none());
+        assert!(exit.at_deadline(|_| true).is_none());
+        assert!(exit.at_deadline(|_| false).is_some());
+        assert!(exit.lost.is_none());
+        let reconnect_for = Duration::ZERO;
+        let mut exit = Exit::new(ExitPolicy::AfterOne { reconnect_for });
+        assert!(exit.after(Dialect::Native, lost()).is_some());
     }
 }
