@@ -3,14 +3,14 @@
  *     victim [--seed N] [--dir D] [--report FILE] [--no-stdin] [--alone] [--max-seconds N]
  *            FEATURE[=ARG]...
  *
- * Every page it verifies is a function of (seed, region, page, version). A model beside each region
- * holds the versions, so that a check recomputes what every page must be. Model and page change
- * together under one lock: a check is right while other threads write. Children are driven over
- * pipes, one command and one reply each, so that the root answers for the whole tree; a child in
- * strict seccomp mode can do no more than that.
+ * The content of every verified page is a function of (seed, region, page, version). Each region has a
+ * model with the versions, from which a check recomputes its pages. Model and page change together under
+ * one lock, so that a check is correct while other threads write. The root controls its children over
+ * pipes, with one reply for each command, and answers for the whole tree; a child in strict seccomp mode
+ * can do no more than that.
  *
- * The features are listed in `features` below, the commands in `obey`. SIGUSR1 checks the tree and
- * appends the answer to the report file: so a restored copy, which has no stdin, is asked.
+ * `features` below lists the features, `run_command` the commands. SIGUSR1 checks the tree and appends the
+ * answer to the report file, which also works for a restored copy, which has no stdin.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -65,9 +65,9 @@ enum {
 	MAX_REGIONS = 96,
 	MAX_KIDS = 64,
 	MAX_AUX = 16,
-	BATCH = 256, /* pages a check looks at before it lets writers in again */
+	BATCH = 256, /* pages that a check reads before it releases the lock */
 	TICK_MS = 10,
-	STRIPE = 16, /* pages of a shared region that one process writes before the next one's */
+	STRIPE = 16, /* adjacent pages of a shared region that belong to the same process */
 };
 
 /* ---- Random bits ---- */
@@ -98,8 +98,8 @@ static uint64_t gcd(uint64_t a, uint64_t b)
 
 enum content { RANDOM, TEXT, ZERO };
 
-/* What a page holds: version 0 was never written (zeros); each patch changes one line of 64 bytes
- * on top, going round the page. */
+/* Content of a page: version 0 was never written (zeros). Each patch changes one more line of 64 bytes, in
+ * turn. */
 struct version {
 	uint32_t version, patch;
 };
@@ -107,7 +107,7 @@ struct version {
 static const uint32_t GUARD = UINT32_MAX; /* must not be touched */
 
 struct model {
-	pthread_mutex_t lock; /* used in a shared region; a private one is under g.lock */
+	pthread_mutex_t lock; /* of a shared region; g.lock protects private ones */
 	struct version page[];
 };
 
@@ -115,7 +115,7 @@ struct region {
 	const char *kind;
 	uint32_t id;
 	enum content content;
-	uint8_t *addr; /* NULL: reached through fd only */
+	uint8_t *addr; /* NULL: accessible through fd only */
 	size_t pages, capacity;
 	struct model *model;
 	ino_t inode;
@@ -128,7 +128,7 @@ struct region {
 
 struct kid {
 	pid_t pid;
-	int in, out; /* where it reads commands, and we its replies */
+	int in, out; /* commands to it, and replies from it */
 };
 
 /* Shared by the whole tree. */
@@ -136,14 +136,14 @@ struct board {
 	_Atomic uint64_t errors;
 	_Atomic uint64_t interrupted; /* EINTR from calls that a plain stop restarts (CRIU does not) */
 	_Atomic uint64_t eintr;       /* EINTR that signal(7) allows after a stop */
-	_Atomic uint32_t slots;       /* processes ever, which numbers them */
+	_Atomic uint32_t slots;       /* number of processes so far: the next ID */
 	_Atomic bool first_taken;
 	char first[240];
 };
 
 static struct {
 	uint64_t seed, rng;
-	pid_t pid; /* kept, for strict seccomp forbids to ask */
+	pid_t pid; /* stored, because strict seccomp forbids getpid */
 	uint32_t slot, next_id;
 	struct region region[MAX_REGIONS];
 	size_t regions;
@@ -204,7 +204,7 @@ static size_t format(char *out, size_t room, const char *pattern, va_list argume
 	return length + 1;
 }
 
-__attribute__((format(printf, 1, 2))) static void say(const char *pattern, ...)
+__attribute__((format(printf, 1, 2))) static void answer(const char *pattern, ...)
 {
 	char line[512];
 	va_list arguments;
@@ -258,7 +258,7 @@ static void fill(enum content content, uint64_t key, uint64_t *out)
 		else
 			out[i] = bits;
 	}
-	out[0] = key; /* no two versions are ever the same */
+	out[0] = key; /* makes every version different */
 }
 
 static uint64_t page_key(const struct region *r, size_t page, struct version v)
@@ -276,7 +276,7 @@ static void fill_line(uint64_t key, uint32_t patch, uint64_t *out)
 static void expected(const struct region *r, size_t page, struct version v, uint64_t *out)
 {
 	uint64_t key = page_key(r, page, v);
-	/* Zero pages come and go: odd versions hold nothing, even ones something. */
+	/* Alternates between zero pages (odd versions) and others (even versions). */
 	if (v.version == 0 || (r->content == ZERO && v.version % 2))
 		memset(out, 0, PAGE);
 	else
@@ -286,7 +286,7 @@ static void expected(const struct region *r, size_t page, struct version v, uint
 		fill_line(key, patch, out + patch % lines * (LINE / 8));
 }
 
-/* The threads that never rest would take a lock again at once: they let those who queue go first. */
+/* A busy thread would reacquire its lock at once; with a queue, waiting threads come first. */
 static _Atomic int queued;
 
 static void queue_for(pthread_mutex_t *mutex)
@@ -319,7 +319,7 @@ static bool readable(const struct region *r)
 	return r->prot & PROT_READ;
 }
 
-/* Makes a page what its model says. The caller holds the lock. */
+/* Writes a page according to its model. The caller holds the lock. */
 static void put(struct region *r, size_t page)
 {
 	struct version v = r->model->page[page];
@@ -343,7 +343,7 @@ static bool may_write(const struct region *r, size_t page)
 {
 	return r->model->page[page].version != GUARD && !(r->stride && page % r->stride) &&
 	       !(r->gap && page % r->gap == 0) &&
-	       /* In what all share the root writes anywhere, another process in stripes of its own. */
+	       /* In a shared region the root writes anywhere, other processes in their own stripes. */
 	       !(r->shared && g.slot && page / STRIPE % 8 != g.slot % 8);
 }
 
@@ -368,7 +368,7 @@ static void patch(struct region *r, size_t page)
 	memcpy(r->addr + page * PAGE + v->patch % (PAGE / LINE) * LINE, line, LINE);
 }
 
-/* Back to nothing, as if it had never been written. */
+/* Resets a page, as if it had never been written. */
 static bool discard(struct region *r, size_t page)
 {
 	if (!r->addr || r->huge || !(r->plain || r->shared))
@@ -401,8 +401,8 @@ static struct region *locate(bool heap_only, size_t *page)
 	return NULL;
 }
 
-/* Changes `wanted` different pages, or all there are: a walk with a stride that has no common
- * divisor with the number of pages meets each once. */
+/* Changes `wanted` different pages, or all pages if there are fewer: a walk with a stride coprime to their
+ * number visits each once. */
 static uint64_t change(uint64_t wanted, bool to_nothing)
 {
 	size_t total = total_pages(false), changed = 0;
@@ -440,8 +440,8 @@ static void mismatch(struct reply *reply, const struct region *r, size_t page, s
 			 r->model->page[page].version, r->model->page[page].patch);
 }
 
-/* Whether a check may look at a page that was never written. To read such a page of a shared
- * object would create it, and a huge sparse mapping would get page tables all over. */
+/* Returns whether a check may read a page that was never written. Reading such a page of a shared object would
+ * allocate it, and a huge sparse mapping would get all its page tables. */
 static bool look_at_hole(const struct region *r, size_t page)
 {
 	return !r->shared && r->stride != 2 && (r->stride != 7 || page % 64 == 3);
@@ -477,7 +477,7 @@ static void check_region(struct region *r, struct reply *reply)
 	}
 }
 
-/* ---- Making regions ---- */
+/* ---- Creating regions ---- */
 
 static void *map(size_t bytes, int flags, int fd)
 {
@@ -527,7 +527,7 @@ static struct region *add(const char *kind, void *addr, size_t pages, bool share
 	return r;
 }
 
-/* Writes what may be written and makes the region one that others see. */
+/* Writes the pages of a new region, and adds it to the list. */
 static void publish(struct region *r)
 {
 	for (size_t page = 0; page < r->pages; page++)
@@ -553,7 +553,7 @@ static struct region *add_plain(const char *kind, size_t bytes)
 
 static void skip(const char *what)
 {
-	say("skip %s: %s", what, strerror(errno));
+	answer("skip %s: %s", what, strerror(errno));
 }
 
 static const char *temporary(void)
@@ -601,7 +601,7 @@ static void f_sparse(const char *a)
 	publish(r);
 }
 
-/* As many mappings as pages: the kernel joins neighbours that are alike. */
+/* One mapping for each page: adjacent ones differ, or the kernel would merge them. */
 static void f_mappings(const char *a)
 {
 	struct region *r = add_plain("mappings", (size_t)count_of(a) * PAGE);
@@ -613,7 +613,7 @@ static void f_mappings(const char *a)
 			die("mappings");
 }
 
-/* Shared segments of a page each, more than there may be regions: never checked, only compared. */
+/* Shared segments of one page each, more than the maximum number of regions: not checked, only compared. */
 static void f_segments(const char *a)
 {
 	for (int i = 0; i < count_of(a); i++) {
@@ -672,7 +672,7 @@ static void huge(const char *kind, const char *a, bool shared)
 	}
 	struct region *r = add(kind, at, bytes / PAGE, shared);
 	r->huge = true;
-	r->keep_out = !shared; /* a child that cannot get a copy is killed */
+	r->keep_out = !shared; /* a child that cannot get its copy would be killed */
 	r->inode = shared ? inode_at(at) : 0;
 	publish(r);
 }
@@ -719,7 +719,7 @@ static void f_sysv(const char *a)
 	int id = shmget(IPC_PRIVATE, bytes, IPC_CREAT | 0600);
 	void *at = id < 0 ? (void *)-1 : shmat(id, NULL, 0);
 	if (id >= 0)
-		shmctl(id, IPC_RMID, NULL); /* lives on while attached, and never leaks */
+		shmctl(id, IPC_RMID, NULL); /* exists while attached, and never leaks */
 	if (at == (void *)-1) {
 		skip("sysv");
 		return;
@@ -741,14 +741,14 @@ static void file(const char *kind, const char *a, bool shared)
 	fstat(fd, &status);
 	r->fd = fd;
 	r->inode = status.st_ino;
-	publish(r); /* through the descriptor: now the file holds version 1 */
+	publish(r); /* through the descriptor: the file contains version 1 now */
 	r->addr = map(bytes, shared ? MAP_SHARED : MAP_PRIVATE, fd);
 	if (!r->addr)
 		die("%s", path);
 	close(fd);
 	r->fd = -1;
 	if (!shared)
-		r->stride = 3; /* the others stay the file's */
+		r->stride = 3; /* the others remain pages of the file */
 	for (size_t page = 0; page < r->pages; page += 3)
 		bump(r, page);
 }
@@ -830,7 +830,7 @@ static void start(void *(*run)(void *), void *argument, const char *name)
 	sigset_t all, old;
 	pthread_t thread;
 	sigfillset(&all);
-	pthread_sigmask(SIG_BLOCK, &all, &old); /* signals are the main thread's, or asked for */
+	pthread_sigmask(SIG_BLOCK, &all, &old); /* signals go to the main thread unless unblocked */
 	errno = pthread_create(&thread, NULL, run, argument);
 	if (errno)
 		die("thread %s", name);
@@ -855,7 +855,7 @@ static void *dirty_thread(void *unused)
 	for (;;) {
 		due += TICK_MS * 1000;
 		int64_t late = now_us() - due;
-		if (late > 100000 || late < -1000000) /* stopped for long, or another host's clock */
+		if (late > 100000 || late < -1000000) /* stopped for long, or the clock of another host */
 			due += late;
 		struct timespec until = {due / 1000000, due % 1000000 * 1000};
 		clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
@@ -866,7 +866,7 @@ static void *dirty_thread(void *unused)
 			owed += g.dirty / 100 * (double)total * TICK_MS / 1000;
 			owed64 += (double)g.dirty64 * TICK_MS / 1000;
 		}
-		/* Heap regions are private: g.lock is their lock. */
+		/* Heap regions are private: g.lock protects them. */
 		for (unsigned n = 1; g.writing && total && owed + owed64 >= 1; n++) {
 			bool whole = owed >= 1;
 			*(whole ? &owed : &owed64) -= 1;
@@ -875,7 +875,7 @@ static void *dirty_thread(void *unused)
 			whole ? bump(r, page) : patch(r, page);
 			if (n % 64 == 0) {
 				give_way(&g.lock);
-				total = total_pages(true); /* it may have been remapped meanwhile */
+				total = total_pages(true); /* the region may have been remapped */
 			}
 			if (owed < 1 && owed64 < 1)
 				break;
@@ -885,7 +885,7 @@ static void *dirty_thread(void *unused)
 	return NULL;
 }
 
-/* Deep frames with known contents, checked on the way up and made anew. */
+/* Deep frames with known contents, checked on return and created again. */
 static struct {
 	pthread_mutex_t lock;
 	pthread_cond_t changed;
@@ -948,8 +948,8 @@ static void check_deep(struct reply *reply)
 	reply->pages += DEPTH;
 }
 
-/* A system call that must not return did, or one came back too early or with a wrong error.
- * `restarts`: how EINTR is to be taken. */
+/* Reports a system call that returned although it must not, too early, or with a wrong error. `restarts`
+ * selects how EINTR counts. */
 enum restarts { ALWAYS, RESTART_BLOCK, NEVER };
 
 static bool judge(const char *call, long result, int error_number, enum restarts restarts)
@@ -969,7 +969,7 @@ static bool judge(const char *call, long result, int error_number, enum restarts
 static void took(const char *call, int64_t since, int64_t least_us)
 {
 	int64_t elapsed = now_us() - since;
-	if (elapsed >= 0 && elapsed < least_us) /* another host's clock may run behind */
+	if (elapsed >= 0 && elapsed < least_us) /* the clock of another host may be behind */
 		error("%s ended after %lld of %lld us", call, (long long)elapsed, (long long)least_us);
 }
 
@@ -1166,8 +1166,8 @@ static void f_threads(const char *a)
 		start(block_thread, (void *)(uintptr_t)i, blocks[i % BLOCKS].name);
 }
 
-/* Known values in the registers, compared over and over. With a pid in the table each turn also
- * makes a system call, so that stops hit both user code and the kernel's edge. */
+/* Known register values, compared repeatedly. With a pid in the table each turn also makes a system call, so
+ * that stops occur in user code and at system call boundaries. */
 struct registers {
 	uint64_t general[13]; /* 0: rax rbx rcx rdx rsi rdi r8..r14 */
 	uint64_t self;	      /* 104: r15 */
@@ -1276,7 +1276,7 @@ static void on_timer(int number, siginfo_t *info, void *context)
 	(void)context;
 	if (number != SIGRTMIN + 1 || info->si_code != SI_TIMER || info->si_value.sival_int != SIGNAL_COOKIE)
 		error("signal %d code %d value %d", number, info->si_code, info->si_value.sival_int);
-	struct registers other; /* what the handler leaves in the registers must be undone */
+	struct registers other; /* sigreturn must undo what the handler leaves in the registers */
 	make_registers(&other, atomic_fetch_add(&signals_seen, 1), false);
 	other.turns = 1;
 	if (!hold(&other))
@@ -1322,7 +1322,7 @@ static void f_signals(const char *a)
 	start(signals_sleep, NULL, "signals-sleep");
 }
 
-/* ---- Chaos: mappings that come, go, move and change, checked after every step ---- */
+/* ---- Chaos: mappings are created, removed, moved and changed, and checked after every step ---- */
 
 enum { CHAOS_MAPS = 16, CHAOS_PAGES = 64 };
 static struct {
@@ -1376,7 +1376,7 @@ static void chaos_wait(pid_t pid, const char *what)
 {
 	int status;
 	if (pid < 0)
-		return; /* out of processes: not what is tested */
+		return; /* no more processes available: not under test */
 	if (waitpid(pid, &status, 0) != pid || status)
 		error("chaos: %s ended with %#x", what, status);
 }
@@ -1407,7 +1407,7 @@ static void chaos_exec(void)
 
 static void chaos_brk(void)
 {
-	/* Only where no other thread allocates. */
+	/* Only if no other thread maps memory. */
 	size_t pages = next(&chaos.rng) % 16 + 1;
 	uint8_t *at = sbrk((intptr_t)(pages * PAGE + PAGE));
 	if (at == (void *)-1)
@@ -1447,7 +1447,7 @@ static const char *chaos_step(void)
 		munmap(m->addr, bytes);
 		m->addr = NULL;
 		return "unmap";
-	case 4 ... 9: { /* onto a place of our own, which mremap replaces */
+	case 4 ... 9: { /* onto a reserved range, which mremap replaces */
 		void *to = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (to == MAP_FAILED)
 			return "failed move";
@@ -1565,7 +1565,7 @@ struct command {
 
 static void end_kids(void);
 
-/* What one process does for a command. */
+/* Runs a command in this process. */
 static void act(struct command command, struct reply *reply)
 {
 	switch (command.op) {
@@ -1586,7 +1586,7 @@ static void act(struct command command, struct reply *reply)
 		break;
 	case STOP_WRITING:
 	case START_WRITING:
-		queue_for(&chaos.lock); /* no step of chaos is under way */
+		queue_for(&chaos.lock); /* waits for the end of a step of chaos */
 		queue_for(&g.lock);
 		g.writing = command.op == START_WRITING;
 		pthread_mutex_unlock(&g.lock);
@@ -1596,7 +1596,7 @@ static void act(struct command command, struct reply *reply)
 		break;
 	case REGIONS:
 		for (struct region *r = g.region; r < g.region + g.regions; r++, reply->pages++)
-			say("region pid=%d id=%x start=%#lx length=%zu kind=%s inode=%lu", g.pid, r->id,
+			answer("region pid=%d id=%x start=%#lx length=%zu kind=%s inode=%lu", g.pid, r->id,
 			    (unsigned long)(uintptr_t)r->addr, r->pages * PAGE, r->kind, (unsigned long)r->inode);
 		break;
 	case QUIT:
@@ -1635,7 +1635,7 @@ __attribute__((noreturn)) static void serve(void)
 			break;
 	}
 	if (g.boxed)
-		syscall(SYS_exit, 0); /* strict seccomp allows no other, and there is one thread */
+		syscall(SYS_exit, 0); /* strict seccomp allows no exit_group, and there is one thread */
 	_exit(0);
 }
 
@@ -1646,7 +1646,7 @@ static void die_with(pid_t parent)
 		_exit(1);
 }
 
-/* A fork in which no lock is held by a thread that the child does not have. */
+/* Forks while no other thread holds a lock, for the child would not have that thread. */
 static pid_t quiet_fork(void)
 {
 	pid_t parent = getpid();
@@ -1700,7 +1700,7 @@ static pid_t add_kid(void (*begin)(void))
 		return -1;
 	pid_t pid = quiet_fork();
 	if (pid == 0) {
-		/* A pipe must end with the process at its other end. */
+		/* A pipe must be closed when the process at its other end exits. */
 		for (size_t i = 0; i < g.kids; i++) {
 			close(g.kid[i].in);
 			close(g.kid[i].out);
@@ -1770,7 +1770,7 @@ static void begin_grandchild(void)
 static void begin_child(void)
 {
 	f_heap("1");
-	change(total_pages(false) / 8, false); /* its own copies of what it inherited */
+	change(total_pages(false) / 8, false); /* private copies of inherited pages */
 	for (int i = 0; i < g.grandchildren; i++)
 		if (add_kid(begin_grandchild) < 0)
 			_exit(1);
@@ -1807,7 +1807,7 @@ static void f_chaos(const char *a)
 
 static void enter_box(void)
 {
-	/* Only what needs no system call: no lock is waited for, no page given back. */
+	/* Only regions that need no system call: no waiting for locks, no discarded pages. */
 	size_t kept = 0;
 	for (size_t i = 0; i < g.regions; i++)
 		if (!g.region[i].shared && g.region[i].prot == (PROT_READ | PROT_WRITE)) {
@@ -1866,7 +1866,7 @@ static void f_execloop(const char *a)
 	}
 }
 
-/* Forks children that fork children, each of which calls exec, never more than so many at once. */
+/* Forks children that fork children, each of which calls exec, with at most `limit` at a time. */
 static void f_bomb(const char *a)
 {
 	int limit = count_of(a), alive = 0;
@@ -1894,7 +1894,7 @@ static void f_zombie(const char *a)
 	siginfo_t info;
 	if (pid == 0)
 		_exit(0);
-	waitid(P_PID, (id_t)pid, &info, WEXITED | WNOWAIT); /* it is one by now */
+	waitid(P_PID, (id_t)pid, &info, WEXITED | WNOWAIT); /* waits until it is a zombie */
 }
 
 static void f_stopped(const char *a)
@@ -1963,7 +1963,7 @@ static const struct feature {
 
 /* ---- The root: commands and signals ---- */
 
-static volatile sig_atomic_t check_asked, end_asked;
+static volatile sig_atomic_t check_requested, exit_requested;
 
 static void remove_files(void)
 {
@@ -1974,9 +1974,9 @@ static void remove_files(void)
 static void on_signal(int number)
 {
 	if (number == SIGUSR1)
-		check_asked = 1;
+		check_requested = 1;
 	else
-		end_asked = 1;
+		exit_requested = 1;
 }
 
 static void on_alarm(int number)
@@ -2013,7 +2013,7 @@ static struct region *last_plain(void)
 
 enum reshape { REMAP, MOVE, SHRINK, GROW };
 
-/* Changes the mapping of one region of the root. Returns the pages that it now has. */
+/* Changes the mapping of one region of the root. Returns its new number of pages. */
 static size_t reshape(enum reshape how)
 {
 	static unsigned turn;
@@ -2024,7 +2024,7 @@ static size_t reshape(enum reshape how)
 	size_t bytes = r->pages * PAGE, filled = r->pages;
 	void *to;
 	switch (how) {
-	case REMAP: { /* every other time to the same address: the page tables look alike */
+	case REMAP: { /* every other time to the same address, with identical page tables */
 		bool same = turn++ % 2 == 0;
 		munmap(r->addr, bytes);
 		to = mmap(same ? r->addr : NULL, bytes, PROT_READ | PROT_WRITE,
@@ -2074,7 +2074,7 @@ __attribute__((noreturn)) static void finish(void)
 	_exit(0);
 }
 
-static unsigned long ask(enum op op, uint64_t argument)
+static unsigned long run_all(enum op op, uint64_t argument)
 {
 	struct reply reply = {0};
 	run((struct command){op, argument}, &reply);
@@ -2109,7 +2109,7 @@ __attribute__((noreturn)) static void exec_other(void)
 static void become_anew(void (*become)(void))
 {
 	if (g.board->errors) {
-		say("bad %s", g.board->first);
+		answer("bad %s", g.board->first);
 		return;
 	}
 	end_kids();
@@ -2117,93 +2117,93 @@ static void become_anew(void (*become)(void))
 	become();
 }
 
-static void obey(const char *line)
+static void run_command(const char *line)
 {
-	char word[32] = "", answer[512];
+	char word[32] = "", result[512];
 	unsigned long long n = 0;
 	sscanf(line, "%31s %llu", word, &n);
 	if (!strcmp(word, "check")) {
-		answer_check(answer, sizeof answer);
-		say("%s", answer);
-	} else if (!strcmp(word, "mutate")) { /* that many pages in each process; says how many in all */
-		say("ok %lu", ask(MUTATE, n));
+		answer_check(result, sizeof result);
+		answer("%s", result);
+	} else if (!strcmp(word, "mutate")) { /* N pages in each process; answers with the total */
+		answer("ok %lu", run_all(MUTATE, n));
 	} else if (!strcmp(word, "mutate-all")) {
-		say("ok %lu", ask(MUTATE_ALL, 0));
-	} else if (!strcmp(word, "discard")) { /* gives pages back to the kernel */
-		say("ok %lu", ask(DISCARD, n));
+		answer("ok %lu", run_all(MUTATE_ALL, 0));
+	} else if (!strcmp(word, "discard")) { /* discards pages */
+		answer("ok %lu", run_all(DISCARD, n));
 	} else if (!strcmp(word, "stop-writing")) {
-		ask(STOP_WRITING, 0);
-		say("ok");
+		run_all(STOP_WRITING, 0);
+		answer("ok");
 	} else if (!strcmp(word, "start-writing")) {
-		ask(START_WRITING, 0);
-		say("ok");
+		run_all(START_WRITING, 0);
+		answer("ok");
 	} else if (!strcmp(word, "regions")) {
-		say("ok %lu", ask(REGIONS, 0));
+		answer("ok %lu", run_all(REGIONS, 0));
 	} else if (!strcmp(word, "remap")) {
-		say("ok %zu", reshape(REMAP));
+		answer("ok %zu", reshape(REMAP));
 	} else if (!strcmp(word, "move")) {
-		say("ok %zu", reshape(MOVE));
+		answer("ok %zu", reshape(MOVE));
 	} else if (!strcmp(word, "shrink")) {
-		say("ok %zu", reshape(SHRINK));
+		answer("ok %zu", reshape(SHRINK));
 	} else if (!strcmp(word, "grow")) {
-		say("ok %zu", reshape(GROW));
+		answer("ok %zu", reshape(GROW));
 	} else if (!strcmp(word, "fork")) {
 		pid_t pid = add_kid(begin_child);
-		say(pid < 0 ? "bad %d" : "ok %d", pid);
+		answer(pid < 0 ? "bad %d" : "ok %d", pid);
 	} else if (!strcmp(word, "reap")) {
 		if (g.kids)
 			end_kid(&g.kid[--g.kids]);
-		say("ok %zu", g.kids);
+		answer("ok %zu", g.kids);
 	} else if (!strcmp(word, "errors")) { /* errors, interrupted, eintr, the first error */
-		say("ok %lu %lu %lu %s", (unsigned long)g.board->errors, (unsigned long)g.board->interrupted,
+		answer("ok %lu %lu %lu %s", (unsigned long)g.board->errors, (unsigned long)g.board->interrupted,
 		    (unsigned long)g.board->eintr, g.board->first_taken ? g.board->first : "");
 	} else if (!strcmp(word, "activity")) { /* steps of chaos, signals seen */
 		queue_for(&chaos.lock);
 		uint64_t steps = chaos.steps;
 		pthread_mutex_unlock(&chaos.lock);
-		say("ok %lu %lu", (unsigned long)steps, (unsigned long)atomic_load(&signals_seen));
+		answer("ok %lu %lu", (unsigned long)steps, (unsigned long)atomic_load(&signals_seen));
 	} else if (!strcmp(word, "exec")) {
 		become_anew(exec_anew);
-	} else if (!strcmp(word, "exec-by-thread")) { /* the new program has the number of the root */
+	} else if (!strcmp(word, "exec-by-thread")) { /* the new program keeps the PID of the root */
 		become_anew(exec_by_thread);
 	} else if (!strcmp(word, "exec-other")) {
 		become_anew(exec_other);
-	} else if (!strcmp(word, "setuid")) { /* and the group of the same number; not dumpable any more */
+	} else if (!strcmp(word, "setuid")) { /* and the group with the same ID; clears the dumpable flag */
 		bool done = !setgroups(0, NULL) && !setgid((gid_t)n) && !setuid((uid_t)n);
-		say(done ? "ok %llu" : "bad %llu", n);
+		answer(done ? "ok %llu" : "bad %llu", n);
 	} else if (!strcmp(word, "dumpable")) {
-		say(prctl(PR_SET_DUMPABLE, n, 0, 0, 0) ? "bad %llu" : "ok %llu", n);
+		answer(prctl(PR_SET_DUMPABLE, n, 0, 0, 0) ? "bad %llu" : "ok %llu", n);
 	} else if (!strcmp(word, "quit")) {
-		say("ok");
+		answer("ok");
 		finish();
 	} else if (*word) {
-		say("bad command %s", word);
+		answer("bad command %s", word);
 	}
 }
 
-/* Waits for lines and signals at once; without stdin, for signals only. */
+/* Waits for lines and signals; without stdin, for signals only. */
 __attribute__((noreturn)) static void serve_root(const sigset_t *open_mask)
 {
 	char buffer[512];
 	size_t length = 0;
 	struct pollfd in = {.fd = g.no_stdin ? -1 : STDIN_FILENO, .events = POLLIN};
 	for (;;) {
-		if (end_asked)
+		if (exit_requested)
 			finish();
-		if (check_asked) {
+		if (check_requested) {
 			char line[512];
-			check_asked = 0;
+			check_requested = 0;
 			answer_check(line, sizeof line - 1);
 			strcat(line, "\n");
 			if (g.report)
 				append_report(line, strlen(line));
 			continue;
 		}
-		/* The signals are open only in here: none is lost between the tests above and the call. */
+		/* Signals are unblocked only during ppoll: none is lost between the tests above and the call. */
 		if (ppoll(&in, 1, NULL, open_mask) <= 0)
 			continue;
 		ssize_t n = read(in.fd, buffer + length, sizeof buffer - 1 - length);
-		if (n <= 0) { /* nobody asks any more: live on */
+		if (n <= 0) { /* stdin is closed: keep running */
 			in.fd = -1;
 			continue;
 		}
@@ -2211,7 +2211,7 @@ __attribute__((noreturn)) static void serve_root(const sigset_t *open_mask)
 		char *end;
 		while ((end = memchr(buffer, '\n', length))) {
 			*end++ = 0;
-			obey(buffer);
+			run_command(buffer);
 			length -= (size_t)(end - buffer);
 			memmove(buffer, end, length);
 		}
@@ -2247,7 +2247,7 @@ static char **parse(char **argv)
 			g.no_stdin = true;
 			continue;
 		}
-		if (!strcmp(option, "alone")) { /* no memory is shared; so it can have no children */
+		if (!strcmp(option, "alone")) { /* shares no memory, so it can have no children */
 			g.alone = true;
 			continue;
 		}
@@ -2294,7 +2294,7 @@ int main(int argc, char **argv)
 	g.argv = argv;
 	char **list = parse(argv);
 	if (g.no_stdin) {
-		/* What CRIU cannot restore is what others gave us. */
+		/* CRIU cannot restore inherited sessions and descriptors. */
 		setsid();
 		close_range(3, ~0u, 0);
 	}
@@ -2320,6 +2320,6 @@ int main(int argc, char **argv)
 	for (int phase = 0; phase <= 3; phase++)
 		make_features(list, phase);
 	start_dirty();
-	say("ready pid=%d", getpid());
+	answer("ready pid=%d", getpid());
 	serve_root(&open_mask);
 }
