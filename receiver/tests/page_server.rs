@@ -325,12 +325,12 @@ fn damaged_dumps_leave_nothing_or_a_complete_dump() {
             script
         })
     });
-    let torn = (0..script.len())
+    let cut = (0..script.len())
         .step_by(7)
         .map(|len| script[..len].to_vec());
     let dir = tempfile::tempdir().unwrap();
     let (mut taken, mut refused) = (0, 0);
-    for script in damaged.chain(torn) {
+    for script in damaged.chain(cut) {
         let (answers, migration, result) = play(dir.path(), false, &script);
         match result {
             Ok(()) => {

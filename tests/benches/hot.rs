@@ -163,7 +163,7 @@ fn frames(criterion: &mut Criterion) {
             Message::ImageOpen(ImageId::Process(1)),
         ] {
             writer.send(&message).await.expect("it is heard");
-            reader.next().await.expect("it was said");
+            reader.next().await.expect("the frame was sent");
         }
     });
     let chunk = Chunk {
@@ -187,7 +187,7 @@ fn frames(criterion: &mut Criterion) {
                 reader
                     .data(&mut buffer[..data_len])
                     .await
-                    .expect("it was said");
+                    .expect("the frame was sent");
             });
         });
     });

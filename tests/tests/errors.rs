@@ -125,14 +125,8 @@ fn refusal_by_the_receiver_exits_4() {
     pair.receiver();
     fs::remove_dir_all(&dir).unwrap();
     let sent = pair.send(victim.pid(), &[]);
-    sent.assert_failed(
-        4,
-        &[
-            "the receiver refused",
-            "cannot find out what is free in",
-            "the target runs",
-        ],
-    );
+    let dir = dir.to_str().unwrap();
+    sent.assert_failed(4, &["the receiver refused", dir, "the target runs"]);
 }
 
 #[test]
@@ -149,7 +143,7 @@ fn full_disk_exits_4_and_leaves_no_incomplete_round() {
     mount(&["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs"]);
     let receiver = Receiver::start(&root.path().join("images"), &["--keep-free", "0"]);
     let sent = Send::start(receiver.address(), victim.pid(), &["--rounds", "2"]).finish();
-    let torn = Command::new("find")
+    let incomplete = Command::new("find")
         .arg(root.path())
         .args(["-name", "*.tmp"])
         .output()
@@ -157,7 +151,7 @@ fn full_disk_exits_4_and_leaves_no_incomplete_round() {
     drop(receiver);
     mount(&["umount"]);
     sent.assert_failed(4, &["No space left on device", "the target runs"]);
-    assert!(torn.stdout.is_empty());
+    assert!(incomplete.stdout.is_empty());
     victim.assert_unharmed();
 }
 

@@ -322,7 +322,7 @@ const SENDERS: [(&str, Part); 8] = [
 
 /// Behaviours that never authenticate, each with its number of simultaneous connections.
 const STRANGERS: [(&str, usize, Part); 3] = [
-    ("says nothing", 20, |to, reached| {
+    ("sends nothing", 20, |to, reached| {
         let mut peer = Peer::connect(to)?;
         reached();
         peer.stream.read_to_end(&mut Vec::new()).map(drop)

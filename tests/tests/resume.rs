@@ -116,8 +116,8 @@ fn sender_without_reconnect_fails_at_once() {
 /// Waits until a round has some of its pages.
 fn await_pages(dir: &Path, round: u32) {
     until("pages of the round arrive", || {
-        let torn = the_migration(dir).join(format!(".{round}.tmp"));
-        let files = fs::read_dir(&torn).map_err(|error| error.to_string())?;
+        let incomplete = the_migration(dir).join(format!(".{round}.tmp"));
+        let files = fs::read_dir(&incomplete).map_err(|error| error.to_string())?;
         let pages = files.flatten().any(|file| {
             let pages = file.file_name().to_string_lossy().starts_with("pages-");
             pages && file.metadata().is_ok_and(|it| it.len() > 0)

@@ -93,7 +93,7 @@ fn restarted_receiver_discards_the_incomplete_round() {
     pair.receiver().program().kill();
     let _ = send.finish();
     let migration = the_migration(pair.dir());
-    let torn = |path: &Path| {
+    let incomplete = |path: &Path| {
         let names = fs::read_dir(path).unwrap().map(|e| e.unwrap().file_name());
         names
             .filter(|n| n.to_string_lossy().ends_with(".tmp"))
@@ -101,7 +101,7 @@ fn restarted_receiver_discards_the_incomplete_round() {
     };
     let next = pageferry_tests::Receiver::start(pair.dir(), &[]);
     drop(next);
-    assert_eq!(torn(&migration), 0);
+    assert_eq!(incomplete(&migration), 0);
     assert!(migration.join("3").is_dir());
     assert_verified(&migration);
 }

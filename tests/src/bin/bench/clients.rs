@@ -59,7 +59,7 @@ impl LoadedRedis {
         let mut stream = server.connect();
         let answers: Arc<Mutex<Vec<Answer>>> = Arc::default();
         let stop: Arc<AtomicBool> = Arc::default();
-        let (told, stopped) = (Arc::clone(&answers), Arc::clone(&stop));
+        let (collected, stopped) = (Arc::clone(&answers), Arc::clone(&stop));
         let client = thread::spawn(move || {
             let mut lines = BufReader::new(stream.try_clone().expect("it is a socket"));
             let value = "x".repeat(VALUE as usize);
@@ -94,7 +94,7 @@ impl LoadedRedis {
                     at: epoch + at,
                     took: at - due,
                 };
-                told.lock().expect("nobody panics").push(answer);
+                collected.lock().expect("no holder panics").push(answer);
             }
         });
         Self {
@@ -112,7 +112,7 @@ impl Loaded for LoadedRedis {
     }
 
     fn answers(&self) -> Vec<Answer> {
-        self.answers.lock().expect("nobody panics").clone()
+        self.answers.lock().expect("no holder panics").clone()
     }
 }
 

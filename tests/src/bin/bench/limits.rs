@@ -94,8 +94,9 @@ fn iperf() -> f64 {
     let client = client.args(["-c", "127.0.0.1", "-p", &port, "-t", "2", "-J"]);
     let client = Program::start(client).finish();
     server.kill();
-    let said: serde_json::Value = serde_json::from_str(&client.stdout).expect("it speaks JSON");
-    let rate = said["end"]["sum_received"]["bits_per_second"].as_f64();
+    let report: serde_json::Value =
+        serde_json::from_str(&client.stdout).expect("iperf3 prints JSON");
+    let rate = report["end"]["sum_received"]["bits_per_second"].as_f64();
     rate.unwrap_or_else(|| panic!("{}", client.stdout)) / 8e6
 }
 
