@@ -4,7 +4,7 @@
 //!    shared segments in memory ([`segments`]).
 //! 2. After the final round, [`lazy`] makes the directory that CRIU restores from, with nearly no memory in
 //!    it.
-//! 3. [`process`] has CRIU restore the tree, gives it the segments ([`segment_server`]), and holds the tree
+//! 3. [`process`] has CRIU restore the tree, gives it the segments (`segment_server`), and holds the tree
 //!    back until the sender commits. The [`outcome`] is durable before the tree is resumed.
 //! 4. The process runs, and a process of its own ([`filler`]) fills in its memory.
 //!

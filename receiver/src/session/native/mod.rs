@@ -8,7 +8,7 @@
 //!    └─Resolve─► answered               └─────────────────────Finish────────────────┘
 //! ```
 //!
-//! One task reads the socket, and one thread writes the images ([`crate::storage::jobs`]). Memory for one
+//! One task reads the socket, and one thread writes the images (`storage::jobs`). Memory for one
 //! sender: `--buffers` of 4 MiB, two chunks for decompressing and copying, and what `docs/security.md`
 //! lists. Before the greeting: one message.
 
