@@ -17,7 +17,7 @@ pub struct Baseline {
     hashes: ContentHashes,
 }
 
-/// What a round in flight says of an image.
+/// A round in flight, as far as it concerns one image.
 #[derive(Debug)]
 struct InFlight {
     /// Pages that the receiver holds if the round arrives.
@@ -27,7 +27,7 @@ struct InFlight {
 }
 
 impl Baseline {
-    /// A baseline without pages, whose content is compared as `hashes` says.
+    /// A baseline without pages, whose content is compared where `hashes` covers it.
     #[must_use]
     pub fn new(hashes: ContentHashes) -> Self {
         Self {

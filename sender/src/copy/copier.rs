@@ -34,7 +34,7 @@ pub enum SendError {
     #[error(transparent)]
     Stream(#[from] StreamError),
     /// Two segments on different mounts have the same inode number, and so the same image name.
-    #[error("two shared segments have inode number {0}; CRIU's images cannot tell them apart")]
+    #[error("two shared segments have inode number {0}; CRIU's images cannot distinguish them")]
     Ambiguous(u64),
 }
 

@@ -10,7 +10,7 @@ pub mod vma;
 
 use std::io;
 
-/// Whether the error says that the process or thread does not exist any more.
+/// Returns whether the error means that the process or thread does not exist any more.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }

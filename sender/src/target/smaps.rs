@@ -3,7 +3,7 @@
 //! CRIU needs to know for each mapping whether it is locked, grows downwards, is excluded from core dumps and
 //! so on. Only `/proc/PID/smaps` has these flags, and the kernel counts every page to produce it: 7 to 10 ms
 //! per GiB, while the target is stopped. Instead, the kernel runs a small BPF program for each mapping, which
-//! writes its bounds and its flags. The kernel's type information (BTF) says at which offsets they are.
+//! writes its bounds and its flags. The kernel's type information (BTF) has their offsets.
 
 use crate::sys::bpf::MappingsProgram;
 use pageferry_common::proc::maps::Mapping;
