@@ -12,7 +12,7 @@ pub fn digest(bytes: &[u8]) -> u64 {
 
 /// XXH3-64 of two pieces as if they were one.
 #[must_use]
-pub fn digest2(a: &[u8], b: &[u8]) -> u64 {
+pub fn digest_concat(a: &[u8], b: &[u8]) -> u64 {
     let mut hasher = Xxh3::new();
     hasher.update(a);
     hasher.update(b);
@@ -64,6 +64,6 @@ mod tests {
         };
         assert_ne!(run(&[b"a", b"b"]), run(&[b"b", b"a"]));
         assert_ne!(run(&[b"ab"]), run(&[b"a", b"b"]));
-        assert_eq!(digest2(b"he", b"llo"), digest(b"hello"));
+        assert_eq!(digest_concat(b"he", b"llo"), digest(b"hello"));
     }
 }

@@ -36,7 +36,7 @@ impl Sender {
     }
 
     async fn recv(&mut self) -> Result<Message, WireError> {
-        match self.reader.next().await? {
+        match self.reader.recv().await? {
             Incoming::Message(message) => Ok(message),
             Incoming::Chunk { .. } => panic!("a receiver sends no chunks"),
         }
@@ -480,7 +480,7 @@ async fn state_images_have_the_same_limits() {
                 bytes: 200 << 10,
                 ..Bounds::NONE
             },
-            wire::message::PIECE_MAX,
+            wire::PIECE_MAX,
         ),
     ] {
         limit_named(option, bounds, &["1"], async |sender| {

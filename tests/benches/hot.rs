@@ -163,7 +163,7 @@ fn frames(criterion: &mut Criterion) {
             Message::ImageOpen(ImageId::Process(1)),
         ] {
             writer.send(&message).await.expect("it is heard");
-            reader.next().await.expect("the frame was sent");
+            reader.recv().await.expect("the frame was sent");
         }
     });
     let chunk = Chunk {
@@ -181,11 +181,11 @@ fn frames(criterion: &mut Criterion) {
                     .send_chunk(&meta, false, data.clone())
                     .await
                     .expect("it is heard");
-                let Ok(Incoming::Chunk { data_len, .. }) = reader.next().await else {
+                let Ok(Incoming::Chunk { data_len, .. }) = reader.recv().await else {
                     panic!("it was a chunk");
                 };
                 reader
-                    .data(&mut buffer[..data_len])
+                    .recv_data(&mut buffer[..data_len])
                     .await
                     .expect("the frame was sent");
             });

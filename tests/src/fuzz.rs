@@ -15,11 +15,10 @@ pub use proc::proc;
 pub use records::records;
 pub use session::{check_store, session};
 
-use pageferry_common::digest::digest2;
-use pageferry_common::wire::frame::{HEADER_LEN, MAGIC, META_MAX};
-use pageferry_common::wire::message::{CHUNK_ENTRIES_MAX, PIECE_MAX, STRING_MAX};
+use pageferry_common::digest::digest_concat;
 use pageferry_common::wire::{
-    FrameKind, FrameReader, FrameWriter, Incoming, Message, SharedPhase, WireError,
+    CHUNK_ENTRIES_MAX, FrameKind, FrameReader, FrameWriter, HEADER_LEN, Incoming, MAGIC, META_MAX,
+    Message, PIECE_MAX, STRING_MAX, SharedPhase, WireError,
 };
 use pageferry_common::{CHUNK_SIZE, PAGE_SIZE};
 use std::cell::LazyCell;
@@ -122,7 +121,7 @@ pub fn messages(input: &[u8]) {
         Message::Welcome { directory, .. } => assert!(directory.len() <= STRING_MAX),
         Message::Refuse { reason: text, .. }
         | Message::Abort { reason: text }
-        | Message::Lacks { what: text } => assert!(text.len() <= STRING_MAX),
+        | Message::FileProblem { problem: text } => assert!(text.len() <= STRING_MAX),
         _ => {}
     }
 }
@@ -142,7 +141,7 @@ async fn read_and_write(bytes: &[u8]) -> (Vec<u8>, u64) {
     let mut written = Vec::new();
     let mut writer = FrameWriter::new(&mut written, SharedPhase::default(), STALL);
     loop {
-        match reader.next().await {
+        match reader.recv().await {
             Ok(Incoming::Message(message)) => {
                 writer.send(&message).await.expect("it came in this phase");
             }
@@ -155,7 +154,7 @@ async fn read_and_write(bytes: &[u8]) -> (Vec<u8>, u64) {
                 assert!(data_len <= CHUNK_SIZE);
                 assert_eq!(Message::Chunk(chunk).encode(), meta);
                 let mut data = vec![0; data_len];
-                if reader.data(&mut data).await.is_err() {
+                if reader.recv_data(&mut data).await.is_err() {
                     break;
                 }
                 let sent = writer.send_chunk(&meta, compressed, data.into()).await;
@@ -195,7 +194,7 @@ fn put_right(input: &[u8]) -> Vec<u8> {
         let Some(meta) = after.get(..meta_len) else {
             break;
         };
-        let checksum = digest2(&header[..24], meta);
+        let checksum = digest_concat(&header[..24], meta);
         header[24..].copy_from_slice(&checksum.to_le_bytes());
         let end = (meta_len + data_len).min(after.len());
         rest = &mut after[end..];

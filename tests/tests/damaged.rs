@@ -3,11 +3,10 @@
 
 use cap::Cap;
 use pageferry_common::criu::Options;
-use pageferry_common::digest::{RoundDigest, digest, digest2};
+use pageferry_common::digest::{RoundDigest, digest, digest_concat};
 use pageferry_common::needed_files::NeededFile;
-use pageferry_common::wire::frame::HEADER_LEN;
 use pageferry_common::wire::{
-    self, Chunk, Entry, EntryKind, FrameKind, Header, Message, RoundKind, Totals,
+    self, Chunk, Entry, EntryKind, FrameKind, HEADER_LEN, Header, Message, RoundKind, Totals,
 };
 use pageferry_common::{
     BufferPool, Claim, ImageId, MemfdName, MigrationId, PAGE_SIZE, PageRange, StateName, Token,
@@ -152,7 +151,7 @@ impl Frame {
     fn renumbered(&self, seq: usize) -> Self {
         let mut bytes = self.bytes.clone();
         bytes[16..24].copy_from_slice(&(seq as u64).to_le_bytes());
-        let checksum = digest2(&bytes[..24], &bytes[HEADER_LEN..self.data]);
+        let checksum = digest_concat(&bytes[..24], &bytes[HEADER_LEN..self.data]);
         bytes[24..HEADER_LEN].copy_from_slice(&checksum.to_le_bytes());
         let data = self.data;
         Self { bytes, data }
@@ -381,7 +380,7 @@ fn receiver_frames() -> Vec<Frame> {
         directory: "somewhere".to_owned(),
     });
     let what = "it is missing".to_owned();
-    answers.send(&Message::Lacks { what });
+    answers.send(&Message::FileProblem { problem: what });
     answers.send(&Message::Checked);
     for (round, images) in (1..).zip(ROUNDS) {
         let totals = totals(images);

@@ -3,10 +3,9 @@
 
 use pageferry_common::criu::page_server::{self, Command, PageLocation, Width};
 use pageferry_common::digest::{RoundDigest, digest};
-use pageferry_common::wire::frame::{HEADER_LEN, Header, META_MAX};
-use pageferry_common::wire::message::CHUNK_ENTRIES_MAX;
 use pageferry_common::wire::{
-    self, Chunk, Entry, EntryKind, FrameKind, Message, RefuseCode, RoundKind, Totals,
+    self, CHUNK_ENTRIES_MAX, Chunk, Entry, EntryKind, FrameKind, HEADER_LEN, Header, META_MAX,
+    Message, RefuseCode, RoundKind, Totals,
 };
 use pageferry_common::{CHUNK_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token};
 use pageferry_tests::daemon::until;

@@ -1,7 +1,8 @@
-//! Frames over a byte stream: the only place that reads or writes the socket.
+//! Frames over a byte stream: the only module that reads or writes the socket.
 
+use super::codec::MessageError;
 use super::frame::{FrameError, FrameKind, HEADER_LEN, Header};
-use super::message::{Chunk, Message, MessageError, RefuseCode};
+use super::message::{Chunk, Message, RefuseCode};
 use super::phase::{OutOfPhase, Phase};
 use bytes::{Buf, Bytes};
 use std::io;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
-/// What can go wrong on a connection.
+/// Failure of a connection. The connection cannot be used afterwards.
 #[derive(Debug, thiserror::Error)]
 pub enum WireError {
     /// The transport failed.
@@ -21,32 +22,32 @@ pub enum WireError {
     /// The peer closed the connection between frames.
     #[error("the peer closed the connection")]
     Closed,
-    /// Nothing moved for longer than allowed.
+    /// No data was transferred for longer than the limit.
     #[error("no progress on the connection for {} seconds", .0.as_secs())]
     Stalled(Duration),
-    /// What came is not a frame.
+    /// The peer sent an invalid frame.
     #[error("the peer broke the protocol")]
     Frame(#[from] FrameError),
-    /// What came is not a message.
+    /// The peer sent an invalid message.
     #[error("the peer broke the protocol")]
     Message(#[from] MessageError),
-    /// A frame came at the wrong time.
+    /// A frame is not permitted in this phase.
     #[error("the peer broke the protocol")]
     Phase(#[from] OutOfPhase),
-    /// The receiver said no.
+    /// The receiver refused.
     #[error("the receiver refused: {reason}")]
     Refused {
-        /// Its class of reason.
+        /// Code of the reason.
         code: RefuseCode,
-        /// Its reason, in words.
+        /// Reason as text.
         reason: String,
     },
-    /// The sender gave up.
-    #[error("the sender gave up: {0}")]
+    /// The sender aborted.
+    #[error("the sender aborted: {0}")]
     Aborted(String),
 }
 
-/// The connection's phase, shared by its two directions.
+/// Phase of a connection, shared by its two directions.
 #[derive(Debug, Clone)]
 pub struct SharedPhase(Arc<Mutex<Phase>>);
 
@@ -57,7 +58,7 @@ impl Default for SharedPhase {
 }
 
 impl SharedPhase {
-    /// Where the connection stands.
+    /// Returns the current phase.
     #[must_use]
     pub fn get(&self) -> Phase {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -70,48 +71,48 @@ impl SharedPhase {
     }
 }
 
-/// The longest time without progress, shared by a connection's two directions and whoever changes it.
+/// Maximum time without progress, shared by the two directions of a connection. It can be changed at any time.
 #[derive(Debug, Clone)]
-pub struct Patience(Arc<AtomicU64>);
+pub struct StallLimit(Arc<AtomicU64>);
 
-impl Patience {
-    /// How long it is now.
+impl StallLimit {
+    /// Returns the current limit.
     #[must_use]
     pub fn get(&self) -> Duration {
         Duration::from_millis(self.0.load(Ordering::Relaxed))
     }
 
-    /// Makes it as long, from now on and for what is awaited already.
+    /// Changes the limit, including for operations in progress.
     pub fn set(&self, stall: Duration) {
         let millis = u64::try_from(stall.as_millis()).unwrap_or(u64::MAX);
         self.0.store(millis, Ordering::Relaxed);
     }
 }
 
-impl From<Duration> for Patience {
+impl From<Duration> for StallLimit {
     fn from(stall: Duration) -> Self {
-        let patience = Self(Arc::default());
-        patience.set(stall);
-        patience
+        let limit = Self(Arc::default());
+        limit.set(stall);
+        limit
     }
 }
 
-/// How often it is looked whether a connection's patience is at its end.
-const LOOK: Duration = Duration::from_millis(250);
+/// Interval at which an operation in progress checks the limit.
+const POLL_INTERVAL: Duration = Duration::from_millis(250);
 
-/// The sending direction.
+/// Sending direction of a connection.
 #[derive(Debug)]
 pub struct FrameWriter<W> {
     io: W,
     phase: SharedPhase,
-    stall: Patience,
+    stall: StallLimit,
     seq: u64,
     bytes: u64,
 }
 
 impl<W: AsyncWrite + Unpin> FrameWriter<W> {
-    /// Writes frames to `io`; a frame that does not leave within `stall` is an error.
-    pub fn new(io: W, phase: SharedPhase, stall: impl Into<Patience>) -> Self {
+    /// Returns a writer of frames to `io`. A frame that takes longer than `stall` to be written is an error.
+    pub fn new(io: W, phase: SharedPhase, stall: impl Into<StallLimit>) -> Self {
         Self {
             io,
             phase,
@@ -121,7 +122,7 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
         }
     }
 
-    /// Bytes written so far, headers and all.
+    /// Returns the number of bytes written, including headers.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -130,26 +131,28 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
     /// Sends a message other than a chunk.
     ///
     /// # Errors
-    /// [`WireError`]; afterwards the connection is of no use.
+    /// [`WireError`].
     pub async fn send(&mut self, message: &Message) -> Result<(), WireError> {
         let meta = message.encode();
-        self.frame(message.kind(), false, &meta, Bytes::new()).await
+        self.send_frame(message.kind(), false, &meta, Bytes::new())
+            .await
     }
 
     /// Sends a chunk: its encoded metadata and its pages, in one vectored write.
     ///
     /// # Errors
-    /// [`WireError`]; afterwards the connection is of no use.
+    /// [`WireError`].
     pub async fn send_chunk(
         &mut self,
         meta: &[u8],
         compressed: bool,
         data: Bytes,
     ) -> Result<(), WireError> {
-        self.frame(FrameKind::Chunk, compressed, meta, data).await
+        self.send_frame(FrameKind::Chunk, compressed, meta, data)
+            .await
     }
 
-    async fn frame(
+    async fn send_frame(
         &mut self,
         kind: FrameKind,
         compressed: bool,
@@ -165,20 +168,22 @@ impl<W: AsyncWrite + Unpin> FrameWriter<W> {
             self.io.write_all_buf(&mut frame).await?;
             self.io.flush().await
         };
-        in_time(&self.stall, write).await?.map_err(WireError::Io)
+        within_limit(&self.stall, write)
+            .await?
+            .map_err(WireError::Io)
     }
 }
 
-/// What arrived.
+/// A received frame.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Incoming {
-    /// Any message but a chunk.
+    /// A message other than a chunk.
     Message(Message),
-    /// A chunk; its data must be fetched with [`FrameReader::data`] before the next frame.
+    /// A chunk. Its data must be received with [`FrameReader::recv_data`] before the next frame.
     Chunk {
-        /// The decoded metadata.
+        /// Decoded metadata.
         chunk: Chunk,
-        /// The metadata as it came, for the round's digest.
+        /// Encoded metadata, for the digest of the round.
         meta: Bytes,
         /// Whether the data is compressed.
         compressed: bool,
@@ -187,58 +192,58 @@ pub enum Incoming {
     },
 }
 
-/// The receiving direction.
+/// Receiving direction of a connection.
 #[derive(Debug)]
 pub struct FrameReader<R> {
     io: R,
     phase: SharedPhase,
-    stall: Patience,
-    /// Phases in which the peer owes us nothing, however long they last.
-    patient_in: &'static [Phase],
+    stall: StallLimit,
+    /// Phases in which the peer may be silent.
+    untimed_phases: &'static [Phase],
     seq: u64,
     bytes: u64,
 }
 
 impl<R: AsyncRead + Unpin> FrameReader<R> {
-    /// Reads frames from `io`; a peer silent for longer than `stall` is an error.
-    pub fn new(io: R, phase: SharedPhase, stall: impl Into<Patience>) -> Self {
+    /// Returns a reader of frames from `io`. A peer that is silent for longer than `stall` is an error.
+    pub fn new(io: R, phase: SharedPhase, stall: impl Into<StallLimit>) -> Self {
         Self {
             io,
             phase,
             stall: stall.into(),
-            patient_in: &[],
+            untimed_phases: &[],
             seq: 0,
             bytes: 0,
         }
     }
 
-    /// In these phases the peer may be silent between frames for as long as it likes.
+    /// Disables the limit between frames in these phases.
     #[must_use]
-    pub fn patient_in(self, phases: &'static [Phase]) -> Self {
+    pub fn untimed_in(self, phases: &'static [Phase]) -> Self {
         Self {
-            patient_in: phases,
+            untimed_phases: phases,
             ..self
         }
     }
 
-    /// Bytes read so far, headers and all.
+    /// Returns the number of bytes read, including headers.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The stream itself, for what is no frame any more.
+    /// Returns the stream, to read what follows the last frame.
     pub fn get_mut(&mut self) -> &mut R {
         &mut self.io
     }
 
-    /// The next frame. Refusals and aborts of the peer come as errors.
+    /// Receives the next frame. Refusals and aborts of the peer are returned as errors.
     ///
     /// # Errors
-    /// [`WireError`]; afterwards the connection is of no use.
-    pub async fn next(&mut self) -> Result<Incoming, WireError> {
+    /// [`WireError`].
+    pub async fn recv(&mut self) -> Result<Incoming, WireError> {
         let mut header = [0; HEADER_LEN];
-        let first = self.first_bytes(&mut header).await?;
+        let first = self.read_first_bytes(&mut header).await?;
         if first == 0 {
             return Err(WireError::Closed);
         }
@@ -271,26 +276,27 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
-    /// The data of the chunk that [`FrameReader::next`] just returned, whole.
+    /// Receives the data of the chunk that [`FrameReader::recv`] just returned.
     ///
     /// # Errors
-    /// [`WireError`]; afterwards the connection is of no use.
-    pub async fn data(&mut self, buffer: &mut [u8]) -> Result<(), WireError> {
+    /// [`WireError`].
+    pub async fn recv_data(&mut self, buffer: &mut [u8]) -> Result<(), WireError> {
         self.read(buffer).await
     }
 
-    async fn first_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, WireError> {
+    /// Reads the first bytes of a header; 0 if the peer closed the connection.
+    async fn read_first_bytes(&mut self, buffer: &mut [u8]) -> Result<usize, WireError> {
         let mut silent_since = Instant::now();
         loop {
             let stall = self.stall.get();
-            // A read that is given up has read nothing.
-            match timeout(LOOK.min(stall), self.io.read(buffer)).await {
+            // A read that is cancelled has read nothing.
+            match timeout(POLL_INTERVAL.min(stall), self.io.read(buffer)).await {
                 Ok(got) => {
                     let got = got.map_err(WireError::Io)?;
                     self.bytes += got as u64;
                     return Ok(got);
                 }
-                Err(_) if self.patient_in.contains(&self.phase.get()) => {
+                Err(_) if self.untimed_phases.contains(&self.phase.get()) => {
                     silent_since = Instant::now();
                 }
                 Err(_) if silent_since.elapsed() < stall => {}
@@ -299,21 +305,24 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
-    /// Fills `buffer`. The deadline is a whole message's: a peer that trickles does not renew it.
+    /// Fills `buffer`. The deadline is for the whole buffer, so a peer that trickles bytes does not extend it.
     async fn read(&mut self, buffer: &mut [u8]) -> Result<(), WireError> {
-        let got = in_time(&self.stall, self.io.read_exact(buffer)).await?;
+        let got = within_limit(&self.stall, self.io.read_exact(buffer)).await?;
         self.bytes += got.map_err(WireError::Io)? as u64;
         Ok(())
     }
 }
 
-/// Awaits what must not take longer than `patience` has, which may change meanwhile.
-async fn in_time<T>(patience: &Patience, work: impl Future<Output = T>) -> Result<T, WireError> {
+/// Awaits `work`, which must not take longer than the limit. The limit may change meanwhile.
+async fn within_limit<T>(
+    limit: &StallLimit,
+    work: impl Future<Output = T>,
+) -> Result<T, WireError> {
     let began = Instant::now();
     let mut work = pin!(work);
     loop {
-        let stall = patience.get();
-        match timeout(LOOK.min(stall), &mut work).await {
+        let stall = limit.get();
+        match timeout(POLL_INTERVAL.min(stall), &mut work).await {
             Ok(done) => return Ok(done),
             Err(_) if began.elapsed() < stall => {}
             Err(_) => return Err(WireError::Stalled(stall)),
@@ -352,7 +361,7 @@ mod tests {
     }
 
     #[test]
-    fn frames_and_their_data_cross() {
+    fn frames_and_data_arrive() {
         run(async {
             let (a, b) = tokio::io::duplex(1 << 20);
             let phase = SharedPhase::default();
@@ -381,7 +390,7 @@ mod tests {
             for message in [&hello(), &welcome, &begin, &open] {
                 writer.send(message).await.unwrap();
                 assert_eq!(
-                    reader.next().await.unwrap(),
+                    reader.recv().await.unwrap(),
                     Incoming::Message(message.clone())
                 );
             }
@@ -392,67 +401,67 @@ mod tests {
                 chunk: got,
                 data_len,
                 ..
-            } = reader.next().await.unwrap()
+            } = reader.recv().await.unwrap()
             else {
                 panic!("not a chunk");
             };
             let mut data = vec![0; data_len];
-            reader.data(&mut data).await.unwrap();
+            reader.recv_data(&mut data).await.unwrap();
             assert_eq!((got, &data[..]), (chunk, &page[..]));
             assert_eq!(writer.bytes(), reader.bytes());
         });
     }
 
     #[test]
-    fn a_peer_that_goes_away_or_stalls_is_told_apart() {
+    fn a_closed_connection_and_a_stalled_one_differ() {
         run(async {
             let (a, b) = tokio::io::duplex(64);
             drop(a);
             let mut reader = FrameReader::new(b, SharedPhase::default(), STALL);
-            assert!(matches!(reader.next().await, Err(WireError::Closed)));
+            assert!(matches!(reader.recv().await, Err(WireError::Closed)));
 
             let (_a, b) = tokio::io::duplex(64);
             let mut reader = FrameReader::new(b, SharedPhase::default(), Duration::from_millis(10));
-            assert!(matches!(reader.next().await, Err(WireError::Stalled(_))));
+            assert!(matches!(reader.recv().await, Err(WireError::Stalled(_))));
         });
     }
 
     #[test]
-    fn a_peer_that_owes_nothing_may_be_silent() {
+    fn the_peer_may_be_silent_in_untimed_phases() {
         run(async {
             let (a, b) = tokio::io::duplex(256);
             let stall = Duration::from_millis(10);
             let mut reader =
-                FrameReader::new(b, SharedPhase::default(), stall).patient_in(&[Phase::Fresh]);
+                FrameReader::new(b, SharedPhase::default(), stall).untimed_in(&[Phase::Fresh]);
             let mut writer = FrameWriter::new(a, SharedPhase::default(), STALL);
             let late = async {
                 tokio::time::sleep(5 * stall).await;
                 writer.send(&hello()).await.unwrap();
             };
-            let (heard, ()) = tokio::join!(reader.next(), late);
-            assert_eq!(heard.unwrap(), Incoming::Message(hello()));
-            // Now an answer is due.
-            assert!(matches!(reader.next().await, Err(WireError::Stalled(_))));
+            let (received, ()) = tokio::join!(reader.recv(), late);
+            assert_eq!(received.unwrap(), Incoming::Message(hello()));
+            // The limit applies in the next phase.
+            assert!(matches!(reader.recv().await, Err(WireError::Stalled(_))));
         });
     }
 
     #[test]
-    fn patience_that_ends_ends_what_is_awaited_already() {
+    fn a_lowered_limit_ends_operations_in_progress() {
         run(async {
             let (_a, b) = tokio::io::duplex(256);
-            let patience = Patience::from(STALL);
-            let mut reader = FrameReader::new(b, SharedPhase::default(), patience.clone());
-            let (heard, ()) = tokio::join!(reader.next(), async {
+            let limit = StallLimit::from(STALL);
+            let mut reader = FrameReader::new(b, SharedPhase::default(), limit.clone());
+            let (received, ()) = tokio::join!(reader.recv(), async {
                 tokio::task::yield_now().await;
-                patience.set(Duration::from_millis(10));
+                limit.set(Duration::from_millis(10));
             });
             let short = Duration::from_millis(10);
-            assert!(matches!(heard, Err(WireError::Stalled(stall)) if stall == short));
+            assert!(matches!(received, Err(WireError::Stalled(stall)) if stall == short));
         });
     }
 
     #[test]
-    fn an_own_frame_out_of_phase_is_refused_before_it_is_sent() {
+    fn a_frame_out_of_phase_is_not_sent() {
         run(async {
             let (a, _b) = tokio::io::duplex(64);
             let mut writer = FrameWriter::new(a, SharedPhase::default(), STALL);

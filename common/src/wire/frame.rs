@@ -1,30 +1,27 @@
-//! The fixed frame header: 32 bytes, checked before anything is allocated for what follows it.
+//! The frame header: 32 bytes, checked before memory is allocated for what follows it.
 
-use super::message::CHUNK_ENTRIES_MAX;
+use super::limits::META_MAX;
 use crate::CHUNK_SIZE;
-use crate::digest::digest2;
+use crate::digest::digest_concat;
 
 /// First bytes of every frame.
 pub const MAGIC: [u8; 4] = *b"PFRY";
 
-/// Header length, bytes.
+/// Length of a header, bytes.
 pub const HEADER_LEN: usize = 32;
 
-/// Longest metadata of any message, bytes: a chunk with all the entries it may have.
-pub const META_MAX: usize = 16 + 16 * CHUNK_ENTRIES_MAX;
-
-/// Flag bit: the data is compressed.
-pub const FLAG_ZSTD: u8 = 1;
+/// Flag: the data is compressed.
+const FLAG_ZSTD: u8 = 1;
 
 macro_rules! frame_kinds {
     ($($(#[$doc:meta])* $name:ident = $number:literal,)*) => {
-        /// What a frame is; the numbers are those on the wire.
+        /// Kind of a frame. The numbers are those on the wire.
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
         #[repr(u8)]
         pub enum FrameKind { $($(#[$doc])* $name = $number,)* }
 
         impl FrameKind {
-            /// Every kind there is.
+            /// All kinds.
             pub const ALL: &'static [Self] = &[$(Self::$name,)*];
 
             fn from_wire(number: u8) -> Option<Self> {
@@ -35,61 +32,62 @@ macro_rules! frame_kinds {
 }
 
 frame_kinds! {
-    /// Sender: who I am and what I can.
+    /// Sender: identifies itself and its features.
     Hello = 1,
-    /// Receiver: agreed.
+    /// Receiver: accepts the sender.
     Welcome = 2,
-    /// Sender: a round begins.
+    /// Sender: begins a round.
     RoundBegin = 3,
-    /// Sender: the chunks that follow belong to this image.
+    /// Sender: begins an image, to which later chunks belong.
     ImageOpen = 4,
     /// Sender: pagemap entries and their pages.
     Chunk = 5,
-    /// Sender: the round is complete; its totals.
+    /// Sender: completes a round, with its totals.
     RoundEnd = 6,
-    /// Receiver: the round is complete and durable (the last before a process moves: by [`FrameKind::Running`]); its
-    /// totals.
+    /// Receiver: the round is complete and durable, with its totals. The last round before a hand-over is durable
+    /// only by [`FrameKind::Running`].
     RoundAck = 7,
-    /// Sender: no more rounds.
+    /// Sender: no more rounds follow.
     Finish = 8,
-    /// Receiver: goodbye.
+    /// Receiver: acknowledges the end of the migration.
     FinishAck = 9,
-    /// Either: alive and busy.
+    /// Either: still busy.
     Working = 10,
-    /// Receiver: no, and why.
+    /// Receiver: refuses, with the reason.
     Refuse = 11,
-    /// Sender: giving up, and why.
+    /// Sender: aborts, with the reason.
     Abort = 12,
-    /// Sender: a piece of one of CRIU's images.
+    /// Sender: a piece of one of CRIU's images of state.
     State = 13,
-    /// Sender: all of them are there; restore the process, and stop short of letting it run.
+    /// Sender: all images are complete; the receiver restores the process but does not resume it.
     Restore = 14,
-    /// Receiver: it is restored, and could run.
+    /// Receiver: the process is restored, and can resume.
     Restored = 15,
-    /// Sender: let it run. Its copy never will again, unless the receiver refuses.
+    /// Sender: the receiver resumes the process. The copy of the sender never runs again, unless the receiver
+    /// refuses.
     Commit = 16,
-    /// Receiver: it runs.
+    /// Receiver: the process runs.
     Running = 17,
-    /// Sender, first thing on a new connection: what became of a migration that was lost sight of?
+    /// Sender, first message of a connection: asks for the outcome of an interrupted migration.
     Resolve = 18,
-    /// Receiver: whether it runs here; if not, it never will.
+    /// Receiver: whether the process runs here; otherwise it never will.
     Outcome = 19,
-    /// Sender: the image is of a segment that a memfd of this name could be.
+    /// Sender: the image is of a segment that a memfd with this name can hold.
     Memfd = 20,
-    /// Sender: the process needs this file.
+    /// Sender: a file that the process needs.
     File = 21,
-    /// Sender: those were all. Are they there?
+    /// Sender: the list of files is complete; the receiver compares them.
     Check = 22,
-    /// Receiver: what is wrong with one of them.
-    Lacks = 23,
-    /// Receiver: that was all.
+    /// Receiver: a file that is missing or differs.
+    FileProblem = 23,
+    /// Receiver: all files are compared.
     Checked = 24,
 }
 
-/// A decoded and bounds-checked frame header.
+/// A decoded header, whose lengths are within their limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Header {
-    /// What the frame is.
+    /// Kind of the frame.
     pub kind: FrameKind,
     /// Whether the data is zstd-compressed.
     pub compressed: bool,
@@ -97,53 +95,53 @@ pub struct Header {
     pub meta_len: usize,
     /// Length of the data, bytes.
     pub data_len: usize,
-    /// Number of this frame in its direction.
+    /// Number of the frame in its direction, from 0.
     pub seq: u64,
     checksum: u64,
 }
 
-/// Why bytes are not a frame.
+/// Bytes that are not a valid frame.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    /// The first four bytes are not ours.
+    /// The first four bytes are not [`MAGIC`].
     #[error("not a Pageferry frame (it begins with {0:02x?})")]
     Magic([u8; 4]),
-    /// A kind nobody knows.
+    /// Unknown kind.
     #[error("unknown frame kind {0}")]
     Kind(u8),
-    /// A flag or reserved bit nobody knows.
+    /// Unknown flag or reserved bit.
     #[error("unknown flags {flags:#04x} or reserved bits {reserved:#06x}")]
     Flags {
-        /// The flags byte.
+        /// Flags.
         flags: u8,
-        /// The reserved field.
+        /// Reserved field.
         reserved: u16,
     },
-    /// A length out of bounds.
+    /// A length exceeds its limit.
     #[error("a {kind:?} frame may not have {meta} bytes of metadata and {data} of data")]
     Length {
-        /// The frame's kind.
+        /// Kind of the frame.
         kind: FrameKind,
-        /// Announced metadata, bytes.
+        /// Announced length of the metadata, bytes.
         meta: u32,
-        /// Announced data, bytes.
+        /// Announced length of the data, bytes.
         data: u32,
     },
     /// A frame was lost, repeated or reordered.
-    #[error("frame number {got} where {expected} was due")]
+    #[error("frame number {got}, expected {expected}")]
     Sequence {
-        /// The number it should have.
+        /// Expected number.
         expected: u64,
-        /// The number it has.
+        /// Actual number.
         got: u64,
     },
-    /// Header or metadata were damaged.
-    #[error("checksum of a {0:?} frame does not match")]
+    /// The header or the metadata was corrupted.
+    #[error("checksum mismatch in a {0:?} frame")]
     Checksum(FrameKind),
 }
 
 impl Header {
-    /// A header for `meta` and `data_len` bytes of data, and its encoding.
+    /// Encodes the header of a frame with this metadata and `data_len` bytes of data.
     #[must_use]
     pub fn encode(
         kind: FrameKind,
@@ -159,15 +157,15 @@ impl Header {
         bytes[8..12].copy_from_slice(&len32(meta.len()).to_le_bytes());
         bytes[12..16].copy_from_slice(&len32(data_len).to_le_bytes());
         bytes[16..24].copy_from_slice(&seq.to_le_bytes());
-        let checksum = digest2(&bytes[..24], meta);
+        let checksum = digest_concat(&bytes[..24], meta);
         bytes[24..32].copy_from_slice(&checksum.to_le_bytes());
         bytes
     }
 
-    /// Checks everything about a header that can be checked before its metadata is read.
+    /// Decodes a header, and checks what can be checked before the metadata is read.
     ///
     /// # Errors
-    /// [`FrameError`], whichever applies first.
+    /// The first [`FrameError`] that applies.
     pub fn decode(bytes: &[u8; HEADER_LEN], expected_seq: u64) -> Result<Self, FrameError> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("4 bytes"));
@@ -178,20 +176,14 @@ impl Header {
         }
         let kind = FrameKind::from_wire(bytes[4]).ok_or(FrameError::Kind(bytes[4]))?;
         let (flags, reserved) = (bytes[5], u16_at(6));
-        let allowed = if kind == FrameKind::Chunk {
-            FLAG_ZSTD
-        } else {
-            0
+        let (allowed, data_max) = match kind {
+            FrameKind::Chunk => (FLAG_ZSTD, CHUNK_SIZE),
+            _ => (0, 0),
         };
         if flags & !allowed != 0 || reserved != 0 {
             return Err(FrameError::Flags { flags, reserved });
         }
         let (meta, data) = (u32_at(8), u32_at(12));
-        let data_max = if kind == FrameKind::Chunk {
-            CHUNK_SIZE
-        } else {
-            0
-        };
         if meta as usize > META_MAX || data as usize > data_max {
             return Err(FrameError::Length { kind, meta, data });
         }
@@ -212,21 +204,20 @@ impl Header {
         })
     }
 
-    /// Checks header and metadata against the checksum.
+    /// Verifies the checksum of the header and the metadata.
     ///
     /// # Errors
     /// [`FrameError::Checksum`].
     pub fn verify(&self, header: &[u8; HEADER_LEN], meta: &[u8]) -> Result<(), FrameError> {
-        if digest2(&header[..24], meta) == self.checksum {
-            Ok(())
-        } else {
-            Err(FrameError::Checksum(self.kind))
+        match digest_concat(&header[..24], meta) == self.checksum {
+            true => Ok(()),
+            false => Err(FrameError::Checksum(self.kind)),
         }
     }
 }
 
 fn len32(len: usize) -> u32 {
-    u32::try_from(len).expect("frames are bounded far below 4 GiB")
+    u32::try_from(len).expect("frames are far shorter than 4 GiB")
 }
 
 #[cfg(test)]
@@ -234,7 +225,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn golden_bytes() {
+    fn a_header_has_these_bytes() {
         let header = Header::encode(FrameKind::Chunk, true, 0x0102, b"meta", 0x1000);
         assert_eq!(&header[..8], b"PFRY\x05\x01\x00\x00");
         assert_eq!(&header[8..24], b"\x04\0\0\0\0\x10\0\0\x02\x01\0\0\0\0\0\0");
@@ -244,21 +235,21 @@ mod tests {
     }
 
     #[test]
-    fn every_flipped_bit_is_refused() {
+    fn every_flipped_bit_is_rejected() {
         let good = Header::encode(FrameKind::Chunk, false, 7, b"meta", 4096);
         for bit in 0..HEADER_LEN * 8 {
             let mut bad = good;
             bad[bit / 8] ^= 1 << (bit % 8);
-            let refused = match Header::decode(&bad, 7) {
+            let rejected = match Header::decode(&bad, 7) {
                 Err(_) => true,
                 Ok(header) => header.meta_len != 4 || header.verify(&bad, b"meta").is_err(),
             };
-            assert!(refused, "bit {bit}");
+            assert!(rejected, "bit {bit}");
         }
     }
 
     #[test]
-    fn lengths_are_bounded_before_anything_is_read() {
+    fn lengths_are_limited() {
         for (kind, meta, data) in [
             (FrameKind::Chunk, 0, CHUNK_SIZE + 1),
             (FrameKind::Hello, 0, 1),

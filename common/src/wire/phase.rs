@@ -1,53 +1,53 @@
-//! Who may say what when: one table that both ends obey.
+//! Which frame may follow which: one table that both ends obey.
 
 use super::frame::FrameKind;
 
-/// Where a connection stands. Both ends advance it with every frame sent *and* received.
+/// State of a connection. Both ends advance it with every frame sent *and* received.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Phase {
-    /// Connected; the sender speaks first.
+    /// Connected. The sender begins.
     Fresh,
-    /// Hello was said; the receiver answers.
+    /// Hello was sent. The receiver replies.
     Greeting,
     /// Between rounds.
     Ready,
-    /// In a round, no image open.
+    /// In a round, before its first image.
     Round,
-    /// In a round, an image open.
+    /// In an image of a round.
     Image,
-    /// The round was sent; the receiver makes it durable.
+    /// The round was sent. The receiver makes it durable.
     Sealing,
-    /// No more rounds; the receiver says goodbye.
+    /// No more rounds follow. The receiver acknowledges.
     Finishing,
-    /// CRIU restores; the receiver says how that went.
+    /// The receiver restores the process.
     Restoring,
-    /// Restored, and not running.
+    /// The process is restored, and does not run.
     Restored,
-    /// To be let run; the receiver says that it does.
+    /// The receiver resumes the process.
     Committing,
-    /// Asked about an earlier migration; the receiver answers.
+    /// The sender asked for the outcome of an earlier migration. The receiver replies.
     Resolving,
     /// The receiver compares files.
     Checking,
-    /// Over.
+    /// The conversation is over.
     Closed,
 }
 
-/// A frame came at the wrong time.
+/// A frame that the phase does not permit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a {kind:?} frame has no place in phase {phase:?}")]
+#[error("unexpected {kind:?} frame in phase {phase:?}")]
 pub struct OutOfPhase {
-    /// Where the connection stood.
+    /// Phase of the connection.
     pub phase: Phase,
-    /// The frame that came.
+    /// Kind of the frame.
     pub kind: FrameKind,
 }
 
 impl Phase {
-    /// The phase after a frame of `kind`.
+    /// Returns the phase after a frame of this kind.
     ///
     /// # Errors
-    /// [`OutOfPhase`] if there is no such step.
+    /// [`OutOfPhase`] if the frame is not permitted.
     pub fn advance(self, kind: FrameKind) -> Result<Self, OutOfPhase> {
         use FrameKind as K;
         let next = match (self, kind) {
@@ -66,7 +66,7 @@ impl Phase {
 
             (Self::Ready, K::File | K::State) => Some(Self::Ready),
             (Self::Ready, K::Check) => Some(Self::Checking),
-            (Self::Checking, K::Lacks) => Some(Self::Checking),
+            (Self::Checking, K::FileProblem) => Some(Self::Checking),
             (Self::Checking, K::Checked) => Some(Self::Ready),
             (Self::Ready, K::Restore) => Some(Self::Restoring),
             (Self::Restoring, K::Restored) => Some(Self::Restored),
@@ -112,7 +112,7 @@ impl Phase {
                 | K::Memfd
                 | K::File
                 | K::Check
-                | K::Lacks
+                | K::FileProblem
                 | K::Checked,
             ) => None,
         };
@@ -127,13 +127,13 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn a_whole_migration_is_in_phase() {
+    fn a_whole_migration_is_permitted() {
         let frames = [
             K::Hello,
             K::Welcome,
             K::File,
             K::Check,
-            K::Lacks,
+            K::FileProblem,
             K::Checked,
             K::RoundBegin,
             K::ImageOpen,
@@ -163,10 +163,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes: no chunk without an image, no image without a round, no round before
-        /// the welcome, and nothing after the end.
+        /// No chunk outside an image, no image outside a round, no round before Welcome, and no frame after the end.
         #[test]
-        fn no_order_of_frames_breaks_the_structure(order in prop::collection::vec(0..FrameKind::ALL.len(), 0..60)) {
+        fn permitted_frames_are_well_nested(order in prop::collection::vec(0..FrameKind::ALL.len(), 0..60)) {
             let mut phase = Phase::Fresh;
             let (mut welcomed, mut in_round, mut image, mut over) = (false, false, false, false);
             let (mut restoring, mut restored, mut committed) = (false, false, false);
@@ -190,7 +189,7 @@ mod tests {
                     }
                     K::State => prop_assert!(welcomed && !in_round),
                     K::File | K::Check => prop_assert!(welcomed && !in_round),
-                    K::Lacks | K::Checked | K::Hello | K::Finish | K::Working | K::Resolve => {}
+                    K::FileProblem | K::Checked | K::Hello | K::Finish | K::Working | K::Resolve => {}
                 }
                 phase = next;
             }

@@ -1,6 +1,6 @@
 //! Detects the protocol of a connection from its first bytes.
 
-use pageferry_common::wire::frame::MAGIC;
+use pageferry_common::wire::MAGIC;
 
 /// Number of bytes that tell the protocols apart.
 pub const FIRST_BYTES: usize = 4;

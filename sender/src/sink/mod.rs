@@ -117,7 +117,7 @@ impl SinkError {
         match self {
             Self::Wire(WireError::Refused { code, .. }) => matches!(
                 code,
-                RefuseCode::Silent | RefuseCode::Limit | RefuseCode::Busy | RefuseCode::Storage
+                RefuseCode::Silent | RefuseCode::Limit | RefuseCode::Storage
             ),
             Self::Wire(_) | Self::Connect { .. } | Self::Tls(_) => true,
             Self::UnexpectedReply

@@ -2,7 +2,7 @@
 
 use pageferry_common::needed_files::{FILES_MAX, NeededFile};
 use pageferry_common::proc::maps::{self, Mapping};
-use pageferry_common::wire::message::STRING_MAX;
+use pageferry_common::wire::STRING_MAX;
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;

@@ -50,7 +50,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Connection<R, W> {
     /// Receives the next message other than `Working`, between rounds.
     pub async fn recv(&mut self) -> Result<Message, Failure> {
         loop {
-            match self.reader.next().await? {
+            match self.reader.recv().await? {
                 Incoming::Message(Message::Working) => {}
                 Incoming::Message(message) => return Ok(message),
                 Incoming::Chunk { .. } => {

@@ -155,7 +155,7 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
         let mut digest = RoundDigest::default();
         loop {
             let incoming = tokio::select! {
-                incoming = self.connection.reader.next() => incoming?,
+                incoming = self.connection.reader.recv() => incoming?,
                 // Part of a frame may be lost here, and so is the round.
                 failure = self.writer.failure() => return Err(failure.into()),
             };
@@ -202,7 +202,7 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
         len: usize,
     ) -> Result<Payload, Failure> {
         let mut buffer = self.pool.take().await;
-        self.connection.reader.data(&mut buffer[..len]).await?;
+        self.connection.reader.recv_data(&mut buffer[..len]).await?;
         let data = buffer.freeze(len);
         if compressed {
             return Ok(Payload::Compressed(data));
@@ -248,7 +248,9 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
 
     async fn send_file_problems(&mut self) -> Result<(), Failure> {
         for what in self.files.problems.drain(..) {
-            self.connection.send(&Message::Lacks { what }).await?;
+            self.connection
+                .send(&Message::FileProblem { problem: what })
+                .await?;
         }
         self.connection.send(&Message::Checked).await?;
         Ok(())

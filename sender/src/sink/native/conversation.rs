@@ -5,7 +5,7 @@ use crate::sink::SinkError;
 use crate::sink::compress::{Compression, LinkRate, Payload};
 use crate::sink::link::{Connect, Duplex, Link, dial};
 use pageferry_common::wire::{
-    self, FrameReader, FrameWriter, Incoming, Message, Patience, Phase, SharedPhase, WireError,
+    self, FrameReader, FrameWriter, Incoming, Message, Phase, SharedPhase, StallLimit, WireError,
 };
 use pageferry_common::{PAGE_SIZE, with_causes};
 use std::os::fd::OwnedFd;
@@ -41,7 +41,7 @@ pub(super) enum Outgoing {
 pub(super) struct Conversation {
     pub(super) connect: Connect,
     /// Maximum time without progress.
-    pub(super) patience: Patience,
+    pub(super) patience: StallLimit,
     /// How long to retry connecting; zero for a single attempt.
     pub(super) retry_for: Duration,
     pub(super) counters: Arc<Counters>,
@@ -141,11 +141,11 @@ impl Conversation {
         // In these phases the receiver sends nothing before the end of the round; that it makes progress is
         // seen by writes that succeed.
         let mut reader = FrameReader::new(read, phase.clone(), self.patience.clone())
-            .patient_in(&[Phase::Ready, Phase::Round, Phase::Image]);
+            .untimed_in(&[Phase::Ready, Phase::Round, Phase::Image]);
         let mut writer = FrameWriter::new(write, phase.clone(), self.patience.clone());
         writer.send(&self.hello()).await?;
         loop {
-            match reader.next().await? {
+            match reader.recv().await? {
                 Incoming::Message(Message::Working) => {}
                 Incoming::Message(welcome @ Message::Welcome { .. }) => {
                     // Fails only if the sink was dropped, which ends the conversation anyway.
@@ -237,10 +237,10 @@ async fn recv_replies(
     replies_tx: mpsc::UnboundedSender<Message>,
 ) -> Result<(), WireError> {
     loop {
-        match reader.next().await? {
+        match reader.recv().await? {
             Incoming::Message(Message::Working) => {}
             Incoming::Message(
-                message @ (Message::Lacks { .. }
+                message @ (Message::FileProblem { .. }
                 | Message::Checked
                 | Message::RoundAck { .. }
                 | Message::Restored

@@ -5,8 +5,9 @@ use crate::sink::link::{Connect, Link, dial};
 use crate::sink::{CommitError, Destination, Outcome, SinkError};
 use pageferry_common::criu::Options;
 use pageferry_common::needed_files::NeededFile;
-use pageferry_common::wire::message::PIECE_MAX;
-use pageferry_common::wire::{FrameReader, FrameWriter, Incoming, Message, SharedPhase, WireError};
+use pageferry_common::wire::{
+    FrameReader, FrameWriter, Incoming, Message, PIECE_MAX, SharedPhase, WireError,
+};
 use pageferry_common::{Claim, StateName};
 use rustls::ClientConfig;
 use std::io::{self, Read};
@@ -29,7 +30,7 @@ impl Destination for NativeSink {
         let mut lacks = Vec::new();
         loop {
             match self.link.recv()? {
-                Message::Lacks { what } if lacks.len() < max_lacks => lacks.push(what),
+                Message::FileProblem { problem } if lacks.len() < max_lacks => lacks.push(problem),
                 Message::Checked => return Ok(lacks),
                 _ => return Err(SinkError::UnexpectedReply),
             }
@@ -127,7 +128,7 @@ async fn request_outcome(
     let mut writer = FrameWriter::new(write, phase, stall);
     writer.send(&Message::Resolve(claim)).await?;
     loop {
-        match reader.next().await? {
+        match reader.recv().await? {
             Incoming::Message(Message::Working) => {}
             Incoming::Message(Message::Outcome { running: true }) => return Ok(Outcome::Running),
             Incoming::Message(Message::Outcome { running: false }) => return Ok(Outcome::Aborted),

@@ -15,7 +15,7 @@ use crate::progress::Counters;
 use bytes::Bytes;
 use conversation::{Conversation, Outgoing};
 use pageferry_common::digest::{RoundDigest, digest};
-use pageferry_common::wire::{self, Chunk, Entry, Message, Patience, RoundKind, Totals};
+use pageferry_common::wire::{self, Chunk, Entry, Message, RoundKind, StallLimit, Totals};
 use pageferry_common::{BufferPool, ImageId, MemfdName, with_causes};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,7 +29,7 @@ pub struct NativeSink {
     rate: Arc<LinkRate>,
     counters: Arc<Counters>,
     /// Maximum time without progress on the connection.
-    patience: Patience,
+    patience: StallLimit,
     /// Bytes sent when the round began.
     round_start: u64,
     /// Rounds that the receiver has acknowledged.
@@ -53,7 +53,7 @@ impl NativeSink {
         let counters = Arc::new(Counters::default());
         let compressor = Compressor::new(connect.compression, pool).map_err(SinkError::Io)?;
         let rate = Arc::default();
-        let patience = Patience::from(connect.stall);
+        let patience = StallLimit::from(connect.stall);
         let conversation = Conversation {
             connect: connect.clone(),
             patience: patience.clone(),
