@@ -22,6 +22,11 @@ need() {
     done
 }
 
+# Prints the path of cargo-deny: the one in PATH, else the one that scripts/setup has installed.
+cargo_deny() {
+    command -v cargo-deny || printf '%s\n' "$cache_home/pageferry-cargo-deny/bin/cargo-deny"
+}
+
 # The Debian archive that this machine already uses, whichever file names it.
 debian_mirror() {
     local uri

@@ -5,6 +5,8 @@
 //! `sender` → `common` ← `receiver`.
 
 #![deny(unsafe_code)]
+// Faults of peers, /proc and files are errors; `expect` says why an invariant of our own holds.
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod cli;
 pub mod criu;

@@ -41,7 +41,7 @@ impl NeededFile {
         let mut open = OpenOptions::new();
         let file = open
             .read(true)
-            .custom_flags(nix::libc::O_NONBLOCK)
+            .custom_flags(libc::O_NONBLOCK)
             .open(Path::new(path))?;
         let size = file.metadata()?.len();
         let mut head = Vec::new();

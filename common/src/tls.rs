@@ -96,12 +96,12 @@ impl TlsFiles {
         };
         let mut roots = RootCertStore::empty();
         for authority in certificates(ca)? {
-            roots.add(authority).map_err(|error| bad(ca, error))?;
+            roots.add(authority).map_err(|error| bad(ca, &error))?;
         }
         Ok(Some(Identity {
             roots: Arc::new(roots),
             chain: certificates(cert)?,
-            key: PrivateKeyDer::from_pem_file(key).map_err(|error| bad(key, error))?,
+            key: PrivateKeyDer::from_pem_file(key).map_err(|error| bad(key, &error))?,
         }))
     }
 }
@@ -111,17 +111,17 @@ fn provider() -> Arc<rustls::crypto::CryptoProvider> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let all = CertificateDer::pem_file_iter(path).map_err(|error| bad(path, error))?;
+    let all = CertificateDer::pem_file_iter(path).map_err(|error| bad(path, &error))?;
     let all: Vec<_> = all
         .collect::<Result<_, _>>()
-        .map_err(|error| bad(path, error))?;
+        .map_err(|error| bad(path, &error))?;
     match all.is_empty() {
-        true => Err(bad(path, "there is no certificate in it")),
+        true => Err(bad(path, &"there is no certificate in it")),
         false => Ok(all),
     }
 }
 
-fn bad(path: &Path, why: impl ToString) -> TlsError {
+fn bad(path: &Path, why: &impl ToString) -> TlsError {
     TlsError::File {
         path: path.to_owned(),
         why: why.to_string(),

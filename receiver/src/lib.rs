@@ -2,6 +2,8 @@
 //! files. A round becomes visible only when it is complete.
 
 #![deny(unsafe_code)]
+// Faults of peers, /proc and files are errors; `expect` says why an invariant of our own holds.
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 pub mod cli;
 pub mod file_error;

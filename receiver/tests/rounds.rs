@@ -209,26 +209,26 @@ fn verify_detects_every_damage() {
     type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
     let cases: [Damage<'_>; 7] = [
         ("has 28672", &|home| {
-            set_len(&home.join("1/pages-131074.img"), 7 * PAGE_SIZE)
+            set_len(&home.join("1/pages-131074.img"), 7 * PAGE_SIZE);
         }),
         ("has 36864", &|home| {
-            set_len(&home.join("1/pages-131074.img"), 9 * PAGE_SIZE)
+            set_len(&home.join("1/pages-131074.img"), 9 * PAGE_SIZE);
         }),
         ("cannot open", &|home| {
-            fs::remove_file(home.join("1/pages-131074.img")).unwrap()
+            fs::remove_file(home.join("1/pages-131074.img")).unwrap();
         }),
         ("is not in the parent", &|home| {
             fs::remove_file(home.join("1/pagemap-7.img")).unwrap();
             fs::remove_file(home.join("1/pages-131074.img")).unwrap();
         }),
         ("cannot follow", &|home| {
-            fs::rename(home.join("1"), home.join("x")).unwrap()
+            fs::rename(home.join("1"), home.join("x")).unwrap();
         }),
         ("cannot read", &|home| {
-            set_len(&home.join("2/pagemap-7.img"), 21)
+            set_len(&home.join("2/pagemap-7.img"), 21);
         }),
         ("belongs to no pagemap", &|home| {
-            fs::write(home.join("2/pages-9.img"), "").unwrap()
+            fs::write(home.join("2/pages-9.img"), "").unwrap();
         }),
     ];
     for (problem, damage) in cases {

@@ -4,6 +4,8 @@
 //! Read [`migrate`] from top to bottom; everything else is called from there. All `unsafe` code is in [`sys`].
 
 #![deny(unsafe_code)]
+// Faults of peers, /proc and files are errors; `expect` says why an invariant of our own holds.
+#![cfg_attr(not(test), warn(clippy::unwrap_used))]
 
 mod advice;
 pub mod baseline;

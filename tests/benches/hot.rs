@@ -100,7 +100,7 @@ fn chunks(criterion: &mut Criterion) {
     let mut group = criterion.benchmark_group("chunk");
     group.throughput(Throughput::Bytes(CHUNK_SIZE as u64));
     group.bench_function("checksum", |bencher| {
-        bencher.iter(|| digest(black_box(&pages)))
+        bencher.iter(|| digest(black_box(&pages)));
     });
     let mut zstd = zstd::bulk::Compressor::new(DEFAULT_LEVEL).expect("there is such a level");
     let mut smaller = vec![0; CHUNK_SIZE];

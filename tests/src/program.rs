@@ -17,7 +17,7 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub(crate) struct Lines(mpsc::Receiver<String>);
 
 impl Lines {
-    pub(crate) fn of(pipe: impl Read + std::marker::Send + 'static) -> Self {
+    pub(crate) fn of(pipe: impl Read + Send + 'static) -> Self {
         let (sender, receiver) = mpsc::channel();
         thread::Builder::new()
             .name("lines".into())

@@ -185,9 +185,9 @@ impl Postgres {
             .status();
         assert!(initdb.expect("it is there: run scripts/setup").success());
         let rules = data.join("pg_hba.conf");
-        let trust = std::fs::read_to_string(&rules).expect("initdb wrote it");
+        let trust = fs::read_to_string(&rules).expect("initdb wrote it");
         let trust = trust + "host all all 10.0.0.0/8 trust\n";
-        std::fs::write(&rules, trust).expect("we are root");
+        fs::write(&rules, trust).expect("we are root");
         let mut server = Command::new(through.get_program());
         server.args(through.get_args());
         server.args(["unshare", "--ipc", "setpriv", "--init-groups"]);

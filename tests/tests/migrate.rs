@@ -183,8 +183,8 @@ fn memory_is_filled_while_mappings_change() {
             fillers.next().ok_or_else(|| "not yet".to_owned())
         });
         let slow = std::thread::spawn(move || {
-            let filler = nix::unistd::Pid::from_raw(filler);
-            let signal = |signal| nix::sys::signal::kill(filler, signal).is_ok();
+            let filler = Pid::from_raw(filler);
+            let signal = |signal| kill(filler, signal).is_ok();
             let ms = std::time::Duration::from_millis;
             let mut stops = 0;
             // The filler exits when it is done.
@@ -254,7 +254,7 @@ fn resolve(pid: i32) -> Finished {
 }
 
 fn resolve_within(pid: i32, time: &str) -> Finished {
-    let mut send = pageferry_tests::pair::send_command();
+    let mut send = send_command();
     send.args(["--resolve", &pid.to_string(), "--timeout", time]);
     Program::start(&mut send).finish()
 }
@@ -376,8 +376,8 @@ fn interrupted_hand_over_leaves_the_target_running() {
             false => Ok(()),
         }
     });
-    let program = nix::unistd::Pid::from_raw(send.program().pid());
-    nix::sys::signal::kill(program, nix::sys::signal::Signal::SIGINT).unwrap();
+    let program = Pid::from_raw(send.program().pid());
+    kill(program, Signal::SIGINT).unwrap();
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(130), "{}", sent.stderr);
     assert_eq!(the_only_copy(&[victim.pid()]), victim.pid());
@@ -553,8 +553,8 @@ fn hanging_restore_is_aborted() {
     let waiting: Vec<_> = programs[2..].to_vec();
     assert!(!waiting.is_empty());
     for &pid in &waiting {
-        let pid = nix::unistd::Pid::from_raw(pid);
-        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
+        let pid = Pid::from_raw(pid);
+        kill(pid, Signal::SIGSTOP).unwrap();
     }
     link.forward();
     let sent = send.finish();
@@ -615,7 +615,7 @@ fn process_moves_back_and_forth() {
     let mut copy = victim.pid();
     for number in 0..moves {
         let to = receivers[number % 2].address();
-        let mut send = pageferry_tests::pair::send_command();
+        let mut send = send_command();
         if number > 0 {
             // The process is on that host, in its PID namespace.
             let program = send.get_program().to_owned();

@@ -247,11 +247,11 @@ type Hinder = fn(&Path);
 const HINDRANCES: [(&str, Hinder); 3] = [
     ("the disk is full", |_| {}),
     ("its directory is gone", |dir| {
-        fs::remove_dir_all(dir).unwrap()
+        fs::remove_dir_all(dir).unwrap();
     }),
     // Detected at the very end, when everything is received.
     ("the name is taken", |dir| {
-        fs::create_dir_all(dir.join("criu-1/by another")).unwrap()
+        fs::create_dir_all(dir.join("criu-1/by another")).unwrap();
     }),
 ];
 

@@ -5,7 +5,7 @@ use prost::Message;
 /// Kind of a request and of its response.
 #[derive(Debug, Clone, Copy)]
 #[repr(i32)]
-pub enum Kind {
+pub(super) enum Kind {
     Dump = 1,
     Restore = 2,
     Notify = 6,
@@ -15,7 +15,7 @@ pub enum Kind {
 
 /// `criu_req`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Request {
+pub(super) struct Request {
     #[prost(int32, required, tag = "1")]
     pub kind: i32,
     #[prost(message, optional, tag = "2")]
@@ -27,7 +27,7 @@ pub struct Request {
 }
 
 impl Request {
-    pub fn new(kind: Kind) -> Self {
+    pub(super) fn new(kind: Kind) -> Self {
         Self {
             kind: kind as i32,
             opts: None,
@@ -39,7 +39,7 @@ impl Request {
 
 /// `criu_opts`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Opts {
+pub(super) struct Opts {
     #[prost(int32, required, tag = "1")]
     pub images_dir_fd: i32,
     #[prost(int32, optional, tag = "2")]
@@ -72,21 +72,21 @@ pub struct Opts {
 
 /// `criu_features`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Features {
+pub(super) struct Features {
     #[prost(bool, optional, tag = "2")]
     pub lazy_pages: Option<bool>,
 }
 
 /// `criu_page_server_info`.
 #[derive(Clone, PartialEq, Message)]
-pub struct PageServerInfo {
+pub(super) struct PageServerInfo {
     #[prost(int32, optional, tag = "4")]
     pub fd: Option<i32>,
 }
 
 /// `criu_resp`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Response {
+pub(super) struct Response {
     #[prost(int32, required, tag = "1")]
     pub kind: i32,
     #[prost(bool, required, tag = "2")]
@@ -105,7 +105,7 @@ pub struct Response {
 
 /// `criu_notify`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Notify {
+pub(super) struct Notify {
     #[prost(string, optional, tag = "1")]
     pub script: Option<String>,
     #[prost(int32, optional, tag = "2")]
@@ -114,7 +114,7 @@ pub struct Notify {
 
 /// `criu_version`.
 #[derive(Clone, PartialEq, Message)]
-pub struct Version {
+pub(super) struct Version {
     #[prost(int32, required, tag = "1")]
     pub major: i32,
     #[prost(int32, required, tag = "2")]

@@ -298,7 +298,7 @@ mod tests {
         let pieces = |range| {
             let mut all = Vec::new();
             cut(range, &vmas, &stacks, |range, needed| {
-                all.push((range, needed))
+                all.push((range, needed));
             });
             all
         };

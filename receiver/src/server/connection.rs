@@ -25,7 +25,7 @@ pub(super) struct Connection {
 
 impl Connection {
     /// Serves the connection until it ends. Returns `None` if no migration began.
-    pub async fn serve(
+    pub(super) async fn serve(
         mut self,
         stream: TcpStream,
         secure: Option<&Secure>,

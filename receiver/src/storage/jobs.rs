@@ -65,7 +65,11 @@ pub(crate) struct RoundWriter {
 
 impl RoundWriter {
     /// Returns a writer of the migration in `home`, which may take what `quota` allows.
-    pub fn new(home: PathBuf, quota: Arc<Quota>, cache: Option<Arc<Mutex<RestoreCache>>>) -> Self {
+    pub(crate) fn new(
+        home: PathBuf,
+        quota: Arc<Quota>,
+        cache: Option<Arc<Mutex<RestoreCache>>>,
+    ) -> Self {
         Self {
             home,
             quota,
@@ -80,7 +84,7 @@ impl RoundWriter {
     ///
     /// # Errors
     /// [`Refusal`] of the job that failed.
-    pub fn run(mut self, mut jobs_rx: mpsc::Receiver<Job>) -> Result<(), Refusal> {
+    pub(crate) fn run(mut self, mut jobs_rx: mpsc::Receiver<Job>) -> Result<(), Refusal> {
         let mut decompressor = Decompressor::new()
             .map_err(|error| Refusal::new(RefuseCode::Limit, error.to_string()))?;
         while let Some(job) = jobs_rx.blocking_recv() {

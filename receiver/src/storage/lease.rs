@@ -14,7 +14,7 @@ pub(crate) struct Leases(Arc<Mutex<BTreeMap<PathBuf, Disconnect>>>);
 impl Leases {
     /// Leases the migration in `home` to the connection of `disconnect`. If another connection holds it,
     /// closes that one, whose sender reports it lost by connecting again, and returns `None`.
-    pub fn try_lease(&self, home: &Path, disconnect: &Disconnect) -> Option<Lease> {
+    pub(crate) fn try_lease(&self, home: &Path, disconnect: &Disconnect) -> Option<Lease> {
         let mut holders = self.lock();
         if let Some(holder) = holders.get(home) {
             holder.shut_down();
@@ -28,7 +28,7 @@ impl Leases {
     }
 
     /// Returns whether a connection holds the migration in `home`.
-    pub fn is_leased(&self, home: &Path) -> bool {
+    pub(crate) fn is_leased(&self, home: &Path) -> bool {
         self.lock().contains_key(home)
     }
 

@@ -18,7 +18,7 @@ impl<J: Send + 'static> WriterThread<J> {
     ///
     /// # Errors
     /// [`Refusal`] if there are too many threads.
-    pub fn start(
+    pub(crate) fn start(
         depth: usize,
         work: impl FnOnce(mpsc::Receiver<J>) -> Result<(), Refusal> + Send + 'static,
     ) -> Result<Self, Refusal> {
@@ -47,7 +47,7 @@ impl<J: Send + 'static> WriterThread<J> {
     ///
     /// # Errors
     /// Why the thread has exited.
-    pub async fn send(&mut self, job: J) -> Result<(), Failure> {
+    pub(crate) async fn send(&mut self, job: J) -> Result<(), Failure> {
         let sent = match &self.jobs_tx {
             Some(jobs_tx) => jobs_tx.send(job).await.is_ok(),
             None => false,
@@ -59,7 +59,7 @@ impl<J: Send + 'static> WriterThread<J> {
     }
 
     /// Waits until a job has failed; never returns if none does.
-    pub async fn failure(&mut self) -> Refusal {
+    pub(crate) async fn failure(&mut self) -> Refusal {
         match self.failed_rx.recv().await {
             Some(failure) => failure,
             None => std::future::pending().await,
@@ -67,13 +67,13 @@ impl<J: Send + 'static> WriterThread<J> {
     }
 
     /// Returns why the thread has exited, or is about to.
-    pub async fn exit_reason(&mut self) -> Refusal {
+    pub(crate) async fn exit_reason(&mut self) -> Refusal {
         let panicked = || Refusal::new(RefuseCode::Storage, "the writing thread panicked");
         self.failed_rx.recv().await.unwrap_or_else(panicked)
     }
 
     /// Stops the thread after the jobs that are queued, and waits until it has exited.
-    pub async fn join(&mut self) {
+    pub(crate) async fn join(&mut self) {
         self.jobs_tx = None;
         while self.failed_rx.recv().await.is_some() {}
     }

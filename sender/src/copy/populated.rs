@@ -15,7 +15,7 @@ const REMOVED_WINDOW_PAGES: u64 = 512;
 /// Finds the populated ranges of a segment, in ascending order. To find the end of one, the kernel visits
 /// each of its pages, which takes tens of milliseconds where it has gigabytes: so this is avoided if only a
 /// few pages are wanted.
-pub struct Populated<'a> {
+pub(super) struct Populated<'a> {
     file: &'a File,
     /// The populated range found last.
     last: Option<PageRange>,
@@ -26,7 +26,7 @@ pub struct Populated<'a> {
 impl<'a> Populated<'a> {
     /// Starts a search.
     #[must_use]
-    pub fn new(file: &'a File) -> Self {
+    pub(super) fn new(file: &'a File) -> Self {
         Self {
             file,
             last: None,
@@ -36,7 +36,7 @@ impl<'a> Populated<'a> {
 
     /// Returns the first populated range that does not end before the start of `wanted`; more pages may be
     /// populated directly behind it.
-    pub fn at(
+    pub(super) fn at(
         &mut self,
         wanted: PageRange,
         removed_pages: Option<&RemovedPages>,

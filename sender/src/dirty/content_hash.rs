@@ -10,14 +10,14 @@ use std::io;
 
 /// Tracker for which every populated page may have been written.
 #[derive(Debug)]
-pub struct ContentHash(Scanner);
+pub(super) struct ContentHash(Scanner);
 
 impl ContentHash {
     /// Creates the tracker.
     ///
     /// # Errors
     /// Errors of opening `/proc/self/pagemap`.
-    pub fn probe() -> io::Result<Self> {
+    pub(super) fn probe() -> io::Result<Self> {
         Scanner::probe().map(Self)
     }
 }

@@ -13,7 +13,7 @@ const SCAN_ROOM: usize = 32_768;
 
 /// What a scan does to the written pages that it lists.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ScanMode {
+pub(super) enum ScanMode {
     /// Nothing.
     Report,
     /// Write-protects them again, which begins the next epoch. Only `PAGEMAP_SCAN` can.
@@ -36,14 +36,14 @@ fn own_pages(file: bool) -> Query {
 
 /// Scans page tables; owns the scratch space for it.
 #[derive(Debug, Clone)]
-pub struct Scanner {
+pub(super) struct Scanner {
     room: Vec<Region>,
     has_scan: bool,
 }
 
 impl Scanner {
     /// Creates a scanner, and checks whether the kernel has `PAGEMAP_SCAN`.
-    pub fn probe() -> io::Result<Self> {
+    pub(super) fn probe() -> io::Result<Self> {
         let mut scanner = Self {
             room: vec![Region::default(); SCAN_ROOM],
             has_scan: true,
@@ -55,13 +55,13 @@ impl Scanner {
     }
 
     /// Returns whether the kernel has `PAGEMAP_SCAN`.
-    pub fn has_scan(&self) -> bool {
+    pub(super) fn has_scan(&self) -> bool {
         self.has_scan
     }
 
     /// Calls `each` with every run of the process's own pages in `part`, and with the categories in `report`
     /// that apply to it.
-    pub fn own_pages(
+    pub(super) fn own_pages(
         &mut self,
         pagemap: &File,
         part: Part,
@@ -83,7 +83,7 @@ impl Scanner {
 
     /// Write-protects all pages of `range`, populated or not, and calls `each` with every run of them and the
     /// categories in `report` that applied to it. Works only with `PAGEMAP_SCAN`.
-    pub fn protect_all(
+    pub(super) fn protect_all(
         &mut self,
         pagemap: &File,
         range: PageRange,
@@ -99,7 +99,7 @@ impl Scanner {
     }
 
     /// Calls [`pagemap::scan_unprotected`] with the scratch space.
-    pub fn unprotected_pages(
+    pub(super) fn unprotected_pages(
         &mut self,
         pagemap: &File,
         range: PageRange,

@@ -15,7 +15,7 @@ use std::io;
 
 /// Tracker that uses soft-dirty bits.
 #[derive(Debug)]
-pub struct SoftDirty {
+pub(super) struct SoftDirty {
     scanner: Scanner,
     /// Pages of each process that were written in the epoch that ended last, by PID.
     written: HashMap<i32, PageSet>,
@@ -30,7 +30,7 @@ impl SoftDirty {
     ///
     /// # Errors
     /// `Unsupported`, or errors of reading `/proc/self/pagemap`.
-    pub fn probe() -> io::Result<Self> {
+    pub(super) fn probe() -> io::Result<Self> {
         let mut scanner = Scanner::probe()?;
         let memory = vec![1u8; 2 * PAGE_SIZE as usize];
         let page = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);

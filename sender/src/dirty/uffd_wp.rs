@@ -17,7 +17,7 @@ use std::thread;
 
 /// Tracker that uses userfaultfd write-protection.
 #[derive(Debug)]
-pub struct UffdWp {
+pub(super) struct UffdWp {
     scanner: Scanner,
     /// Tracked processes, by PID.
     armed: HashMap<i32, Armed>,
@@ -80,7 +80,7 @@ impl UffdWp {
     /// # Errors
     /// Errors of the kernel; `Unsupported` on other architectures than x86-64, `ENOTTY` without
     /// `PAGEMAP_SCAN`.
-    pub fn probe() -> io::Result<Self> {
+    pub(super) fn probe() -> io::Result<Self> {
         if !cfg!(target_arch = "x86_64") {
             return Err(io::ErrorKind::Unsupported.into());
         }

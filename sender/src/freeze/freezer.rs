@@ -277,7 +277,9 @@ impl Freezer<'_> {
                         ptrace::interrupt(tid).and_then(|()| ptrace::resume(tid, signal)),
                     )?,
                     Some(Stop::Syscall) => {
-                        ignore_exited(ptrace::interrupt(tid).and_then(|()| ptrace::resume(tid, 0)))?
+                        ignore_exited(
+                            ptrace::interrupt(tid).and_then(|()| ptrace::resume(tid, 0)),
+                        )?;
                     }
                     Some(Stop::Gone) => {
                         exited.push(tid);

@@ -18,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 ///
 /// # Errors
 /// The reason why this process cannot have a userfaultfd; the process is unchanged then.
-pub fn userfaultfd(pid: i32, tid: Tid) -> io::Result<OwnedFd> {
+pub(super) fn userfaultfd(pid: i32, tid: Tid) -> io::Result<OwnedFd> {
     let pidfd = pidfd::open(pid)?;
     let mut thread = BorrowedThread::take(pid, tid)?;
     let created = thread

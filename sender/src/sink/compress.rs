@@ -42,7 +42,7 @@ const WINDOW_BYTES: f64 = (4 << 20) as f64;
 /// Rate at which the link sends data. The network thread records its writes here; the thread that compresses
 /// reads the rate and the backlog.
 #[derive(Debug, Default)]
-pub struct LinkRate {
+pub(super) struct LinkRate {
     /// Bytes queued for the network thread.
     queued: AtomicU64,
     /// Seconds per byte, as the bits of an `f64`; 0 while unknown. Written by one thread only.
@@ -53,18 +53,18 @@ pub struct LinkRate {
 
 impl LinkRate {
     /// Sets the socket whose unsent bytes count as backlog. It is watched until its owner drops it.
-    pub fn watch(&self, socket: &Arc<OwnedFd>) {
+    pub(super) fn watch(&self, socket: &Arc<OwnedFd>) {
         *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(socket);
     }
 
     /// Adds bytes to the queue of the network thread.
-    pub fn queue(&self, bytes: usize) {
+    pub(super) fn queue(&self, bytes: usize) {
         self.queued.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// Returns the bytes that the kernel has accepted but the peer has not acknowledged. The kernel accepts
     /// megabytes at once, however slow the link is. Returns 0 without a connection.
-    pub fn unsent(&self) -> u64 {
+    pub(super) fn unsent(&self) -> u64 {
         let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
         let bytes = socket
             .upgrade()
@@ -74,7 +74,7 @@ impl LinkRate {
 
     /// Records that the network thread wrote `bytes` from its queue in time `took`; `unsent_before` is what
     /// [`LinkRate::unsent`] returned before the write.
-    pub fn record_write(&self, bytes: usize, took: Duration, unsent_before: u64) {
+    pub(super) fn record_write(&self, bytes: usize, took: Duration, unsent_before: u64) {
         self.queued.fetch_sub(bytes as u64, Ordering::Relaxed);
         let unsent = self.unsent();
         let sent = (unsent_before + bytes as u64).saturating_sub(unsent);

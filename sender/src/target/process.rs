@@ -178,7 +178,7 @@ mod tests {
         let pid = shell.id() as i32;
         let depth = namespace_depth(pid).unwrap();
         let mut process = Process::open(pid, pid, depth).unwrap();
-        let mut lines = std::io::BufReader::new(shell.stdout.take().unwrap()).lines();
+        let mut lines = io::BufReader::new(shell.stdout.take().unwrap()).lines();
         lines.next().unwrap().unwrap();
         assert!(!process.reaped_no_child().unwrap());
         assert!(process.reaped_no_child().unwrap());
@@ -206,11 +206,7 @@ mod tests {
             .unwrap();
         let (mut stdin, stdout) = (cat.stdin.take().unwrap(), cat.stdout.take().unwrap());
         writeln!(stdin).unwrap();
-        std::io::BufReader::new(stdout)
-            .lines()
-            .next()
-            .unwrap()
-            .unwrap();
+        io::BufReader::new(stdout).lines().next().unwrap().unwrap();
         assert_eq!(children_faults(cat.id() as i32).unwrap(), None);
         drop(stdin);
         cat.wait().unwrap();

@@ -17,10 +17,10 @@ use std::sync::Arc;
 
 /// Bits of the first byte.
 mod how {
-    pub const WIDE: u8 = 1;
-    pub const CHAIN: u8 = 2;
+    pub(super) const WIDE: u8 = 1;
+    pub(super) const CHAIN: u8 = 2;
     /// Requests pages.
-    pub const GIVE: u8 = 4;
+    pub(super) const GIVE: u8 = 4;
 }
 
 /// Maximum number of pages after one header.

@@ -17,15 +17,15 @@ const PAGES_MAX: u64 = 16;
 
 /// Changes to a frame: bits of the byte after its kind.
 mod how {
-    pub const COMPRESSED: u8 = 1;
-    pub const MISNUMBERED: u8 = 2;
-    pub const DAMAGED: u8 = 4;
+    pub(super) const COMPRESSED: u8 = 1;
+    pub(super) const MISNUMBERED: u8 = 2;
+    pub(super) const DAMAGED: u8 = 4;
     /// Leaves values that depend on earlier frames uncorrected.
-    pub const AS_IT_IS: u8 = 8;
-    pub const CUT: u8 = 16;
+    pub(super) const AS_IT_IS: u8 = 8;
+    pub(super) const CUT: u8 = 16;
     /// Begins another connection with this frame.
-    pub const ANEW: u8 = 32;
-    pub const ZEROS: u8 = 64;
+    pub(super) const ANEW: u8 = 32;
+    pub(super) const ZEROS: u8 = 64;
 }
 
 /// Runs any number of connections, one after the other, with a receiver that keeps rounds. The input is a list of

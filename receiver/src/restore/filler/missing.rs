@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 /// Missing pages by their address. Each also has its address in the images, which differs once the process
 /// has moved the page (`mremap`).
 #[derive(Debug, Clone, Default)]
-pub struct Missing {
+pub(super) struct Missing {
     /// Start address of each piece: its end address, and its start address in the images.
     pieces: BTreeMap<u64, (u64, u64)>,
 }
@@ -14,7 +14,7 @@ pub struct Missing {
 impl Missing {
     /// Creates the set of pages in `ranges`, which ascend. Their addresses are those in the images.
     #[must_use]
-    pub fn new(ranges: &[PageRange]) -> Self {
+    pub(super) fn new(ranges: &[PageRange]) -> Self {
         let joined = ranges.chunk_by(|one, next| one.end() == next.start());
         let pieces = joined.filter_map(|run| {
             let start = run.first()?.start();
@@ -42,7 +42,7 @@ impl Missing {
     /// Returns the first missing pages in `range`, up to a gap, and the address of the first one in the
     /// images.
     #[must_use]
-    pub fn first_in(&self, range: PageRange) -> Option<(PageRange, u64)> {
+    pub(super) fn first_in(&self, range: PageRange) -> Option<(PageRange, u64)> {
         let before = self.pieces.range(..=range.start()).next_back();
         let after = self.pieces.range(range.start()..range.end()).next();
         [before, after]
@@ -56,12 +56,12 @@ impl Missing {
     }
 
     /// Removes pages, whether or not they are missing.
-    pub fn remove(&mut self, range: PageRange) {
+    pub(super) fn remove(&mut self, range: PageRange) {
         self.take(range, |_, _| {});
     }
 
     /// Moves pages: those at `from` are at `to` now.
-    pub fn remap(&mut self, from: PageRange, to: PageRange) {
+    pub(super) fn remap(&mut self, from: PageRange, to: PageRange) {
         let mut moved = Vec::new();
         self.take(from, |range, image| moved.push((range, image)));
         self.remove(to);
@@ -93,14 +93,14 @@ impl Missing {
     }
 
     /// Returns the missing pages, in ascending order.
-    pub fn iter(&self) -> impl Iterator<Item = PageRange> + '_ {
+    pub(super) fn iter(&self) -> impl Iterator<Item = PageRange> + '_ {
         let ranges = self.pieces.iter();
         ranges.filter_map(|(&start, &(end, _))| PageRange::from_bounds(start, end))
     }
 
     /// Returns whether no page is missing.
     #[must_use]
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.pieces.is_empty()
     }
 }

@@ -33,7 +33,7 @@ pub(super) struct Connection<R, W> {
 
 impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Connection<R, W> {
     /// Returns a connection on which the sender is about to send its first message.
-    pub fn new(read: R, write: W, stall: Duration) -> Self {
+    pub(super) fn new(read: R, write: W, stall: Duration) -> Self {
         let phase = SharedPhase::default();
         Self {
             reader: FrameReader::new(read, phase.clone(), stall),
@@ -43,12 +43,12 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Connection<R, W> {
     }
 
     /// Keeps a sender's slot until the connection is closed.
-    pub fn hold(&mut self, slot: SenderSlot) {
+    pub(super) fn hold(&mut self, slot: SenderSlot) {
         self.slot = Some(slot);
     }
 
     /// Receives the next message other than `Working`, between rounds.
-    pub async fn recv(&mut self) -> Result<Message, Failure> {
+    pub(super) async fn recv(&mut self) -> Result<Message, Failure> {
         loop {
             match self.reader.recv().await? {
                 Incoming::Message(Message::Working) => {}
@@ -62,13 +62,13 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Connection<R, W> {
     }
 
     /// Sends a message.
-    pub async fn send(&mut self, message: &Message) -> Result<(), WireError> {
+    pub(super) async fn send(&mut self, message: &Message) -> Result<(), WireError> {
         self.writer.send(message).await
     }
 
     /// Leases the migration in `home`. If another connection holds it, closes that one and waits until its
     /// conversation has ended.
-    pub async fn lease(
+    pub(super) async fn lease(
         &mut self,
         store: &Store,
         home: &Path,
@@ -85,7 +85,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Connection<R, W> {
 
     /// Sends the reason why the conversation ends, unless the connection is lost, and waits until the
     /// sender has received it or [`REFUSAL_LINGER`] is over.
-    pub async fn send_refusal(&mut self, failure: &Failure) {
+    pub(super) async fn send_refusal(&mut self, failure: &Failure) {
         let (code, reason) = match failure {
             Failure::Refusal(refusal) => (refusal.code, refusal.reason.clone()),
             Failure::Wire(

@@ -55,7 +55,7 @@ struct Hello {
 }
 
 impl<'c, 'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Greeting<'c, 'a, R, W> {
-    pub fn new(
+    pub(super) fn new(
         connection: &'c mut Connection<R, W>,
         context: &'a ServerContext,
         pending: Pending,
@@ -71,7 +71,7 @@ impl<'c, 'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Greeting<'c, 'a, R, W>
     ///
     /// # Errors
     /// [`Failure`] if this sender, or this migration, is not accepted.
-    pub async fn run(self) -> Result<Greeted<'a>, Failure> {
+    pub(super) async fn run(self) -> Result<Greeted<'a>, Failure> {
         match self.pending.within_deadline(self.connection.recv()).await? {
             // A question takes no sender slot: the connection stays pending.
             Message::Resolve(claim) => {

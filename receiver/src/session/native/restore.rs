@@ -50,7 +50,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Restoring<'_, R, W> {
     ///
     /// # Errors
     /// [`Failure`]; the process runs here only if it was committed.
-    pub async fn run(self) -> Result<(), Failure> {
+    pub(super) async fn run(self) -> Result<(), Failure> {
         let Self {
             connection,
             plan,

@@ -62,7 +62,7 @@ struct StateImages {
 }
 
 impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
-    pub fn new<'w: 'a>(
+    pub(super) fn new<'w: 'a>(
         connection: &'a mut Connection<R, W>,
         context: &'a ServerContext,
         workspace: &'a mut Workspace<'w>,
@@ -85,7 +85,7 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
     ///
     /// # Errors
     /// [`Failure`]; complete rounds stay.
-    pub async fn run(mut self) -> Result<Received<'a, R, W>, Failure> {
+    pub(super) async fn run(mut self) -> Result<Received<'a, R, W>, Failure> {
         loop {
             match self.connection.recv().await? {
                 Message::RoundBegin {

@@ -10,7 +10,7 @@ use pageferry_common::wire::{
 };
 use pageferry_common::{Claim, StateName};
 use rustls::ClientConfig;
-use std::io::{self, Read};
+use std::io::Read;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::io::split;
@@ -37,7 +37,7 @@ impl Destination for NativeSink {
         }
     }
 
-    fn put_state(&mut self, name: &StateName, image: &mut dyn io::Read) -> Result<(), SinkError> {
+    fn put_state(&mut self, name: &StateName, image: &mut dyn Read) -> Result<(), SinkError> {
         let mut last = false;
         while !last {
             let mut piece = Vec::new();

@@ -22,7 +22,7 @@ const LOOK: Duration = Duration::from_millis(5);
 /// Occupies as much memory as images of a given size need, and releases it just before they need it. The host of a
 /// virtual machine reclaims memory that was free for a second; allocating it again costs twice what is measured
 /// here.
-pub struct Ballast {
+pub(crate) struct Ballast {
     /// `None` once it is to stop.
     going_on: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
@@ -30,7 +30,7 @@ pub struct Ballast {
 
 impl Ballast {
     /// Starts a ballast for images of this many bytes in `dir`.
-    pub fn new(dir: &Path, bytes: u64) -> Self {
+    pub(crate) fn new(dir: &Path, bytes: u64) -> Self {
         let mut pieces: Vec<_> = (0..bytes / PIECE).map(|_| piece()).collect();
         let (before, dir) = (free(dir), dir.to_owned());
         let (going_on, until) = channel();

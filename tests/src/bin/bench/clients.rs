@@ -11,7 +11,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// An answered request: its time, in seconds since 1970, and its latency, in seconds.
 #[derive(Debug, Clone, Copy)]
-pub struct Answer {
+pub(crate) struct Answer {
     /// Time of the answer.
     pub at: f64,
     /// Time since the request was due.
@@ -19,13 +19,13 @@ pub struct Answer {
 }
 
 /// Returns the current time, comparable with [`Answer::at`].
-pub fn now() -> f64 {
+pub(crate) fn now() -> f64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
     now.expect("it is after 1970").as_secs_f64()
 }
 
 /// A service under steady load.
-pub trait Loaded {
+pub(crate) trait Loaded {
     /// Returns the root of its tree.
     fn pid(&self) -> i32;
 
@@ -34,7 +34,7 @@ pub trait Loaded {
 }
 
 /// A redis, and a client that sets 1,000 bytes at a time.
-pub struct LoadedRedis {
+pub(crate) struct LoadedRedis {
     server: Redis,
     answers: Arc<Mutex<Vec<Answer>>>,
     stop: Arc<AtomicBool>,
@@ -49,7 +49,7 @@ const VALUE: u32 = 1000;
 
 impl LoadedRedis {
     /// Starts it with this many MiB of keys.
-    pub fn start(mib: u32) -> Self {
+    pub(crate) fn start(mib: u32) -> Self {
         let server = Redis::start();
         let keys = mib * 1024 * 1024 / VALUE;
         let (count, size) = (keys.to_string(), VALUE.to_string());
@@ -125,7 +125,7 @@ impl Drop for LoadedRedis {
 }
 
 /// A PostgreSQL with pgbench.
-pub struct LoadedPostgres {
+pub(crate) struct LoadedPostgres {
     server: Postgres,
     _client: Daemon,
 }
@@ -135,7 +135,7 @@ const TRANSACTIONS: u32 = 300;
 
 impl LoadedPostgres {
     /// Starts it with this many MiB of filled shared buffers.
-    pub fn start(mib: u32) -> Self {
+    pub(crate) fn start(mib: u32) -> Self {
         let server = Postgres::start_full(&Command::new("env"), "", mib);
         let client = server.steady_load(TRANSACTIONS);
         Self {

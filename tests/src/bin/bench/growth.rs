@@ -9,7 +9,7 @@ use std::error::Error;
 const WRITES: u64 = 2000;
 
 /// Measures case 5.
-pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
+pub(crate) fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     let sizes = [1, 2, 4, 8, 16]
         .into_iter()
         .filter(|&gib| gib <= bench.growth);

@@ -20,7 +20,7 @@ const BUFFER: usize = 4 * MIB as usize;
 
 /// Measures the limits, in MB/s, in a separate process: a program inherits the peak memory of the process that
 /// starts it as its own initial value.
-pub fn measure() -> Result<Table, Box<dyn Error>> {
+pub(crate) fn measure() -> Result<Table, Box<dyn Error>> {
     let own = env::current_exe()?;
     let out = Command::new(own)
         .arg(ALONE)
@@ -33,10 +33,10 @@ pub fn measure() -> Result<Table, Box<dyn Error>> {
 }
 
 /// Argument that selects this measurement.
-pub const ALONE: &str = "limits-alone";
+pub(crate) const ALONE: &str = "limits-alone";
 
 /// Measures the limits in this process, and prints them as JSON.
-pub fn alone(bench: &Bench) -> Result<(), Box<dyn Error>> {
+pub(crate) fn alone(bench: &Bench) -> Result<(), Box<dyn Error>> {
     println!("{}", serde_json::to_string(&here(bench))?);
     Ok(())
 }

@@ -82,7 +82,7 @@ impl Target {
 }
 
 /// Measures case 2.
-pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
+pub(crate) fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     let net = Net::up("1gbit");
     let targets = [
         ("redis with text", Target::text()),

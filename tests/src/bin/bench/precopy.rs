@@ -17,7 +17,7 @@ const SIZE: u32 = 2048;
 const WATCHED: f64 = 5.0;
 
 /// Case 3: databases under load, over 1 Gbit/s, and what their clients observe.
-pub fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
+pub(crate) fn measure(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     let net = Net::up("1gbit");
     for service in ["redis", "PostgreSQL"] {
         let loaded: Box<dyn Loaded> = match service {
@@ -127,7 +127,7 @@ fn longest(answers: &[Answer], began: f64, ended: f64) -> (String, Vec<(f64, f64
 }
 
 /// Case 4: 64 bytes written in each of up to 100,000 pages a second.
-pub fn small_writes(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
+pub(crate) fn small_writes(bench: &Bench, tables: &mut Vec<Table>) -> Result<(), Box<dyn Error>> {
     const WRITES: u64 = 100_000;
     let victim = Victim::detached(&format!("heap=1024 dirty64={WRITES}"));
     for place in &bench.places {

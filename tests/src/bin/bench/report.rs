@@ -12,23 +12,23 @@ use std::path::Path;
 /// Samples of one quantity.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Samples(pub Vec<f64>);
+pub(crate) struct Samples(pub Vec<f64>);
 
 impl Samples {
     /// Returns the median; with an even number of samples, the mean of the middle two.
-    pub fn median(&self) -> f64 {
+    pub(crate) fn median(&self) -> f64 {
         let sorted = self.sorted();
         let (low, high) = ((sorted.len() - 1) / 2, sorted.len() / 2);
         f64::midpoint(sorted[low], sorted[high])
     }
 
     /// Returns the minimum.
-    pub fn min(&self) -> f64 {
+    pub(crate) fn min(&self) -> f64 {
         self.sorted()[0]
     }
 
     /// Returns the maximum.
-    pub fn max(&self) -> f64 {
+    pub(crate) fn max(&self) -> f64 {
         self.sorted()[self.0.len() - 1]
     }
 
@@ -66,7 +66,7 @@ impl std::fmt::Display for Samples {
 
 /// A table of results, with remarks.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub struct Table {
+pub(crate) struct Table {
     /// Name in file names.
     pub name: String,
     /// Title: what is measured, and where.
@@ -80,7 +80,7 @@ pub struct Table {
 
 impl Table {
     /// Creates a table without rows.
-    pub fn new(name: &str, title: &str, columns: &[&str]) -> Self {
+    pub(crate) fn new(name: &str, title: &str, columns: &[&str]) -> Self {
         Self {
             name: name.to_owned(),
             title: title.to_owned(),
@@ -90,7 +90,7 @@ impl Table {
     }
 
     /// Adds one sample to each column of a row, and the row itself if it is new.
-    pub fn add(&mut self, row: &str, values: &[f64]) {
+    pub(crate) fn add(&mut self, row: &str, values: &[f64]) {
         let known = self.rows.iter().position(|(name, _)| name == row);
         let index = known.unwrap_or_else(|| {
             let empty = vec![Samples::default(); values.len()];
@@ -104,13 +104,13 @@ impl Table {
     }
 
     /// Returns a column of a row, counted from 0 after the name.
-    pub fn get(&self, row: &str, column: usize) -> &Samples {
+    pub(crate) fn get(&self, row: &str, column: usize) -> &Samples {
         let found = self.rows.iter().find(|(name, _)| name == row);
         &found.expect("it was measured").1[column]
     }
 
     /// Adds a remark.
-    pub fn find(&mut self, what: String) {
+    pub(crate) fn find(&mut self, what: String) {
         self.findings.push(what);
     }
 
@@ -128,7 +128,7 @@ impl Table {
     }
 
     /// Draws a bar for each row: its length is the median of the column, a whisker spans minimum to maximum.
-    pub fn bars(&self, path: &Path, column: usize) -> Result<(), Box<dyn Error>> {
+    pub(crate) fn bars(&self, path: &Path, column: usize) -> Result<(), Box<dyn Error>> {
         let rows = self.rows.len();
         let most = self.rows.iter().map(|(_, cells)| cells[column].max());
         let most = most.fold(0.0, f64::max) * 1.05;
@@ -173,10 +173,10 @@ impl Table {
 }
 
 /// A line in a plot: its name, and its points.
-pub type Series = (String, Vec<(f64, f64)>);
+pub(crate) type Series = (String, Vec<(f64, f64)>);
 
 /// Draws lines. `growth` uses a logarithmic axis and marks each point.
-pub fn lines(
+pub(crate) fn lines(
     path: &Path,
     title: &str,
     axes: (&str, &str),
@@ -252,7 +252,7 @@ where
 }
 
 /// Writes all tables: `results.json` and `results.md`.
-pub fn write(out: &Path, machine: &str, tables: &[Table]) -> Result<(), Box<dyn Error>> {
+pub(crate) fn write(out: &Path, machine: &str, tables: &[Table]) -> Result<(), Box<dyn Error>> {
     #[derive(Serialize)]
     struct Results<'a> {
         machine: &'a str,

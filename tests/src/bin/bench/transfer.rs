@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 const LONG: Duration = Duration::from_secs(1800);
 
 /// Measurements of a transfer.
-pub struct Transfer {
+pub(crate) struct Transfer {
     /// Seconds from the start of the program at the source until everything is durable at the destination.
     pub seconds: f64,
     /// Bytes of pages in the images.
@@ -30,7 +30,7 @@ pub struct Transfer {
 }
 
 /// Transfers with Pageferry, over loopback or from host A to host B.
-pub fn ours(
+pub(crate) fn ours(
     pid: i32,
     place: &Place,
     net: Option<&Net>,
@@ -71,7 +71,7 @@ pub fn ours(
 }
 
 /// Transfers with CRIU, over loopback. Its server exits before the images are durable: they are synced after.
-pub fn criu(criu: &Criu, pid: i32, place: &Place) -> Transfer {
+pub(crate) fn criu(criu: &Criu, pid: i32, place: &Place) -> Transfer {
     let (dir, state) = (place.tempdir(), place.tempdir());
     let (server, address) = criu.page_server(dir.path(), &[]);
     let mut dump = criu.command("dump", state.path());
