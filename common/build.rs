@@ -1,5 +1,5 @@
-//! Builds the libraries that are loaded into CRIU (`preload/`) and that the programs carry inside
-//! themselves: shared libraries, which Cargo has no way to depend on.
+//! Builds the libraries that CRIU preloads (`preload/`) and that the programs embed. Cargo cannot depend on
+//! shared libraries.
 
 use std::env;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ fn main() {
 }
 
 fn build(name: &str) {
-    let variable = |name| env::var(name).expect("Cargo sets it for build scripts");
+    let variable = |name| env::var(name).expect("Cargo sets this variable for build scripts");
     let out = PathBuf::from(variable("OUT_DIR")).join(format!("{name}.so"));
     let mut rustc = Command::new(variable("RUSTC"));
     rustc.args([
@@ -37,6 +37,6 @@ fn build(name: &str) {
     if let Ok(linker) = env::var("RUSTC_LINKER") {
         rustc.arg("-C").arg(format!("linker={linker}"));
     }
-    let status = rustc.status().expect("rustc is there: it builds this");
-    assert!(status.success(), "the library for CRIU cannot be built");
+    let status = rustc.status().expect("rustc has built this script");
+    assert!(status.success(), "cannot build the library {name} for CRIU");
 }

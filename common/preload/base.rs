@@ -1,5 +1,5 @@
-//! What every library needs that is loaded into CRIU. They are built on their own (`build.rs`), without
-//! the standard library: they must load into whatever libc CRIU has.
+//! Declarations that all preloaded libraries share. The libraries are built separately (`build.rs`) and
+//! without the standard library, because they must work with the libc of any CRIU.
 
 use core::ffi::{c_int, c_void};
 
@@ -7,7 +7,7 @@ pub const AF_UNIX: c_int = 1;
 pub const SOCK_SEQPACKET: c_int = 5;
 pub const O_CLOEXEC: c_int = 0o2_000_000;
 
-/// The kernel's `struct sockaddr_un`.
+/// `struct sockaddr_un`.
 #[repr(C)]
 pub struct Address {
     family: u16,
@@ -15,8 +15,8 @@ pub struct Address {
 }
 
 impl Address {
-    /// Of a path that ends with a zero; `None` if it is too long.
-    pub fn of(path: &[u8]) -> Option<Self> {
+    /// Returns the address of a NUL-terminated path; `None` if the path is too long.
+    pub fn new(path: &[u8]) -> Option<Self> {
         let mut address = Self {
             family: AF_UNIX as u16,
             path: [0; 108],
@@ -35,12 +35,12 @@ unsafe extern "C" {
     pub fn recv(fd: c_int, buffer: *mut c_void, len: usize, flags: c_int) -> isize;
 }
 
-/// Named by the compiled core library, and never called: panics abort.
+/// Referenced by the compiled core library, and never called, because panics abort.
 #[unsafe(no_mangle)]
 pub extern "C" fn rust_eh_personality() {}
 
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
-    // SAFETY: it takes nothing and does not return.
+    // SAFETY: `abort` has no preconditions.
     unsafe { abort() }
 }

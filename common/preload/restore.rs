@@ -1,13 +1,13 @@
-//! Loaded into the `criu restore` of a process that runs ahead of its memory, before libc: that shared
-//! segments need not be read. `receive` has them as memfds already, complete, and they take the place of
-//! those that CRIU makes.
+//! Preloaded into the `criu restore` of a lazy restore, ahead of libc. It makes CRIU use the memfds of the
+//! receiver as shared segments instead of reading the segments from images. The receiver has already filled
+//! these memfds.
 //!
-//! CRIU makes a memfd, gives it its size, and then opens its pagemap (`pagemap-shmem-ID.img`) to read its
-//! pages. At that point we ask `receive`, whose socket is in the directory of images, for its memfd of
-//! that id, and put it in the place of CRIU's. The pagemap is empty then, and CRIU goes on with what comes
-//! after. Whether all were fetched is for `receive` to see.
+//! CRIU creates a memfd, sets its size, and then opens its pagemap (`pagemap-shmem-ID.img`) to read its
+//! pages. At that point the library requests the memfd of that id from the receiver, whose socket is in the
+//! directory of images, and replaces CRIU's memfd with it. The pagemap is empty, so CRIU continues with the
+//! next step. The receiver checks whether all memfds were fetched.
 //!
-//! It runs as part of CRIU, in any of the processes that are being restored.
+//! The library runs within CRIU, in any of the processes that are being restored.
 
 #![no_std]
 
@@ -17,7 +17,7 @@ use base::{AF_UNIX, Address, O_CLOEXEC, SOCK_SEQPACKET, close, connect, socket};
 use core::ffi::{c_char, c_int, c_long, c_void};
 use core::sync::atomic::{AtomicI32, Ordering};
 
-/// The socket where `receive` gives its memfds.
+/// Name of the socket on which the receiver serves memfds.
 const SOCKET: &[u8] = b"segments.socket\0";
 
 const SOL_SOCKET: c_int = 1;
@@ -42,7 +42,7 @@ mod number {
     pub const LSEEK: core::ffi::c_long = 62;
 }
 
-/// The descriptor that CRIU gave a size last: the memfd whose pagemap it opens next.
+/// Descriptor whose size CRIU set last, which is the memfd whose pagemap CRIU opens next.
 static MEMFD: AtomicI32 = AtomicI32::new(-1);
 
 #[repr(C)]
@@ -51,7 +51,7 @@ struct IoVec {
     len: usize,
 }
 
-/// libc's `struct msghdr`, the kernel's on 64 bits.
+/// `struct msghdr` on 64-bit architectures.
 #[repr(C)]
 struct MessageHeader {
     name: *mut c_void,
@@ -63,7 +63,7 @@ struct MessageHeader {
     flags: c_int,
 }
 
-/// A control message with one descriptor.
+/// Control message with one descriptor.
 #[repr(C, align(8))]
 struct Rights {
     len: usize,
@@ -82,26 +82,26 @@ unsafe extern "C" {
 }
 
 /// # Safety
-/// As of `ftruncate`.
+/// As for `ftruncate`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ftruncate(fd: c_int, len: i64) -> c_int {
     MEMFD.store(fd, Ordering::Relaxed);
-    // SAFETY: the arguments are the caller's.
+    // SAFETY: the arguments are those of the caller.
     unsafe { syscall(number::FTRUNCATE, fd, len) as c_int }
 }
 
 /// # Safety
-/// As of `ftruncate`.
+/// As for `ftruncate`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ftruncate64(fd: c_int, len: i64) -> c_int {
-    // SAFETY: the same.
+    // SAFETY: the contract is the same.
     unsafe { ftruncate(fd, len) }
 }
 
-/// In C the mode is optional; no ABI of Linux tells that apart from four arguments.
+/// The mode is optional in C, which in every ABI of Linux is the same as four arguments.
 ///
 /// # Safety
-/// As of `openat`.
+/// As for `openat`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn openat(
     dir: c_int,
@@ -109,17 +109,17 @@ pub unsafe extern "C" fn openat(
     flags: c_int,
     mode: u32,
 ) -> c_int {
-    // SAFETY: the caller's path is a string.
-    let segment = unsafe { segment_of(path.cast()) };
+    // SAFETY: the path of the caller is NUL-terminated.
+    let segment = unsafe { segment_id(path.cast()) };
     if let Some(id) = segment {
         let memfd = MEMFD.swap(-1, Ordering::Relaxed);
-        if memfd >= 0 && put_in_place(dir, id, memfd).is_none() {
-            // SAFETY: libc's own errno of this thread.
+        if memfd >= 0 && replace_memfd(dir, id, memfd).is_none() {
+            // SAFETY: libc returns the address of the errno of this thread.
             unsafe { *__errno_location() = EIO };
             return -1;
         }
     }
-    // SAFETY: the arguments are the caller's.
+    // SAFETY: the arguments are those of the caller.
     unsafe { syscall(number::OPENAT, dir, path, flags, mode) as c_int }
 }
 
@@ -132,17 +132,17 @@ pub unsafe extern "C" fn openat64(
     flags: c_int,
     mode: u32,
 ) -> c_int {
-    // SAFETY: the same.
+    // SAFETY: the contract is the same.
     unsafe { openat(dir, path, flags, mode) }
 }
 
-/// The id in the name of a segment's pagemap.
+/// Returns the id in a path that is the name of the pagemap of a segment.
 ///
 /// # Safety
-/// `path` is a string.
-unsafe fn segment_of(path: *const u8) -> Option<u64> {
+/// `path` must be NUL-terminated.
+unsafe fn segment_id(path: *const u8) -> Option<u64> {
     let mut at = path;
-    // SAFETY: a byte is only read if all before it were others than the string's end.
+    // SAFETY: a byte is read only if none before it was the terminator.
     let mut next = || unsafe {
         let byte = *at;
         at = at.add(1);
@@ -165,51 +165,53 @@ unsafe fn segment_of(path: *const u8) -> Option<u64> {
     }
 }
 
-/// Puts the memfd that `receive` has of a segment, if it has one, in the place of `memfd`. `None` if that
-/// fails.
-fn put_in_place(dir: c_int, id: u64, memfd: c_int) -> Option<()> {
-    let Some(peer) = ask(dir, id) else {
-        // Nobody is there to give any.
+/// Replaces `memfd` with the memfd of the receiver for a segment, if the receiver has one. Returns `None` on
+/// failure.
+fn replace_memfd(dir: c_int, id: u64, memfd: c_int) -> Option<()> {
+    let Some(peer) = request(dir, id) else {
+        // The receiver serves no memfds.
         return Some(());
     };
-    let fetched = receive(peer);
-    // SAFETY: it is ours.
+    let fetched = recv_memfd(peer);
+    // SAFETY: the descriptor is owned here, and closed once.
     unsafe { close(peer) };
     let Some(fetched) = fetched? else {
         return Some(());
     };
     let fits = size(fetched) == size(memfd);
-    // SAFETY: CRIU goes on to use the number, whatever is behind it. The other is ours.
-    let placed = unsafe { fits && dup2(fetched, memfd) == memfd };
-    // SAFETY: it is ours.
+    // SAFETY: CRIU keeps using the number, which may refer to any memfd. The other descriptor is owned here.
+    let replaced = unsafe { fits && dup2(fetched, memfd) == memfd };
+    // SAFETY: the descriptor is owned here, and closed once.
     unsafe { close(fetched) };
-    placed.then_some(())
+    replaced.then_some(())
 }
 
-/// Connects to `receive` and asks for a segment; `None` if there is nobody. A socket's path has little
-/// room, and cannot be said to be in a directory that is open: so we go there.
-fn ask(dir: c_int, id: u64) -> Option<c_int> {
-    let address = Address::of(SOCKET)?;
-    // SAFETY: strings and structures are ours and whole, descriptors are closed once.
+/// Connects to the receiver and requests a segment; `None` if the receiver does not listen. The path of a
+/// socket is limited to 108 bytes and cannot be relative to an open directory, so the working directory is
+/// changed meanwhile.
+fn request(dir: c_int, id: u64) -> Option<c_int> {
+    let address = Address::new(SOCKET)?;
+    // SAFETY: strings and structures are local and initialised, and descriptors are closed once.
     unsafe {
         let peer = socket(AF_UNIX, SOCK_SEQPACKET | O_CLOEXEC, 0);
-        let here = syscall(number::OPENAT, -100, c".".as_ptr(), O_PATH | O_CLOEXEC) as c_int;
-        let connected = here >= 0
+        let previous = syscall(number::OPENAT, -100, c".".as_ptr(), O_PATH | O_CLOEXEC) as c_int;
+        let connected = previous >= 0
             && fchdir(dir) == 0
             && connect(peer, &raw const address, size_of::<Address>() as u32) == 0;
-        fchdir(here);
-        close(here);
-        let question = id.to_le_bytes();
-        let asked = connected && send(peer, question.as_ptr().cast(), 8, MSG_NOSIGNAL) == 8;
-        if !asked {
+        fchdir(previous);
+        close(previous);
+        let request = id.to_le_bytes();
+        let sent = connected && send(peer, request.as_ptr().cast(), 8, MSG_NOSIGNAL) == 8;
+        if !sent {
             close(peer);
         }
-        asked.then_some(peer)
+        sent.then_some(peer)
     }
 }
 
-/// Receives the answer: a byte, and a descriptor if it has that segment. `None` if there is no answer.
-fn receive(peer: c_int) -> Option<Option<c_int>> {
+/// Receives the response: one byte, and a descriptor if the receiver has the segment. `None` if there is no
+/// response.
+fn recv_memfd(peer: c_int) -> Option<Option<c_int>> {
     let mut byte = 0u8;
     let mut part = IoVec {
         base: (&raw mut byte).cast(),
@@ -230,18 +232,17 @@ fn receive(peer: c_int) -> Option<Option<c_int>> {
         control_len: size_of::<Rights>(),
         flags: 0,
     };
-    // SAFETY: all that it points to outlives the call.
+    // SAFETY: everything that the header points to outlives the call.
     if unsafe { recvmsg(peer, &raw mut header, MSG_CMSG_CLOEXEC) } != 1 {
         return None;
     }
-    let has = rights.level == SOL_SOCKET && rights.kind == SCM_RIGHTS && rights.fd >= 0;
-    Some(has.then_some(rights.fd))
+    let has_memfd = rights.level == SOL_SOCKET && rights.kind == SCM_RIGHTS && rights.fd >= 0;
+    Some(has_memfd.then_some(rights.fd))
 }
 
-
-/// A descriptor's size, bytes; negative if it has none.
+/// Returns the size of the file of a descriptor, bytes; negative on failure.
 fn size(fd: c_int) -> c_long {
-    // SAFETY: numbers only.
+    // SAFETY: `lseek` accesses no memory.
     unsafe {
         let size = syscall(number::LSEEK, fd, 0i64, SEEK_END);
         syscall(number::LSEEK, fd, 0i64, SEEK_SET);

@@ -1,5 +1,5 @@
-//! Behaviour of the command line that both programs share: durations, sizes, logging, the policy on unencrypted
-//! connections, and exit codes.
+//! Behaviour of the command line that both programs share: durations, sizes, logging, the policy on
+//! unencrypted connections, and exit codes.
 
 use std::fmt;
 use std::io::{self, IsTerminal};
@@ -116,8 +116,8 @@ pub enum Plaintext {
 
 impl Plaintext {
     /// Advice for a user whose connection this policy forbids.
-    pub const ADVICE: &str = "give certificates (--tls-ca, --tls-cert, --tls-key; `receive certs` creates some), \
-        use a loopback address and a tunnel, or pass --insecure";
+    pub const ADVICE: &str = "give certificates (--tls-ca, --tls-cert, --tls-key; `receive certs` \
+        creates some), use a loopback address and a tunnel, or pass --insecure";
 
     /// Returns the policy that an `--insecure` flag selects.
     #[must_use]

@@ -1,16 +1,15 @@
-//! Checksums against faults (not against attackers: that is TLS's work): XXH3, which runs at
-//! memory speed.
+//! Checksums (XXH3, which is as fast as memory). They protect against faults; TLS protects against attackers.
 
 use crate::ids::ImageId;
 use xxhash_rust::xxh3::{Xxh3, xxh3_64, xxh3_64_with_seed};
 
-/// XXH3-64 of one piece of memory.
+/// Returns the XXH3-64 of `bytes`.
 #[must_use]
 pub fn digest(bytes: &[u8]) -> u64 {
     xxh3_64(bytes)
 }
 
-/// XXH3-64 of two pieces as if they were one.
+/// Returns the XXH3-64 of the concatenation of two slices.
 #[must_use]
 pub fn digest_concat(a: &[u8], b: &[u8]) -> u64 {
     let mut hasher = Xxh3::new();
@@ -19,13 +18,13 @@ pub fn digest_concat(a: &[u8], b: &[u8]) -> u64 {
     hasher.digest()
 }
 
-/// What both ends compute over a round to see that they mean the same: folds in, in order, every
-/// image opened and, of every chunk, its entries and the digest of its *uncompressed* pages.
+/// Digest of a round, which both ends compute and compare. It covers, in order, each image opened and each
+/// chunk: its entries and the digest of its *uncompressed* pages.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RoundDigest(u64);
 
 impl RoundDigest {
-    /// An image begins.
+    /// Adds the opening of an image.
     pub fn open(&mut self, image: ImageId) {
         let (kind, id) = match image {
             ImageId::Process(pid) => (1u64, u64::from(pid)),
@@ -34,12 +33,12 @@ impl RoundDigest {
         self.fold(&[kind.to_le_bytes(), id.to_le_bytes()].concat());
     }
 
-    /// A chunk of the open image: its encoded metadata, which holds entries and content digest.
+    /// Adds a chunk: its encoded metadata, which contains its entries and the digest of its pages.
     pub fn chunk(&mut self, meta: &[u8]) {
         self.fold(meta);
     }
 
-    /// The digest so far.
+    /// Returns the digest.
     #[must_use]
     pub fn value(self) -> u64 {
         self.0
@@ -55,7 +54,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn order_and_every_byte_count() {
+    fn the_digest_depends_on_order_and_boundaries() {
         let run = |steps: &[&[u8]]| {
             let mut d = RoundDigest::default();
             d.open(ImageId::Process(1));

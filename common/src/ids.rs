@@ -1,18 +1,18 @@
-//! Ids that may become file names: types that can hold nothing but numbers.
+//! Ids and names that can be part of file names, as types that hold only valid ones.
 
 use std::fmt;
 
-/// One memory image of a round: a process's private memory, or a shared segment.
+/// Id of a memory image: the private memory of a process, or a shared segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ImageId {
-    /// Private memory of the process with this PID, as the tree's own PID namespace counts.
+    /// Private memory of the process with this PID, in the PID namespace of the tree.
     Process(u32),
-    /// A shared segment, by the inode number of its object: CRIU's `shmid`.
+    /// Shared segment with this inode number, which is the `shmid` of CRIU.
     Shmem(u64),
 }
 
 impl ImageId {
-    /// The name CRIU gives the pagemap image of this object.
+    /// Returns CRIU's name of the pagemap image.
     #[must_use]
     pub fn pagemap_name(self) -> String {
         match self {
@@ -21,7 +21,7 @@ impl ImageId {
         }
     }
 
-    /// The object a pagemap image belongs to, if `name` is exactly such a name.
+    /// Returns the image whose pagemap image has exactly this name.
     #[must_use]
     pub fn from_pagemap_name(name: &str) -> Option<Self> {
         let id = name.strip_prefix("pagemap-")?.strip_suffix(".img")?;
@@ -42,63 +42,63 @@ impl fmt::Display for ImageId {
     }
 }
 
-/// The name of one of CRIU's images that are not memory: a file name and nothing else, and none
-/// that we give.
+/// Name of an image of state, that is, of one of CRIU's images that are not memory. It cannot be a path, nor
+/// the name of a file that Pageferry creates.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct StateName(String);
 
 impl StateName {
-    /// Longest name, bytes.
+    /// Maximum length, bytes.
     pub const MAX: usize = 128;
 
-    /// Takes a name if it is such a one.
+    /// Returns the name if it is valid.
     #[must_use]
     pub fn new(name: &str) -> Option<Self> {
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-        let fine = name.len() <= Self::MAX
+        let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        let is_valid = name.len() <= Self::MAX
             && name.ends_with(".img")
             && name.starts_with(|first: char| first.is_ascii_lowercase())
-            && name.bytes().all(plain)
+            && name.bytes().all(is_plain)
             && !name.starts_with("pages-")
             && !name.starts_with("pagemap-");
-        fine.then(|| Self(name.to_owned()))
+        is_valid.then(|| Self(name.to_owned()))
     }
 
-    /// The name.
+    /// Returns the name.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// The name of a memfd: what the kernel takes, if it is UTF-8.
+/// Name of a memfd that the kernel accepts and that is UTF-8.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MemfdName(String);
 
 impl MemfdName {
-    /// Longest name, bytes: `memfd_create(2)`.
+    /// Maximum length, bytes (`memfd_create(2)`).
     pub const MAX: usize = 249;
 
-    /// Takes a name if it can be one.
+    /// Returns the name if it is valid.
     #[must_use]
     pub fn new(name: &str) -> Option<Self> {
-        let fine = name.len() <= Self::MAX && !name.contains('\0');
-        fine.then(|| Self(name.to_owned()))
+        let is_valid = name.len() <= Self::MAX && !name.contains('\0');
+        is_valid.then(|| Self(name.to_owned()))
     }
 
-    /// The name.
+    /// Returns the name.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// Names one migration among all that a receiver holds: 128 random bits, printed as 32 hex digits.
+/// Id of a migration: 128 random bits, printed as 32 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct MigrationId(pub [u8; 16]);
 
 impl MigrationId {
-    /// Takes what was printed.
+    /// Parses a printed id.
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
         from_hex(text).map(Self)
@@ -111,19 +111,19 @@ impl fmt::Display for MigrationId {
     }
 }
 
-/// What only the two ends of a migration know: 256 random bits. Its id is no secret, for a directory is named
-/// by it.
+/// Secret of the two ends of a migration: 256 random bits. The id is not secret, because it is part of the
+/// name of a directory.
 #[derive(Clone, Copy)]
 pub struct Token(pub [u8; 32]);
 
 impl Token {
-    /// Takes what [`Token::to_hex`] made.
+    /// Parses the result of [`Token::to_hex`].
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
         from_hex(text).map(Self)
     }
 
-    /// 64 hex digits, to be kept where only its owner reads them.
+    /// Returns 64 hexadecimal digits. They must be stored where only the owner can read them.
     #[must_use]
     pub fn to_hex(&self) -> String {
         to_hex(&self.0)
@@ -131,7 +131,7 @@ impl Token {
 }
 
 impl PartialEq for Token {
-    /// Takes the same time whatever they have in common.
+    /// Takes the same time for all tokens.
     fn eq(&self, other: &Self) -> bool {
         let both = self.0.iter().zip(&other.0);
         let differing = both.fold(0, |bits, (ours, theirs)| bits | (ours ^ theirs));
@@ -143,25 +143,25 @@ impl Eq for Token {}
 
 impl fmt::Debug for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a secret")
+        f.write_str("Token(..)")
     }
 }
 
-/// What a sender names its migration by, and proves that it is its own.
+/// Claim of a sender to a migration: its id, and the proof that it belongs to the sender.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Claim {
-    /// Its id.
+    /// Id of the migration.
     pub id: MigrationId,
-    /// The tree's root, as its PID namespace counts.
+    /// PID of the root, in the PID namespace of the tree.
     pub root_pid: u32,
-    /// The proof.
+    /// Secret that proves the claim.
     pub token: Token,
 }
 
 fn to_hex(bytes: &[u8]) -> String {
     use fmt::Write;
     bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a string takes everything");
+        write!(text, "{byte:02x}").expect("writing to a string does not fail");
         text
     })
 }
@@ -189,7 +189,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hex_digits_are_read_back() {
+    fn ids_and_tokens_round_trip_as_hex() {
         let (id, token) = (MigrationId([0xa7; 16]), Token([0x0f; 32]));
         assert_eq!(MigrationId::from_hex(&id.to_string()), Some(id));
         assert_eq!(Token::from_hex(&token.to_hex()), Some(token));
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn only_images_of_state_have_names_of_state() {
+    fn only_names_of_state_images_are_accepted() {
         for good in ["core-1.img", "inventory.img", "tmpfs-dev-41.tar.gz.img"] {
             assert_eq!(StateName::new(good).unwrap().as_str(), good);
         }
@@ -230,7 +230,7 @@ mod tests {
             "..",
             "a/../../x.img",
             "/x.img",
-            // Files that we make beside them.
+            // Files that Pageferry creates in the same directory.
             "parent",
             "token",
             "outcome.json",
@@ -249,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn memfds_have_names_that_the_kernel_takes() {
+    fn memfd_names_are_those_that_the_kernel_accepts() {
         let longest = "a".repeat(MemfdName::MAX);
         for good in ["", "/dev/zero", "../x (deleted)", "käse", &longest] {
             assert_eq!(MemfdName::new(good).unwrap().as_str(), good);
@@ -260,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn only_exact_names_are_pagemap_names() {
+    fn only_exact_pagemap_names_are_accepted() {
         for id in [ImageId::Process(1), ImageId::Shmem(u64::MAX)] {
             assert_eq!(ImageId::from_pagemap_name(&id.pagemap_name()), Some(id));
         }

@@ -1,8 +1,8 @@
-//! What both ends of Pageferry share: typed addresses, the page-set algebra, image names, the
-//! pool of fixed buffers, and the wire protocol.
+//! Parts that the sender and the receiver share: typed addresses, sets of pages, buffers, the wire protocol,
+//! the interface to CRIU, parsers of `/proc`, and the behaviour of the command line.
 //!
-//! Nothing here touches a target or an image; the two programs do. Dependencies point one way:
-//! `sender` → `common` ← `receiver`.
+//! Nothing here accesses a target or writes an image. Dependencies point one way: `sender` → `common` ←
+//! `receiver`.
 
 #![deny(unsafe_code)]
 // Faults of peers, /proc and files are errors; `expect` says why an invariant of our own holds.
@@ -11,8 +11,6 @@
 pub mod cli;
 pub mod criu;
 pub mod digest;
-pub mod ids;
-pub mod memory;
 pub mod needed_files;
 pub mod proc;
 #[allow(unsafe_code)]
@@ -20,10 +18,15 @@ pub mod sys;
 pub mod tls;
 pub mod wire;
 
-pub use ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
-pub use memory::{BufferPool, CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE, PageBuf, PageRange, PageSet};
+mod ids;
+mod memory;
 
-/// An error and what caused it, in one line.
+pub use ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
+pub use memory::{
+    BadRange, BufferPool, CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE, PageBuf, PageRange, PageSet,
+};
+
+/// Returns an error and its causes in one line.
 #[must_use]
 pub fn with_causes(error: &dyn std::error::Error) -> String {
     let causes = std::iter::successors(error.source(), |cause| cause.source());

@@ -1,4 +1,4 @@
-//! Files that a process needs wherever it runs: its executables and libraries.
+//! Files that a process needs on any host: its executables and libraries.
 
 use object::Endianness;
 use object::elf::{FileHeader64, NT_GNU_BUILD_ID};
@@ -8,33 +8,34 @@ use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// How far into a file its build id is looked for, bytes. Linkers put it right behind the headers.
+/// Length of the part of a file that is searched for its build id, bytes. Linkers put it right behind the
+/// headers.
 const HEAD_MAX: u64 = 64 << 10;
 
-/// Most files that a receiver compares for one migration.
+/// Maximum number of files that a receiver compares for one migration.
 pub const FILES_MAX: u32 = 10_000;
 
-/// Longest build id, bytes; usual are 16 and 20.
+/// Maximum length of a build id, bytes. 16 and 20 are common.
 pub const BUILD_ID_MAX: usize = 64;
 
-/// One file, as it is where the process runs.
+/// A file as it is at the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NeededFile {
-    /// Its absolute path.
+    /// Absolute path.
     pub path: String,
-    /// Its size, bytes.
+    /// Size, bytes.
     pub size: u64,
-    /// Its build id, at most [`BUILD_ID_MAX`] bytes; empty if it has none.
+    /// Build id, at most [`BUILD_ID_MAX`] bytes; empty if there is none.
     pub build_id: Vec<u8>,
 }
 
 impl NeededFile {
-    /// Looks at the file at `path`.
+    /// Reads the size and the build id of the file at `path`.
     ///
     /// # Errors
-    /// Those of reading it; `InvalidInput` if it is no ordinary file.
-    pub fn at(path: &str) -> io::Result<Self> {
-        // Looked at before it is opened: opening a device may do something.
+    /// Those of reading it; `InvalidInput` if it is not a regular file.
+    pub fn read(path: &str) -> io::Result<Self> {
+        // Checked before it is opened: opening a device may have effects.
         if !fs::metadata(path)?.is_file() {
             return Err(io::ErrorKind::InvalidInput.into());
         }
@@ -53,12 +54,13 @@ impl NeededFile {
         })
     }
 
-    /// What is wrong with the file of the same path here; `None` if it is the same.
+    /// Compares the file with the one at the same path on this host. Returns how they differ; `None` if they
+    /// do not.
     #[must_use]
-    pub fn problem_here(&self) -> Option<&'static str> {
-        match Self::at(&self.path) {
-            Ok(here) if here.size != self.size => Some("has another size"),
-            Ok(here) if here.build_id != self.build_id => Some("is another build"),
+    pub fn local_problem(&self) -> Option<&'static str> {
+        match Self::read(&self.path) {
+            Ok(local) if local.size != self.size => Some("has another size"),
+            Ok(local) if local.build_id != self.build_id => Some("is another build"),
             Ok(_) => None,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Some("is missing"),
             Err(_) => Some("cannot be read"),
@@ -66,7 +68,7 @@ impl NeededFile {
     }
 }
 
-/// The build id in the head of an ELF file, at most [`BUILD_ID_MAX`] bytes.
+/// Returns the build id in the head of an ELF file, truncated to [`BUILD_ID_MAX`] bytes.
 #[must_use]
 pub fn build_id(head: &[u8]) -> Option<Vec<u8>> {
     let header = FileHeader64::<Endianness>::parse(head).ok()?;
@@ -90,30 +92,32 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn files_are_told_apart_by_size_and_build() {
+    fn files_differ_by_size_and_build() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("program");
         let path = path.to_str().unwrap();
         fs::copy("/bin/sh", path).unwrap();
-        let program = NeededFile::at(path).unwrap();
+        let program = NeededFile::read(path).unwrap();
         assert_eq!(program.build_id.len(), 20);
-        assert_eq!(program.problem_here(), None);
+        assert_eq!(program.local_problem(), None);
         let mut other = program.clone();
         other.build_id[7] ^= 1;
-        assert_eq!(other.problem_here(), Some("is another build"));
+        assert_eq!(other.local_problem(), Some("is another build"));
         other.size += 1;
-        assert_eq!(other.problem_here(), Some("has another size"));
+        assert_eq!(other.local_problem(), Some("has another size"));
         fs::remove_file(path).unwrap();
-        assert_eq!(program.problem_here(), Some("is missing"));
+        assert_eq!(program.local_problem(), Some("is missing"));
         fs::create_dir(path).unwrap();
-        assert_eq!(program.problem_here(), Some("cannot be read"));
+        assert_eq!(program.local_problem(), Some("cannot be read"));
     }
 
     proptest! {
         #[test]
-        fn no_file_is_too_strange(mut head in prop::collection::vec(any::<u8>(), 64..400), at in 0usize..400, to: u8) {
+        fn any_file_is_accepted(
+            mut head in prop::collection::vec(any::<u8>(), 64..400), at in 0usize..400, to: u8,
+        ) {
             let _ = build_id(&head);
-            // Nearly an ELF file.
+            // An ELF file with one byte changed.
             let real = fs::read("/bin/sh").unwrap();
             head = real[..2000].to_vec();
             head[at] = to;

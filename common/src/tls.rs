@@ -1,4 +1,4 @@
-//! TLS 1.3 on both ends: each proves with a certificate who it is, and checks that of the other.
+//! TLS 1.3 with certificates at both ends.
 
 use clap::Args;
 use rustls::pki_types::pem::PemObject;
@@ -10,42 +10,42 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Certificates, as files in PEM. Either all are given, or none.
+/// TLS identity and trust: PEM files, either all or none.
 #[derive(Debug, Clone, Args)]
 pub struct TlsFiles {
-    /// Encrypt, and trust who has a certificate of the authority in this file
+    /// Use TLS, and trust peers with a certificate of the authority in this file
     #[arg(long, value_name = "FILE", env = "PAGEFERRY_TLS_CA", requires_all = ["tls_cert", "tls_key"])]
     pub tls_ca: Option<PathBuf>,
 
-    /// The certificate to show, by the same authority
+    /// Certificate to present, issued by the same authority
     #[arg(long, value_name = "FILE", env = "PAGEFERRY_TLS_CERT", requires_all = ["tls_ca", "tls_key"])]
     pub tls_cert: Option<PathBuf>,
 
-    /// Its private key
+    /// Private key of the certificate
     #[arg(long, value_name = "FILE", env = "PAGEFERRY_TLS_KEY", requires_all = ["tls_ca", "tls_cert"])]
     pub tls_key: Option<PathBuf>,
 }
 
-/// Why there is no TLS.
+/// TLS cannot be configured.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file.
-    #[error("cannot use {} for TLS: {why}", path.display())]
+    /// A file is unusable.
+    #[error("cannot use {} for TLS: {reason}", path.display())]
     File {
         /// Its path.
         path: PathBuf,
-        /// What is wrong with it.
-        why: String,
+        /// Why it is unusable.
+        reason: String,
     },
     /// Certificate and key, or certificate and authority, do not belong together.
-    #[error("the certificates make no TLS")]
+    #[error("certificate, key and CA do not match")]
     Config(#[from] rustls::Error),
-    /// The receiver's name can be in no certificate.
-    #[error("{0:?} is not the name of a host")]
+    /// The name of the receiver cannot be in a certificate.
+    #[error("invalid host name: {0:?}")]
     Name(String, #[source] InvalidDnsNameError),
 }
 
-/// One side's certificates, read and found to fit.
+/// Content of the files.
 struct Identity {
     roots: Arc<RootCertStore>,
     chain: Vec<CertificateDer<'static>>,
@@ -53,7 +53,7 @@ struct Identity {
 }
 
 impl TlsFiles {
-    /// What a client needs; `None` if no files are given.
+    /// Returns the configuration of a client; `None` if no files are given.
     ///
     /// # Errors
     /// [`TlsError`].
@@ -68,7 +68,8 @@ impl TlsFiles {
         Ok(Some(Arc::new(config)))
     }
 
-    /// What a server needs, who asks every client for a certificate; `None` if no files are given.
+    /// Returns the configuration of a server, which requires a certificate of every client; `None` if no
+    /// files are given.
     ///
     /// # Errors
     /// [`TlsError`].
@@ -84,7 +85,7 @@ impl TlsFiles {
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(clients)
             .with_single_cert(chain, key)?;
-        // Nobody comes back to a session.
+        // Sessions are not resumed.
         config.send_tls13_tickets = 0;
         Ok(Some(Arc::new(config)))
     }
@@ -96,12 +97,12 @@ impl TlsFiles {
         };
         let mut roots = RootCertStore::empty();
         for authority in certificates(ca)? {
-            roots.add(authority).map_err(|error| bad(ca, &error))?;
+            roots.add(authority).map_err(|error| unusable(ca, &error))?;
         }
         Ok(Some(Identity {
             roots: Arc::new(roots),
             chain: certificates(cert)?,
-            key: PrivateKeyDer::from_pem_file(key).map_err(|error| bad(key, &error))?,
+            key: PrivateKeyDer::from_pem_file(key).map_err(|error| unusable(key, &error))?,
         }))
     }
 }
@@ -111,24 +112,24 @@ fn provider() -> Arc<rustls::crypto::CryptoProvider> {
 }
 
 fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let all = CertificateDer::pem_file_iter(path).map_err(|error| bad(path, &error))?;
+    let all = CertificateDer::pem_file_iter(path).map_err(|error| unusable(path, &error))?;
     let all: Vec<_> = all
         .collect::<Result<_, _>>()
-        .map_err(|error| bad(path, &error))?;
+        .map_err(|error| unusable(path, &error))?;
     match all.is_empty() {
-        true => Err(bad(path, &"there is no certificate in it")),
+        true => Err(unusable(path, &"it contains no certificate")),
         false => Ok(all),
     }
 }
 
-fn bad(path: &Path, why: &impl ToString) -> TlsError {
+fn unusable(path: &Path, reason: &impl ToString) -> TlsError {
     TlsError::File {
         path: path.to_owned(),
-        why: why.to_string(),
+        reason: reason.to_string(),
     }
 }
 
-/// The name that a receiver's certificate must have, of `HOST:PORT`.
+/// Returns the name that the certificate of a receiver at `HOST:PORT` must have.
 ///
 /// # Errors
 /// [`TlsError::Name`].
@@ -138,9 +139,9 @@ pub fn server_name(to: &str) -> Result<ServerName<'static>, TlsError> {
     ServerName::try_from(host.to_owned()).map_err(|error| TlsError::Name(host.to_owned(), error))
 }
 
-/// The names in a certificate.
+/// Returns the DNS names in a certificate.
 #[must_use]
-pub fn names(certificate: &CertificateDer<'_>) -> Vec<String> {
+pub fn dns_names(certificate: &CertificateDer<'_>) -> Vec<String> {
     let certificate = webpki::EndEntityCert::try_from(certificate);
     let names = certificate
         .iter()
@@ -148,60 +149,57 @@ pub fn names(certificate: &CertificateDer<'_>) -> Vec<String> {
     names.map(str::to_owned).collect()
 }
 
-/// What went wrong between two sides, in words for who can do something about it; `None` if it is not TLS.
+/// Describes a failure of TLS for the user; `None` if the error is not one of TLS.
 #[must_use]
-pub fn explain(error: &io::Error) -> Option<String> {
+pub fn describe_tls(error: &io::Error) -> Option<String> {
     let error = error.get_ref()?.downcast_ref::<rustls::Error>()?;
     Some(match error {
         rustls::Error::InvalidCertificate(why) => {
-            format!("the other side's certificate {}", fault(why))
+            format!("the certificate of the peer {}", fault(why))
         }
-        rustls::Error::NoCertificatesPresented => "the other side shows no certificate".to_owned(),
+        rustls::Error::NoCertificatesPresented => "the peer presents no certificate".to_owned(),
         rustls::Error::AlertReceived(alert) => {
-            format!(
-                "the other side does not accept our certificate: {}",
-                refusal(*alert)
-            )
+            format!("the peer rejects our certificate: {}", rejection(*alert))
         }
-        rustls::Error::InvalidMessage(_) => "the other side does not speak TLS".to_owned(),
+        rustls::Error::InvalidMessage(_) => "the peer does not use TLS".to_owned(),
         other => other.to_string(),
     })
 }
 
-/// [`explain`], or what the kernel says if it is not TLS.
+/// Describes a failure of a connection, with [`describe_tls`] or as the kernel reports it.
 #[must_use]
-pub fn words(error: &io::Error) -> String {
-    explain(error).unwrap_or_else(|| error.to_string())
+pub fn describe(error: &io::Error) -> String {
+    describe_tls(error).unwrap_or_else(|| error.to_string())
 }
 
 fn fault(why: &CertificateError) -> String {
     match why {
         CertificateError::Expired | CertificateError::ExpiredContext { .. } => "has expired".into(),
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
-            "is not valid yet: is the clock right?".into()
+            "is not valid yet: check the clock".into()
         }
-        // Authorities made by the same program have the same name, and other keys.
+        // Authorities that `receive certs` creates have the same name and different keys.
         CertificateError::UnknownIssuer | CertificateError::BadSignature => {
-            "is of another authority".into()
+            "was issued by another authority".into()
         }
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             "is for another host".into()
         }
         CertificateError::InvalidPurpose | CertificateError::InvalidPurposeContext { .. } => {
-            "is not for that end".into()
+            "is for the other program".into()
         }
         other => format!("is not valid: {other:?}"),
     }
 }
 
-fn refusal(alert: AlertDescription) -> String {
+fn rejection(alert: AlertDescription) -> String {
     match alert {
         AlertDescription::CertificateExpired => "it has expired".into(),
         AlertDescription::UnknownCA | AlertDescription::DecryptError => {
-            "it is of another authority".into()
+            "it was issued by another authority".into()
         }
-        AlertDescription::CertificateRequired => "there is none".into(),
-        AlertDescription::AccessDenied => "its name is not among those allowed".into(),
+        AlertDescription::CertificateRequired => "none was presented".into(),
+        AlertDescription::AccessDenied => "its name is not allowed".into(),
         other => format!("{other:?}"),
     }
 }
@@ -211,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_server_has_the_name_it_is_called_by() {
+    fn the_server_name_is_the_host_without_the_port() {
         for (to, name) in [
             ("host.example:7700", "host.example"),
             ("192.0.2.1:1", "192.0.2.1"),

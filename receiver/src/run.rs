@@ -15,7 +15,7 @@ use crate::with_causes;
 use pageferry_common::cli::{Exit, Plaintext, start_log};
 use pageferry_common::criu::Criu;
 use pageferry_common::proc::capabilities::{self, lacking};
-use pageferry_common::sys::rlimit::raise_descriptors;
+use pageferry_common::sys::rlimit::raise_descriptor_limit;
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -28,7 +28,7 @@ use time::OffsetDateTime;
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.serve.verbose, io::stderr);
-    raise_descriptors();
+    raise_descriptor_limit();
     let done = match &cli.command {
         Some(Command::Flatten { dir, out, skeleton }) => run_flatten(dir, out, *skeleton),
         Some(Command::ServePages(options)) => run_serve_pages(options),

@@ -15,7 +15,7 @@ use nix::sys::signal::Signal;
 use pageferry_common::cli::{Exit, Plaintext, start_log};
 use pageferry_common::criu::Criu;
 use pageferry_common::proc::capabilities::{self, lacking};
-use pageferry_common::sys::rlimit::raise_descriptors;
+use pageferry_common::sys::rlimit::raise_descriptor_limit;
 use pageferry_common::{BufferPool, Claim, MigrationId, Token};
 use rustls::ClientConfig;
 use std::net::ToSocketAddrs;
@@ -27,7 +27,7 @@ use std::sync::Arc;
 #[must_use]
 pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.verbose, LogWriter::default);
-    raise_descriptors();
+    raise_descriptor_limit();
     let done = match (cli.resolve, &cli.to, cli.pid) {
         (Some(root), _, _) => resolve_migration(cli, root),
         (None, Some(to), Some(pid)) => send(cli, to, pid).map(|report| print_report(cli, &report)),

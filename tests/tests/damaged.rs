@@ -122,7 +122,7 @@ fn totals(round: &[Image]) -> Totals {
 const KINDS: [RoundKind; 2] = [RoundKind::PreDump, RoundKind::Final];
 
 fn program() -> NeededFile {
-    NeededFile::at("/bin/sh").unwrap()
+    NeededFile::read("/bin/sh").unwrap()
 }
 
 fn state() -> (StateName, Vec<u8>) {

@@ -1,5 +1,5 @@
-//! CRIU's images of state: the messages and fields that are used. An image is one or two magic words, followed by
-//! records: a length in 32 bits and that many bytes of protobuf.
+//! CRIU's images of state: the messages and fields that are used. An image is one or two magic words,
+//! followed by records: a length in 32 bits and that many bytes of protobuf.
 
 use prost::Message;
 use std::fs::{self, File};
@@ -163,8 +163,8 @@ impl Inventory {
     const IMAGE_VERSION: u32 = 2;
     const PRE_DUMP_READ: u32 = 2;
 
-    /// Returns the inventory of a pre-dump. `uptime_us` is the uptime of the host of the sender when the tree was
-    /// frozen, µs.
+    /// Returns the inventory of a pre-dump. `uptime_us` is the uptime of the host of the sender when the tree
+    /// was frozen, µs.
     #[must_use]
     pub fn of_pre_dump(uptime_us: u64) -> Self {
         Self {
@@ -224,8 +224,8 @@ pub fn children_are_waited_for(dir: &Path) -> io::Result<bool> {
     Ok(processes(dir)?.iter().all(|(_, process)| waits(process)))
 }
 
-/// Returns the processes in a directory of images that were stopped by a signal, by their PIDs in their own PID
-/// namespace.
+/// Returns the processes in a directory of images that were stopped by a signal, by their PIDs in their own
+/// PID namespace.
 ///
 /// # Errors
 /// As [`records`].

@@ -11,4 +11,4 @@ mod session;
 
 pub use log::last_errors;
 pub use options::{BadOption, Options};
-pub use session::{Criu, CriuError, CriuSession, Event, OLDEST, Reply};
+pub use session::{Criu, CriuError, CriuSession, Event, Reply};

@@ -7,9 +7,10 @@
 //! | up to 4.1 | 24 | command u32, pages u32, address u64, object u64 |
 //! | from 4.2 | 32 | command u32, padding u32, pages u64, address u64, object u64 |
 //!
-//! All fields are little-endian. Nothing on the wire identifies the width, so the receiving side infers it from the
-//! first header. The lower half of the command is the operation, the upper half the flags of the pages. The object
-//! is the id of an image and, in the lowest byte, its kind. Derived from the behaviour of CRIU and its `page-xfer.c`.
+//! All fields are little-endian. Nothing on the wire identifies the width, so the receiving side infers it
+//! from the first header. The lower half of the command is the operation, the upper half the flags of the
+//! pages. The object is the id of an image and, in the lowest byte, its kind. Derived from the behaviour of
+//! CRIU and its `page-xfer.c`.
 
 use crate::ImageId;
 use std::io::{self, Read};
@@ -85,8 +86,8 @@ impl Width {
         }
     }
 
-    /// Infers the width from the first header of a dump, decoded as a narrow one. A dump begins with the number of
-    /// an object, which is never 0. In a wide header, an address of 0 is in that place.
+    /// Infers the width from the first header of a dump, decoded as a narrow one. A dump begins with the
+    /// number of an object, which is never 0. In a wide header, an address of 0 is in that place.
     #[must_use]
     pub fn of_dump(first: &Header) -> Self {
         match first.object {
@@ -101,7 +102,8 @@ impl Width {
 pub enum Command {
     /// Later entries belong to this object.
     Open {
-        /// Whether the client expects a reply of one byte: 1 if the server has the object in its parent directory.
+        /// Whether the client expects a reply of one byte: 1 if the server has the object in its parent
+        /// directory.
         answered: bool,
     },
     /// Asks whether the server has this object in its parent directory. The reply is a u32, 0 or 1.
@@ -218,8 +220,8 @@ impl Header {
     }
 }
 
-/// Incremental decoder of the headers of a connection. It performs no I/O, so that blocking and asynchronous callers
-/// share it: fill [`HeaderReader::missing`], and report that with [`HeaderReader::advance`].
+/// Incremental decoder of the headers of a connection. It performs no I/O, so that blocking and asynchronous
+/// callers share it: fill [`HeaderReader::missing`], and report that with [`HeaderReader::advance`].
 #[derive(Debug, Clone, Copy, Default)]
 pub struct HeaderReader {
     /// `None` until the first header has arrived.
@@ -240,11 +242,11 @@ impl HeaderReader {
         &mut self.bytes[self.filled..self.width.unwrap_or(Width::Narrow).header_len()]
     }
 
-    /// Accepts the first `len` bytes of [`HeaderReader::missing`]. Returns the header if it is complete. `infer`
-    /// infers the width from the first header, decoded as a narrow one.
+    /// Accepts the first `len` bytes of [`HeaderReader::missing`]. Returns the header if it is complete.
+    /// `infer` infers the width from the first header, decoded as a narrow one.
     ///
-    /// A first header with [`Command::Close`] is returned as a narrow one: a connection without a dump can have
-    /// either width, and the 8 bytes that may follow do not matter.
+    /// A first header with [`Command::Close`] is returned as a narrow one: a connection without a dump can
+    /// have either width, and the 8 bytes that may follow do not matter.
     ///
     /// # Errors
     /// [`UnknownCommand`].

@@ -1,8 +1,8 @@
 //! CRIU's RPC over `criu swrk`: one CRIU process for each dump or restore.
 //!
-//! Requests and responses are protobuf messages, each one packet of a socket pair. While it works, CRIU notifies
-//! its caller of each stage and waits for a reply. A negative reply makes it undo everything; so does the end of
-//! the caller, because CRIU then cannot read a reply.
+//! Requests and responses are protobuf messages, each one packet of a socket pair. While it works, CRIU
+//! notifies its caller of each stage and waits for a reply. A negative reply makes it undo everything; so
+//! does the end of the caller, because CRIU then cannot read a reply.
 
 use super::messages::{Features, Kind, Notify, Opts, PageServerInfo, Request, Response, Version};
 use super::options::{BadOption, Options, config_text};
@@ -20,9 +20,10 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 /// Oldest supported version, major and minor.
-pub const OLDEST: (i32, i32) = (4, 1);
+const OLDEST: (i32, i32) = (4, 1);
 
-/// Longest time that CRIU may take to freeze a tree, s. Threads that it has stopped already stay stopped meanwhile.
+/// Longest time that CRIU may take to freeze a tree, s. Threads that it has stopped already stay stopped
+/// meanwhile.
 const FREEZE_TIMEOUT: u32 = 3;
 
 /// Maximum length of a response, bytes.
@@ -35,7 +36,6 @@ const NETWORK_LOCK_NFTABLES: i32 = 2;
 #[derive(Debug, Clone)]
 pub struct Criu {
     path: PathBuf,
-    version: (i32, i32),
     /// How it locks TCP connections; `None` for its default.
     network_lock: Option<i32>,
     /// Memfd with its configuration file: the options that are passed through.
@@ -82,7 +82,6 @@ impl Criu {
         match query() {
             Ok(Version { major, minor }) if (major, minor) >= OLDEST => Ok(Self {
                 path,
-                version: (major, minor),
                 network_lock: None,
                 config: None,
             }),
@@ -110,8 +109,8 @@ impl Criu {
         features.and_then(|features| features.lazy_pages) == Some(true)
     }
 
-    /// Makes CRIU lock the TCP connections that it dumps with nftables, if CRIU and the kernel can. By default it
-    /// runs `iptables` twice for each connection while the tree is frozen.
+    /// Makes CRIU lock the TCP connections that it dumps with nftables, if CRIU and the kernel can. By
+    /// default it runs `iptables` twice for each connection while the tree is frozen.
     #[must_use]
     pub fn prefer_nftables(mut self) -> Self {
         let mut check = Command::new(&self.path);
@@ -150,14 +149,8 @@ impl Criu {
         Some(format!("/proc/{}/fd/{fd}", std::process::id()))
     }
 
-    /// Returns the version, major and minor.
-    #[must_use]
-    pub fn version(&self) -> (i32, i32) {
-        self.version
-    }
-
-    /// Begins a dump of the tree under `pid`: its state into the directory `images`, its pages into the socket
-    /// `pages`. `preload` is a library for CRIU to load.
+    /// Begins a dump of the tree under `pid`: its state into the directory `images`, its pages into the
+    /// socket `pages`. `preload` is a library for CRIU to load.
     ///
     /// # Errors
     /// Those of starting CRIU and of sending the request.
@@ -186,7 +179,8 @@ impl Criu {
         Ok(session)
     }
 
-    /// Starts a CRIU process that waits for a request ([`Criu::restore`]). `preload` is a library for it to load.
+    /// Starts a CRIU process that waits for a request ([`Criu::restore`]). `preload` is a library for it to
+    /// load.
     ///
     /// # Errors
     /// Those of starting it.
@@ -284,7 +278,8 @@ impl CriuSession {
         let mut command = Command::new(path);
         command.args(["swrk", "0"]).stdin(Stdio::from(theirs));
         command.stdout(Stdio::null()).stderr(Stdio::null());
-        // A Ctrl-C must reach this program only: CRIU, interrupted at any point, could leave its code in the tree.
+        // A Ctrl-C must reach this program only: CRIU, interrupted at any point, could leave its code in the
+        // tree.
         command.process_group(0);
         if let Some(library) = preload {
             command.env("LD_PRELOAD", library);

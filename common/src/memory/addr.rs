@@ -1,27 +1,26 @@
-//! Addresses are types: a page-aligned range that is checked once, where it enters.
+//! Page-aligned address ranges, checked once on construction.
 
 use std::fmt;
 
-/// The page size in bytes. The hello message carries it, so that a peer with another page size is
-/// refused before anything is sent.
+/// Page size, bytes. It is part of the Hello message, so that a peer with another page size is refused before
+/// any page is sent.
 pub const PAGE_SIZE: u64 = 4096;
 
-/// One past the highest address (or byte offset in a shared segment) a range may reach, bytes.
-/// User space ends far below it on every architecture; the bound keeps sums from overflowing.
-pub const ADDRESS_LIMIT: u64 = 1 << 62;
+/// Maximum end of a range, bytes. User space ends far below it on every architecture. The limit keeps sums
+/// from overflowing.
+const ADDRESS_LIMIT: u64 = 1 << 62;
 
-/// A non-empty, page-aligned half-open range of addresses.
-///
-/// For a process these are virtual addresses; for a shared segment they are byte offsets in it.
+/// Non-empty, page-aligned, half-open range of addresses. For a process they are virtual addresses; for a
+/// shared segment they are byte offsets.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct PageRange {
     start: u64,
     end: u64,
 }
 
-/// Why two numbers are not a [`PageRange`].
+/// Two numbers that are not a [`PageRange`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("{start:#x} with {pages} pages is not a page range")]
+#[error("invalid page range: {pages} pages at {start:#x}")]
 pub struct BadRange {
     /// First address, bytes.
     pub start: u64,
@@ -30,11 +29,10 @@ pub struct BadRange {
 }
 
 impl PageRange {
-    /// A range of `pages` pages from `start` (bytes).
+    /// Returns the range of `pages` pages from `start` (bytes).
     ///
     /// # Errors
-    /// [`BadRange`] if `start` is not page-aligned, `pages` is zero, or the end passes
-    /// [`ADDRESS_LIMIT`].
+    /// [`BadRange`] if `start` is not page-aligned, `pages` is zero, or the end exceeds the limit of 2^62.
     pub fn new(start: u64, pages: u64) -> Result<Self, BadRange> {
         let end = pages
             .checked_mul(PAGE_SIZE)
@@ -44,44 +42,45 @@ impl PageRange {
         Ok(Self { start, end })
     }
 
-    /// The range from `start` to `end`, both in bytes; `None` if it is empty or not aligned.
+    /// Returns the range from `start` to `end`, both in bytes; `None` if it is empty, not aligned or exceeds
+    /// the limit.
     #[must_use]
     pub fn from_bounds(start: u64, end: u64) -> Option<Self> {
         let aligned = start.is_multiple_of(PAGE_SIZE) && end.is_multiple_of(PAGE_SIZE);
         (aligned && start < end && end <= ADDRESS_LIMIT).then_some(Self { start, end })
     }
 
-    /// First address, bytes.
+    /// Returns the first address, bytes.
     #[must_use]
     pub fn start(self) -> u64 {
         self.start
     }
 
-    /// One past the last address, bytes.
+    /// Returns one past the last address, bytes.
     #[must_use]
     pub fn end(self) -> u64 {
         self.end
     }
 
-    /// Length in bytes.
+    /// Returns the length, bytes.
     #[must_use]
     pub fn bytes(self) -> u64 {
         self.end - self.start
     }
 
-    /// Length in pages.
+    /// Returns the length in pages.
     #[must_use]
     pub fn pages(self) -> u64 {
         self.bytes() / PAGE_SIZE
     }
 
-    /// The part that both ranges cover.
+    /// Returns the intersection of both ranges, if it is not empty.
     #[must_use]
     pub fn intersect(self, other: Self) -> Option<Self> {
         Self::from_bounds(self.start.max(other.start), self.end.min(other.end))
     }
 
-    /// Both ranges as one, if the other begins where this one ends.
+    /// Returns both ranges as one, if `next` begins where this one ends.
     #[must_use]
     pub fn joined(self, next: Self) -> Option<Self> {
         (self.end == next.start).then_some(Self {
@@ -90,7 +89,7 @@ impl PageRange {
         })
     }
 
-    /// The first `pages` pages, and the rest if there is any.
+    /// Splits the range after `pages` pages; a part without pages is `None`.
     #[must_use]
     pub fn split_at(self, pages: u64) -> (Option<Self>, Option<Self>) {
         let cut = self.start + pages.min(self.pages()) * PAGE_SIZE;
@@ -118,7 +117,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_is_checked_once_where_it_enters() {
+    fn invalid_ranges_are_rejected() {
         assert_eq!(PageRange::new(0x1000, 2).unwrap().end(), 0x3000);
         for (start, pages) in [
             (1, 1),
@@ -133,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn only_neighbours_join() {
+    fn only_adjacent_ranges_join() {
         let range = |start, pages| PageRange::new(start, pages).unwrap();
         assert_eq!(
             range(0x1000, 2).joined(range(0x3000, 1)),
@@ -144,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn split_covers_the_range() {
+    fn split_parts_cover_the_range() {
         let range = PageRange::new(0x1000, 3).unwrap();
         assert_eq!(
             range.split_at(1),

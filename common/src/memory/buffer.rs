@@ -1,119 +1,123 @@
-//! A fixed pool of 4 MiB page buffers, all allocated and touched before the first freeze, in pieces of a chunk
-//! each.
+//! Pool of page buffers of 4 MiB, allocated and touched before the first freeze, and handed out in slots of
+//! one chunk.
 //!
-//! A page goes through four copies and two checksums on its way into an image, and each costs a quarter when what
-//! it reads is still in the processor's cache. So chunks are small, and the piece that is used next is the one
-//! that came home last.
+//! A page is copied four times and checksummed twice on its way into an image. Each of these takes a quarter
+//! of the time when its input is still in the cache of the processor. Therefore chunks are small, and the
+//! slot that was returned last is handed out first.
 //!
-//! Waiting for a free piece is the only back-pressure in the pipeline.
+//! Waiting for a free slot is the only back-pressure in the pipeline.
 
 use crate::memory::addr::PAGE_SIZE;
 use bytes::{Bytes, BytesMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
 
-/// Most pages with data in a chunk: what one `process_vm_readv` reads.
+/// Maximum number of data pages in a chunk, which one `process_vm_readv` reads.
 pub const CHUNK_PAGES: usize = 128;
 
-/// Their size in bytes: 512 KiB.
+/// Maximum length of the data of a chunk, bytes: 512 KiB.
 pub const CHUNK_SIZE: usize = CHUNK_PAGES * PAGE_SIZE as usize;
 
-/// Chunks for which there is room in a buffer.
-const PIECES: usize = 8;
+/// Number of slots in a buffer.
+const SLOTS: usize = 8;
 
-/// Size of a buffer in bytes: 4 MiB.
-const BUFFER_SIZE: usize = PIECES * CHUNK_SIZE;
+/// Size of a buffer, bytes: 4 MiB.
+const BUFFER_SIZE: usize = SLOTS * CHUNK_SIZE;
 
-/// A fixed number of buffers, whose pieces come home when they are dropped.
+/// Fixed number of buffers, whose slots return to the pool when they are dropped.
 #[derive(Debug, Clone)]
 pub struct BufferPool {
-    home: Home,
-    /// One for each piece that is at home.
-    free: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<()>>>,
+    free: FreeSlots,
+    /// One message for each free slot.
+    free_rx: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<()>>>,
 }
 
+/// The free slots of a pool.
 #[derive(Debug, Clone)]
-struct Home {
-    /// What came last is taken first.
-    pieces: Arc<Mutex<Vec<BytesMut>>>,
-    free: mpsc::UnboundedSender<()>,
+struct FreeSlots {
+    /// Used as a stack.
+    slots: Arc<Mutex<Vec<BytesMut>>>,
+    free_tx: mpsc::UnboundedSender<()>,
 }
 
-impl Home {
-    fn give(&self, piece: BytesMut) {
-        self.pieces().push(piece);
-        // The pool may be gone already at the end of the program.
-        let _ = self.free.send(());
+impl FreeSlots {
+    fn push(&self, slot: BytesMut) {
+        self.slots().push(slot);
+        // The pool itself may have been dropped already.
+        let _ = self.free_tx.send(());
     }
 
-    fn pieces(&self) -> MutexGuard<'_, Vec<BytesMut>> {
-        self.pieces.lock().unwrap_or_else(PoisonError::into_inner)
+    fn slots(&self) -> MutexGuard<'_, Vec<BytesMut>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl BufferPool {
-    /// A pool of `buffers` buffers of 4 MiB, every page of them touched.
+    /// Allocates a pool of `buffers` buffers of 4 MiB, and touches every page of them.
     #[must_use]
     pub fn new(buffers: usize) -> Self {
-        let (sender, free) = mpsc::unbounded_channel();
-        let home = Home {
-            pieces: Arc::default(),
-            free: sender,
+        let (free_tx, free_rx) = mpsc::unbounded_channel();
+        let free = FreeSlots {
+            slots: Arc::default(),
+            free_tx,
         };
         for _ in 0..buffers {
-            // One page longer than needed, so that pieces can start at a page boundary.
+            // One surplus page, so that slots can be aligned to pages.
             let mut buffer = BytesMut::zeroed(BUFFER_SIZE + PAGE_SIZE as usize);
-            // Zeroed memory is mapped, not touched, and would fault inside a freeze.
+            // Zeroed memory is mapped but not populated, and would fault during a freeze.
             buffer.fill(1);
             let unaligned = buffer.as_ptr().align_offset(PAGE_SIZE as usize);
             drop(buffer.split_to(unaligned));
-            (0..PIECES).for_each(|_| home.give(buffer.split_to(CHUNK_SIZE)));
+            (0..SLOTS).for_each(|_| free.push(buffer.split_to(CHUNK_SIZE)));
         }
         Self {
-            home,
-            free: Arc::new(tokio::sync::Mutex::new(free)),
+            free,
+            free_rx: Arc::new(tokio::sync::Mutex::new(free_rx)),
         }
     }
 
-    /// Room for how many chunks `buffers` buffers are.
+    /// Returns the number of chunks that `buffers` buffers hold.
     #[must_use]
     pub const fn chunks(buffers: usize) -> usize {
-        buffers * PIECES
+        buffers * SLOTS
     }
 
-    /// Waits for a free piece, blocking the thread. Not to be called from a runtime's thread.
+    /// Waits for a free slot and blocks the thread meanwhile. Must not be called on a thread of an
+    /// asynchronous runtime.
     #[must_use]
     pub fn take_blocking(&self) -> PageBuf {
-        let free = self.free.blocking_lock().blocking_recv();
-        self.wrap(free)
+        let free = self.free_rx.blocking_lock().blocking_recv();
+        self.pop(free)
     }
 
-    /// Waits for a free piece.
+    /// Waits for a free slot.
     pub async fn take(&self) -> PageBuf {
-        let free = self.free.lock().await.recv().await;
-        self.wrap(free)
+        let free = self.free_rx.lock().await.recv().await;
+        self.pop(free)
     }
 
-    fn wrap(&self, free: Option<()>) -> PageBuf {
-        free.expect("the pool itself holds a sender, so the channel is open");
-        let piece = self.home.pieces().pop();
+    /// Takes a slot after a message from the channel.
+    fn pop(&self, free: Option<()>) -> PageBuf {
+        free.expect("the pool holds a sender, so the channel is open");
+        let slot = self.free.slots().pop();
         PageBuf {
-            piece: piece.expect("there is one for each that was told of"),
-            home: self.home.clone(),
+            slot: slot.expect("there is a slot for each message"),
+            free: self.free.clone(),
         }
     }
 }
 
-/// Room for a chunk, [`CHUNK_SIZE`] bytes, out of the pool; goes home when dropped.
+/// Buffer for one chunk, [`CHUNK_SIZE`] bytes; returns to its pool when dropped.
 #[derive(Debug)]
 pub struct PageBuf {
-    /// Empty only when it has gone home.
-    piece: BytesMut,
-    home: Home,
+    /// Empty only after it has returned to the pool.
+    slot: BytesMut,
+    free: FreeSlots,
 }
 
 impl PageBuf {
-    /// Hands the first `len` bytes on; the piece goes home when the last slice is dropped.
+    /// Returns the first `len` bytes as shared, immutable memory. The slot returns to its pool with the last
+    /// slice.
     #[must_use]
     pub fn freeze(self, len: usize) -> Bytes {
         Bytes::from_owner(self).slice(..len)
@@ -123,13 +127,13 @@ impl PageBuf {
 impl std::ops::Deref for PageBuf {
     type Target = [u8];
     fn deref(&self) -> &[u8] {
-        &self.piece
+        &self.slot
     }
 }
 
 impl std::ops::DerefMut for PageBuf {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut self.piece
+        &mut self.slot
     }
 }
 
@@ -141,7 +145,7 @@ impl AsRef<[u8]> for PageBuf {
 
 impl Drop for PageBuf {
     fn drop(&mut self) {
-        self.home.give(std::mem::take(&mut self.piece));
+        self.free.push(std::mem::take(&mut self.slot));
     }
 }
 
@@ -150,15 +154,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_piece_goes_home_with_its_last_slice() {
+    fn a_slot_returns_with_its_last_slice() {
         let pool = BufferPool::new(1);
         let others: Vec<_> = (1..BufferPool::chunks(1))
             .map(|_| pool.take_blocking())
             .collect();
-        let mut piece = pool.take_blocking();
-        assert_eq!(piece.as_ptr() as usize % PAGE_SIZE as usize, 0);
-        piece[..3].copy_from_slice(b"abc");
-        let whole = piece.freeze(3);
+        let mut slot = pool.take_blocking();
+        assert_eq!(slot.as_ptr() as usize % PAGE_SIZE as usize, 0);
+        slot[..3].copy_from_slice(b"abc");
+        let whole = slot.freeze(3);
         let part = whole.slice(1..);
         drop(whole);
         let waiter = std::thread::spawn({
@@ -172,14 +176,14 @@ mod tests {
     }
 
     #[test]
-    fn what_was_used_last_is_used_next() {
+    fn the_slot_used_last_is_reused_first() {
         let pool = BufferPool::new(1);
-        let pieces = [(); 3].map(|()| pool.take_blocking());
-        let [first, last, _] = pieces.each_ref().map(|piece| piece.as_ptr());
-        let [a, b, _c] = pieces;
+        let slots = [(); 3].map(|()| pool.take_blocking());
+        let [first, last, _] = slots.each_ref().map(|slot| slot.as_ptr());
+        let [a, b, _c] = slots;
         drop(a);
         drop(b);
         let again = [(); 2].map(|()| pool.take_blocking());
-        assert_eq!(again.each_ref().map(|piece| piece.as_ptr()), [last, first]);
+        assert_eq!(again.each_ref().map(|slot| slot.as_ptr()), [last, first]);
     }
 }

@@ -1,23 +1,23 @@
-//! A set of pages as ascending, disjoint, non-adjacent ranges.
+//! Sets of pages.
 
 use crate::memory::addr::{PAGE_SIZE, PageRange};
 
-/// A set of pages. Memory: 16 bytes a range, so a fully populated process costs a few dozen bytes
-/// and a fragmented one 16 bytes a fragment.
+/// Set of pages, as ranges. It takes 16 bytes for each range: a few dozen bytes for a fully populated
+/// process, more for a fragmented one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PageSet {
-    /// Ascending, disjoint and never touching: the one representation of a set.
+    /// Ascending, disjoint and not adjacent, so that equal sets have equal ranges.
     ranges: Vec<PageRange>,
 }
 
 impl PageSet {
-    /// The empty set.
+    /// Returns the empty set.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a range. Appending in ascending order is O(1); elsewhere O(number of ranges).
+    /// Adds a range: O(1) behind all others, otherwise O(number of ranges).
     pub fn insert(&mut self, range: PageRange) {
         let appendable = self
             .ranges
@@ -27,7 +27,7 @@ impl PageSet {
             self.ranges.push(range);
             return;
         }
-        // Everything that overlaps or touches the new range melts into one.
+        // All ranges that overlap the new one, or are adjacent to it, are merged with it.
         let first = self.ranges.partition_point(|r| r.end() < range.start());
         let last = self.ranges.partition_point(|r| r.start() <= range.end());
         let merged = self.ranges[first..last]
@@ -36,31 +36,31 @@ impl PageSet {
         self.ranges.splice(first..last, [merged]);
     }
 
-    /// Whether the set is empty.
+    /// Returns whether the set is empty.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
     }
 
-    /// How many pages the set holds.
+    /// Returns the number of pages in the set.
     #[must_use]
     pub fn pages(&self) -> u64 {
         self.ranges.iter().map(|r| r.pages()).sum()
     }
 
-    /// The ranges, ascending.
+    /// Returns the ranges, ascending.
     pub fn iter(&self) -> impl Iterator<Item = PageRange> + '_ {
         self.ranges.iter().copied()
     }
 
-    /// Whether the page at `address` (bytes) is in the set.
+    /// Returns whether the page at `address` (bytes) is in the set.
     #[must_use]
     pub fn contains(&self, address: u64) -> bool {
         let page = address - address % PAGE_SIZE;
         PageRange::new(page, 1).is_ok_and(|page| self.overlapping(page).next().is_some())
     }
 
-    /// The parts of `range` that are in the set, ascending.
+    /// Returns the parts of `range` that are in the set, ascending.
     pub fn overlapping(&self, range: PageRange) -> impl Iterator<Item = PageRange> + '_ {
         let first = self.ranges.partition_point(|r| r.end() <= range.start());
         self.ranges[first..]
@@ -68,7 +68,8 @@ impl PageSet {
             .map_while(move |r| r.intersect(range))
     }
 
-    /// Cuts `range` where membership changes, and tells of each piece whether it is in the set.
+    /// Splits `range` where membership changes, and calls `piece` with each part and whether it is in the
+    /// set.
     pub fn split(&self, range: PageRange, mut piece: impl FnMut(PageRange, bool)) {
         let mut at = range.start();
         for inside in self.overlapping(range) {
@@ -83,7 +84,7 @@ impl PageSet {
         }
     }
 
-    /// Pages in either set.
+    /// Returns the pages in either set.
     #[must_use]
     pub fn union(&self, other: &Self) -> Self {
         let mut merged = Self::with_capacity(self.ranges.len() + other.ranges.len());
@@ -101,7 +102,7 @@ impl PageSet {
         }
     }
 
-    /// Pages in both sets.
+    /// Returns the pages in both sets.
     #[must_use]
     pub fn intersection(&self, other: &Self) -> Self {
         let mut common = Self::new();
@@ -113,7 +114,7 @@ impl PageSet {
         common
     }
 
-    /// Pages in this set and not in the other.
+    /// Returns the pages in this set that are not in the other.
     #[must_use]
     pub fn difference(&self, other: &Self) -> Self {
         let mut rest = Self::new();
@@ -180,7 +181,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn algebra_agrees_with_a_plain_set(a in arb_ranges(), b in arb_ranges()) {
+        fn operations_agree_with_a_plain_set(a in arb_ranges(), b in arb_ranges()) {
             let (x, y): (PageSet, PageSet) = (a.iter().copied().collect(), b.iter().copied().collect());
             let (mx, my) = (model(a), model(b));
             for (set, expected) in [
@@ -196,7 +197,7 @@ mod tests {
         }
 
         #[test]
-        fn split_pieces_cover_the_range_in_order(a in arb_ranges(), page in 0u64..220, pages in 1u64..60) {
+        fn split_parts_cover_the_range_in_order(a in arb_ranges(), page in 0u64..220, pages in 1u64..60) {
             let set: PageSet = a.iter().copied().collect();
             let range = PageRange::new(page * PAGE_SIZE, pages).unwrap();
             let mut at = range.start();

@@ -27,8 +27,8 @@ pub struct Mapping<'a> {
     pub minor: u64,
     /// Inode number of the mapped object; 0 for anonymous memory.
     pub inode: u64,
-    /// Path of the mapped object or a name by the kernel, which is in brackets; empty for anonymous memory. The
-    /// kernel writes a line feed in a path as `\012`.
+    /// Path of the mapped object or a name by the kernel, which is in brackets; empty for anonymous memory.
+    /// The kernel writes a line feed in a path as `\012`.
     pub name: &'a [u8],
 }
 

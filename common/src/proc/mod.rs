@@ -1,8 +1,8 @@
 //! Parsers of the files in `/proc`.
 //!
-//! Each parser is a pure function over bytes: the names of files, memfds and processes are arbitrary bytes, not
-//! UTF-8, and the kernel truncates the name of a process after 15 bytes, even within a character. Opening a file
-//! is a separate thin layer.
+//! Each parser is a pure function over bytes: the names of files, memfds and processes are arbitrary bytes,
+//! not UTF-8, and the kernel truncates the name of a process after 15 bytes, even within a character. Opening
+//! a file is a separate thin layer.
 
 pub mod capabilities;
 pub mod maps;

@@ -42,8 +42,8 @@ pub fn threads(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-/// Lists the child processes that one thread created, including those that have exited and were not waited for;
-/// empty if the thread is gone.
+/// Lists the child processes that one thread created, including those that have exited and were not waited
+/// for; empty if the thread is gone.
 #[must_use]
 pub fn children(pid: i32, tid: i32) -> Vec<i32> {
     let list = fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).unwrap_or_default();

@@ -15,8 +15,8 @@ const CHILD_MAJOR_FAULTS: usize = 10;
 const START_TIME: usize = 19;
 
 impl<'a> Stat<'a> {
-    /// Finds the fields behind the name in the content of the file. The name may contain anything, even `") Z"`;
-    /// no field behind it contains a parenthesis.
+    /// Finds the fields behind the name in the content of the file. The name may contain anything, even `")
+    /// Z"`; no field behind it contains a parenthesis.
     #[must_use]
     pub fn parse(content: &'a [u8]) -> Option<Self> {
         let name_end = content.iter().rposition(|&byte| byte == b')')?;
@@ -43,8 +43,8 @@ impl<'a> Stat<'a> {
         self.field(START_TIME)
     }
 
-    /// Returns the number of page faults, minor and major, of the children that the process has waited for. The
-    /// sum wraps around.
+    /// Returns the number of page faults, minor and major, of the children that the process has waited for.
+    /// The sum wraps around.
     #[must_use]
     pub fn child_faults(self) -> Option<u64> {
         let minor = self.field(CHILD_MINOR_FAULTS)?;

@@ -1,4 +1,4 @@
-//! Messages with a descriptor attached, over Unix sockets.
+//! Messages with an attached descriptor, over Unix sockets.
 
 use nix::cmsg_space;
 use nix::sys::socket::{
@@ -9,10 +9,10 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
 
-/// A connected pair of sockets that keep message boundaries; closed on exec.
+/// Creates a connected pair of SEQPACKET sockets, closed on exec.
 ///
 /// # Errors
-/// The kernel's (out of descriptors).
+/// Those of `socketpair(2)`.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(
         AddressFamily::Unix,
@@ -22,10 +22,10 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     )?)
 }
 
-/// Listens at a path of a file system, for sockets that keep message boundaries; closed on exec.
+/// Creates a SEQPACKET socket that listens at a path, closed on exec.
 ///
 /// # Errors
-/// The kernel's.
+/// Those of `socket(2)`, `bind(2)` and `listen(2)`.
 pub fn listen(path: &Path) -> io::Result<OwnedFd> {
     let socket = socket(
         AddressFamily::Unix,
@@ -38,24 +38,24 @@ pub fn listen(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Waits for the next to connect.
+/// Waits for the next connection.
 ///
 /// # Errors
-/// The kernel's; `EINVAL` once the socket is shut down.
+/// Those of `accept4(2)`; `EINVAL` after the socket was shut down.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     loop {
         match accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
             Err(nix::Error::EINTR) => {}
-            // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+            // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
             other => return Ok(unsafe { OwnedFd::from_raw_fd(other?) }),
         }
     }
 }
 
-/// Sends one message, perhaps with a descriptor.
+/// Sends one message, optionally with a descriptor.
 ///
 /// # Errors
-/// `EPIPE` if the peer is gone.
+/// Those of `sendmsg(2)`; `EPIPE` if the peer closed its socket.
 pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
     let fds: Vec<RawFd> = fd.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&fds)];
@@ -70,11 +70,12 @@ pub fn send(socket: BorrowedFd<'_>, bytes: &[u8], fd: Option<BorrowedFd<'_>>) ->
     Ok(())
 }
 
-/// Receives one message into `buffer`, from a stream whatever is there; `None` when the peer is gone.
+/// Receives one message into `buffer`, or the available bytes of a stream. Returns its length and descriptor;
+/// `None` if the peer closed its socket.
 ///
 /// # Errors
-/// The kernel's, and `InvalidData` for a message longer than `buffer`.
-pub fn receive(
+/// Those of `recvmsg(2)`; `InvalidData` if the message is longer than `buffer`.
+pub fn recv(
     socket: BorrowedFd<'_>,
     buffer: &mut [u8],
 ) -> io::Result<Option<(usize, Option<OwnedFd>)>> {
@@ -95,7 +96,7 @@ pub fn receive(
     for control in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(fds) = control {
             for fd in fds {
-                // SAFETY: the kernel just made this descriptor for us; nobody else knows it.
+                // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
                 received = Some(unsafe { OwnedFd::from_raw_fd(fd) });
             }
         }
@@ -103,7 +104,7 @@ pub fn receive(
     if message.flags.contains(MsgFlags::MSG_TRUNC) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidData,
-            "a message longer than its buffer",
+            "the message is longer than the buffer",
         ));
     }
     Ok((message.bytes > 0).then_some((message.bytes, received)))

@@ -1,4 +1,4 @@
-//! The system calls that no library wraps safely and both programs make: one small safe function each.
+//! System calls that both programs need and that no library wraps safely: one small safe function for each.
 
 pub mod fdpass;
 pub mod perf;

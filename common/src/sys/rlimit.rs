@@ -1,11 +1,12 @@
-//! What the kernel lets one process have.
+//! Resource limits.
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Lets this process, and those that it starts, have as many descriptors open as it may at all: each shared
-/// segment takes one, each process a few, each round of a chain that is read two. The usual soft limit of 1024
-/// is there for `select`, which we do not call. Best effort: with fewer, whoever needs one more says so.
-pub fn raise_descriptors() {
+/// Raises the soft limit on open descriptors to the hard limit, for this process and its children. Each
+/// shared segment needs one descriptor, each process a few, and each round of a chain that is read needs two.
+/// The usual soft limit of 1024 exists for `select(2)`, which is not used here. A failure is ignored: the
+/// operation that runs out of descriptors reports it.
+pub fn raise_descriptor_limit() {
     let _ = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
 }
@@ -15,10 +16,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_soft_limit_is_the_hard_one_then() {
+    fn the_soft_limit_becomes_the_hard_limit() {
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
         setrlimit(Resource::RLIMIT_NOFILE, soft.min(hard - 1), hard).unwrap();
-        raise_descriptors();
+        raise_descriptor_limit();
         assert_eq!(getrlimit(Resource::RLIMIT_NOFILE), Ok((hard, hard)));
     }
 }

@@ -579,7 +579,9 @@ mod tests {
         }
 
         #[test]
-        fn any_metadata_is_decoded_or_rejected(kind in 0..FrameKind::ALL.len(), meta in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn any_metadata_is_decoded_or_rejected(
+            kind in 0..FrameKind::ALL.len(), meta in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
             let _ = Message::decode(FrameKind::ALL[kind], &meta);
         }
     }

@@ -71,7 +71,8 @@ impl SharedPhase {
     }
 }
 
-/// Maximum time without progress, shared by the two directions of a connection. It can be changed at any time.
+/// Maximum time without progress, shared by the two directions of a connection. It can be changed at any
+/// time.
 #[derive(Debug, Clone)]
 pub struct StallLimit(Arc<AtomicU64>);
 
@@ -305,7 +306,8 @@ impl<R: AsyncRead + Unpin> FrameReader<R> {
         }
     }
 
-    /// Fills `buffer`. The deadline is for the whole buffer, so a peer that trickles bytes does not extend it.
+    /// Fills `buffer`. The deadline is for the whole buffer, so a peer that trickles bytes does not extend
+    /// it.
     async fn read(&mut self, buffer: &mut [u8]) -> Result<(), WireError> {
         let got = within_limit(&self.stall, self.io.read_exact(buffer)).await?;
         self.bytes += got.map_err(WireError::Io)? as u64;

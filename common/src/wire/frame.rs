@@ -44,8 +44,8 @@ frame_kinds! {
     Chunk = 5,
     /// Sender: completes a round, with its totals.
     RoundEnd = 6,
-    /// Receiver: the round is complete and durable, with its totals. The last round before a hand-over is durable
-    /// only by [`FrameKind::Running`].
+    /// Receiver: the round is complete and durable, with its totals. The last round before a hand-over is
+    /// durable only by [`FrameKind::Running`].
     RoundAck = 7,
     /// Sender: no more rounds follow.
     Finish = 8,

@@ -18,9 +18,10 @@
 //! | 32 | | metadata | the message |
 //! | | | data | contents of pages |
 //!
-//! The sequence number reveals a lost, repeated or reordered frame. The contents of pages are covered by the digest
-//! in the metadata of the chunk, which is computed over the *uncompressed* pages. Thus each byte is checked exactly
-//! once, and end to end. Checksums protect against faults; only TLS protects against attackers.
+//! The sequence number reveals a lost, repeated or reordered frame. The contents of pages are covered by the
+//! digest in the metadata of the chunk, which is computed over the *uncompressed* pages. Thus each byte is
+//! checked exactly once, and end to end. Checksums protect against faults; only TLS protects against
+//! attackers.
 //!
 //! # Conversation
 //!
@@ -64,12 +65,12 @@
 //!
 //! [`Phase`] defines which frame may follow which. Both ends check every frame against it.
 //!
-//! An end closes the connection when it receives an unknown kind, flag or feature bit, a frame that the phase does
-//! not permit, a length beyond its limit, or a wrong checksum or sequence number.
+//! An end closes the connection when it receives an unknown kind, flag or feature bit, a frame that the phase
+//! does not permit, a length beyond its limit, or a wrong checksum or sequence number.
 //!
-//! A sender that loses its connection sends Hello again on a new connection, with the same claim. The receiver then
-//! closes the old connection, discards an incomplete round, and returns the number of complete rounds in Welcome. The
-//! sender continues with the next round.
+//! A sender that loses its connection sends Hello again on a new connection, with the same claim. The
+//! receiver then closes the old connection, discards an incomplete round, and returns the number of complete
+//! rounds in Welcome. The sender continues with the next round.
 //!
 //! # Messages
 //!
@@ -100,15 +101,15 @@
 //! | 23 | FileProblem | R | problem string, which names the file |
 //! | 24 | Checked | R | |
 //!
-//! - A *claim* is the id of a migration (16 bytes), the PID of the root (u32) and a secret of 32 bytes, which the
-//!   receiver learns only from Hello.
+//! - A *claim* is the id of a migration (16 bytes), the PID of the root (u32) and a secret of 32 bytes, which
+//!   the receiver learns only from Hello.
 //! - A *string* is a length (u16, at most [`STRING_MAX`]) and that many bytes of UTF-8.
 //! - *Totals* are the number of images (u32), of data, zero and parent pages (u64 each), and a digest (u64).
-//! - An *entry* of a chunk is an address (u64), a number of pages (u32) and a kind (u32). The kinds are 1 data (its
-//!   pages follow, in order), 2 zero (present and all zero; nothing follows), 3 parent (unchanged since the previous
-//!   round), 4 copy (unchanged, but the receiver stores it again: hugetlb pages, which a restore reads only from the
-//!   newest directory). Addresses ascend through all chunks of an image. Images are not interleaved, and none is
-//!   opened twice in a round.
+//! - An *entry* of a chunk is an address (u64), a number of pages (u32) and a kind (u32). The kinds are 1
+//!   data (its pages follow, in order), 2 zero (present and all zero; nothing follows), 3 parent (unchanged
+//!   since the previous round), 4 copy (unchanged, but the receiver stores it again: hugetlb pages, which a
+//!   restore reads only from the newest directory). Addresses ascend through all chunks of an image. Images
+//!   are not interleaved, and none is opened twice in a round.
 
 mod phase;
 

@@ -163,7 +163,8 @@ mod tests {
     }
 
     proptest! {
-        /// No chunk outside an image, no image outside a round, no round before Welcome, and no frame after the end.
+        /// No chunk outside an image, no image outside a round, no round before Welcome, and no frame after
+        /// the end.
         #[test]
         fn permitted_frames_are_well_nested(order in prop::collection::vec(0..FrameKind::ALL.len(), 0..60)) {
             let mut phase = Phase::Fresh;

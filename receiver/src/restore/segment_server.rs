@@ -100,7 +100,7 @@ impl Shared {
 
     fn answer(&self, peer: &OwnedFd) -> io::Result<()> {
         let mut id = [0; 8];
-        match fdpass::receive(peer.as_fd(), &mut id)? {
+        match fdpass::recv(peer.as_fd(), &mut id)? {
             Some((8, _)) => {}
             _ => return Err(io::ErrorKind::InvalidData.into()),
         }
@@ -141,7 +141,7 @@ mod tests {
             let address = UnixAddr::new(&home.path().join(SOCKET)).unwrap();
             connect(peer.as_raw_fd(), &address).unwrap();
             fdpass::send(peer.as_fd(), &id.to_le_bytes(), None).unwrap();
-            fdpass::receive(peer.as_fd(), &mut [0]).unwrap().unwrap().1
+            fdpass::recv(peer.as_fd(), &mut [0]).unwrap().unwrap().1
         };
         assert!(fetch(8).is_none());
         assert!(!server.all_fetched());

@@ -1,7 +1,7 @@
 //! TLS: authenticates peers by certificate, and checks their names.
 
 use crate::server::detect::FIRST_BYTES;
-use pageferry_common::tls::{TlsError, TlsFiles, names, words};
+use pageferry_common::tls::{TlsError, TlsFiles, describe, dns_names};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::Arc;
@@ -55,15 +55,15 @@ impl Secure {
     /// # Errors
     /// A description if the handshake fails.
     pub async fn accept(&self, stream: TcpStream) -> Result<Authenticated, String> {
-        let words = |error| words(&error);
-        let mut stream = self.acceptor.accept(stream).await.map_err(words)?;
+        let describe = |error| describe(&error);
+        let mut stream = self.acceptor.accept(stream).await.map_err(describe)?;
         let certificates = stream.get_ref().1.peer_certificates().unwrap_or_default();
-        let names = certificates.first().map(names).unwrap_or_default();
+        let names = certificates.first().map(dns_names).unwrap_or_default();
         let is_allowed = |name: &&String| self.allowed.is_empty() || self.allowed.contains(*name);
         let name = names.iter().find(is_allowed).cloned();
         let name = name.ok_or_else(|| format!("{:?} is not among those allowed", names.join(", ")));
         let mut first = [0; FIRST_BYTES];
-        stream.read_exact(&mut first).await.map_err(words)?;
+        stream.read_exact(&mut first).await.map_err(describe)?;
         Ok(Authenticated {
             stream,
             first,

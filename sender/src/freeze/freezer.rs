@@ -111,7 +111,7 @@ impl Freezer<'_> {
             if !self.is_readable()? {
                 continue;
             }
-            let Some((len, _)) = fdpass::receive(self.socket, &mut buffer)? else {
+            let Some((len, _)) = fdpass::recv(self.socket, &mut buffer)? else {
                 return Ok(());
             };
             match serde_json::from_slice(&buffer[..len])? {

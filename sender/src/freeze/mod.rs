@@ -148,7 +148,7 @@ impl Freezer {
     fn recv(&self) -> Result<(Reply, Option<OwnedFd>), FreezeError> {
         let mut buffer = [0; MESSAGE_MAX];
         let mut recv = || {
-            let (len, fd) = fdpass::receive(self.socket(), &mut buffer)?
+            let (len, fd) = fdpass::recv(self.socket(), &mut buffer)?
                 .ok_or_else(|| io::Error::other("it exited"))?;
             Ok((serde_json::from_slice(&buffer[..len])?, fd))
         };

@@ -179,7 +179,7 @@ pub(super) async fn dial(
     );
     match connected.await {
         Ok(Ok(stream)) => Ok(Box::new(stream)),
-        Ok(Err(error)) => Err(SinkError::Tls(tls::words(&error))),
+        Ok(Err(error)) => Err(SinkError::Tls(tls::describe(&error))),
         Err(_) => Err(WireError::Stalled(attempt).into()),
     }
 }

@@ -133,7 +133,7 @@ impl SinkError {
 impl From<WireError> for SinkError {
     fn from(error: WireError) -> Self {
         match &error {
-            WireError::Io(io) => match tls::explain(io) {
+            WireError::Io(io) => match tls::describe_tls(io) {
                 Some(why) => Self::Tls(why),
                 None => Self::Wire(error),
             },

@@ -31,7 +31,7 @@ pub fn needed_files(pids: impl Iterator<Item = i32>) -> Vec<NeededFile> {
         );
     }
     let files = files.filter_map(|path| {
-        let file = NeededFile::at(&path);
+        let file = NeededFile::read(&path);
         // If it cannot do without the file, CRIU reports that.
         file.inspect_err(|error| tracing::debug!(path, %error, "file not compared"))
             .ok()
@@ -78,7 +78,7 @@ mod tests {
         }
         let own = needed_files(std::iter::once(std::process::id().cast_signed()));
         assert!(own.iter().any(|file| file.path.contains("libc")), "{own:?}");
-        assert!(own.iter().all(|file| file.problem_here().is_none()));
+        assert!(own.iter().all(|file| file.local_problem().is_none()));
     }
 
     #[test]

@@ -249,7 +249,7 @@ impl<'a> Filler<'a> {
             ..=0 => return Ok(()),
             pid => pid,
         };
-        let received = fdpass::receive(criu.as_fd(), &mut [0])?;
+        let received = fdpass::recv(criu.as_fd(), &mut [0])?;
         let fd = received.and_then(|(_, fd)| fd);
         let fd = fd.ok_or_else(|| io::Error::other("CRIU sends no userfaultfd"))?;
         let Some(pending) = self.images.get(&pid) else {

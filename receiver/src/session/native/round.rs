@@ -240,7 +240,7 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
             return Err(Refusal::new(RefuseCode::Limit, reason));
         }
         self.files.checked += 1;
-        if let Some(problem) = file.problem_here() {
+        if let Some(problem) = file.local_problem() {
             self.files.problems.push(format!("{} {problem}", file.path));
         }
         Ok(())
