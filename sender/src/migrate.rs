@@ -16,6 +16,7 @@ use std::io;
 use std::time::Instant;
 
 pub use crate::parts::Parts;
+use crate::parts::exited_process;
 
 /// How often a hand-over may lose its connection before the migration fails.
 const MAX_LOST_HANDOVERS: u32 = 5;
@@ -341,8 +342,7 @@ fn send_final(
     sink.begin(round.number, RoundKind::Final, uptime)?;
     copier.survey_descriptors()?;
     let sent = copier.send(Pass::Final, *tracker, *sink, pool);
-    // Killed while frozen, by the OOM killer for example: its image is incomplete. This explains any error.
-    if let Some(pid) = copier.first_exited() {
+    if let Some(pid) = exited_process(copier, sent.as_ref().err()) {
         return Err(MigrateError::TargetGone(pid));
     }
     round.scanned = sent?;

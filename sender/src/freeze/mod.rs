@@ -10,7 +10,9 @@ pub mod freezer;
 mod inject;
 pub mod procs;
 
-pub use procs::{TreeError, are_trace_stopped, check_signal_permission, process_list};
+pub use procs::{
+    TreeError, are_trace_stopped, check_signal_permission, has_live_thread, process_list,
+};
 
 use pageferry_common::sys::fdpass;
 use serde::{Deserialize, Serialize};

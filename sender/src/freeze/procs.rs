@@ -90,6 +90,13 @@ pub fn are_trace_stopped(processes: &[FrozenProcess]) -> bool {
     })
 }
 
+/// Returns whether a process has a thread that has not exited. `tid` is the thread to try first.
+#[must_use]
+pub fn has_live_thread(pid: i32, tid: i32) -> bool {
+    let is_live = |tid| !matches!(state(pid, tid), None | Some('Z' | 'X'));
+    is_live(tid) || threads(pid).into_iter().any(is_live)
+}
+
 /// Checks that this program may send signals to a process. Succeeds if the process has exited.
 ///
 /// # Errors

@@ -26,8 +26,8 @@ pub use resolve::{ResolveError, Resolved, resolve};
 
 use crate::copy::stream::StreamError;
 use crate::copy::{Pass, Scanned, SendError};
-use crate::freeze::{FrozenProcess, are_trace_stopped, process_list};
-use crate::parts::Parts;
+use crate::freeze::{FrozenProcess, are_trace_stopped, has_live_thread, process_list};
+use crate::parts::{Parts, exited_process};
 use crate::report::Downtime;
 use crate::sink::{Destination, PageSink, Receipt, SinkError};
 use crate::target::files::needed_files;
@@ -35,7 +35,6 @@ use commit::Restored;
 use dump::{CANCEL_POLL_INTERVAL, Dump, Next};
 use pageferry_common::criu::images::children_are_waited_for;
 use pageferry_common::criu::{Criu, Event, Options};
-use pageferry_common::proc::process::ProcessId;
 use pageferry_common::proc::uptime;
 use pageferry_common::sys::perf;
 use pageferry_common::{Claim, StateName};
@@ -164,11 +163,12 @@ fn blame_exit(error: HandoverError, root: i32) -> HandoverError {
         error,
         HandoverError::CannotFreeze(_)
             | HandoverError::CriuFailed(_)
+            | HandoverError::CriuExited(_)
             | HandoverError::Collect(_)
             | HandoverError::Send(SendError::Stream(StreamError::Source(_)))
             | HandoverError::Io(_)
     );
-    if may_follow_exit && ProcessId::find(root).is_none() {
+    if may_follow_exit && !has_live_thread(root, root) {
         tracing::debug!(%error, "the root has exited");
         return HandoverError::TargetGone(root);
     }
@@ -312,8 +312,11 @@ impl Attempt<'_, '_> {
             self.parts.copier.assume_untracked_children();
         }
         let sent = self.send_round(pass);
-        // Killed while frozen, by the OOM killer for example. This explains any other error.
-        if let Some(pid) = self.parts.copier.first_exited() {
+        let failure = match &sent {
+            Err(HandoverError::Send(failure)) => Some(failure),
+            Ok(()) | Err(_) => None,
+        };
+        if let Some(pid) = exited_process(self.parts.copier, failure) {
             return Err(HandoverError::TargetGone(pid));
         }
         sent?;

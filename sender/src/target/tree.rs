@@ -1,6 +1,6 @@
 //! The processes and shared segments of the target, as listed at the last freeze.
 
-use crate::freeze::FrozenProcess;
+use crate::freeze::{FrozenProcess, has_live_thread};
 use crate::target::descriptors::descriptors;
 use crate::target::is_gone;
 use crate::target::process::{Process, namespace_depth};
@@ -276,10 +276,13 @@ impl Tree {
         }
     }
 
-    /// Returns the PID of a process that exited since it was listed, if there is one.
+    /// Returns the PID of a process that exited since it was listed, if there is one. Other than
+    /// [`Process::is_alive`], this detects a process that was killed while it was traced: its threads stay zombies
+    /// until the tracer has waited for them.
     pub(crate) fn first_exited(&self) -> Option<i32> {
-        let exited = self.processes.values().find(|process| !process.is_alive());
-        exited.map(|process| process.pid)
+        let exited =
+            |process: &&Process| !process.is_alive() || !has_live_thread(process.pid, process.tid);
+        self.processes.values().find(exited).map(|it| it.pid)
     }
 
     /// Whether the root process is alive.
