@@ -90,12 +90,7 @@ pub unsafe extern "C" fn openat64(
 /// # Safety
 /// As for `openat`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn openat(
-    dir: c_int,
-    path: *const c_char,
-    flags: c_int,
-    mode: u32,
-) -> c_int {
+pub unsafe extern "C" fn openat(dir: c_int, path: *const c_char, flags: c_int, mode: u32) -> c_int {
     // SAFETY: the contract is the same.
     unsafe { openat64(dir, path, flags, mode) }
 }
@@ -134,7 +129,11 @@ fn open_smaps_stub(dir: c_int, flags: c_int) -> c_int {
     let Some(target) = link_target(dir, &mut target) else {
         return -1;
     };
-    let digits = target.iter().rev().take_while(|byte| byte.is_ascii_digit()).count();
+    let digits = target
+        .iter()
+        .rev()
+        .take_while(|byte| byte.is_ascii_digit())
+        .count();
     let pid = &target[target.len() - digits..];
     let mut name = [0; 32];
     let len = PREFIX.len() + pid.len();

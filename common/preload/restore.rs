@@ -103,12 +103,7 @@ pub unsafe extern "C" fn ftruncate64(fd: c_int, len: i64) -> c_int {
 /// # Safety
 /// As for `openat`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn openat(
-    dir: c_int,
-    path: *const c_char,
-    flags: c_int,
-    mode: u32,
-) -> c_int {
+pub unsafe extern "C" fn openat(dir: c_int, path: *const c_char, flags: c_int, mode: u32) -> c_int {
     // SAFETY: the path of the caller is NUL-terminated.
     let segment = unsafe { segment_id(path.cast()) };
     if let Some(id) = segment {
