@@ -749,7 +749,7 @@ fn options_after_dashes_are_passed_to_criu() {
     let tree = victim.tree();
     for (to, option, code, words) in [
         (&receiver, "--leave-running", 2, "is reserved"),
-        (&receiver, "nonsense", 2, "no option"),
+        (&receiver, "nonsense", 2, "\"nonsense\""),
         (&receiver, "--no-such-option", 1, "CRIU"),
         (&wrong, "--tcp-close", 4, "CRIU"),
     ] {

@@ -220,7 +220,7 @@ fn assert_outage_loses_nothing(round: u32) {
     let mut victim = Victim::start("heap=24 children=1 dirty=10");
     for &seconds in cuts() {
         let options = [&ROUNDS[..], &["--timeout", "3s", "--max-frozen", "500ms"]].concat();
-        let wired = Wired::start("100mbit", &victim, &["--timeout", "3"], &options);
+        let wired = Wired::start("100mbit", &victim, &["--timeout", "3s"], &options);
         await_pages(wired.dir.path(), round);
         wired.net.cut("B");
         // The duration of the outage.
