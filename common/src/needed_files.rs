@@ -59,8 +59,8 @@ impl NeededFile {
     #[must_use]
     pub fn local_problem(&self) -> Option<&'static str> {
         match Self::read(&self.path) {
-            Ok(local) if local.size != self.size => Some("has another size"),
-            Ok(local) if local.build_id != self.build_id => Some("is another build"),
+            Ok(local) if local.size != self.size => Some("has a different size"),
+            Ok(local) if local.build_id != self.build_id => Some("is a different build"),
             Ok(_) => None,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Some("is missing"),
             Err(_) => Some("cannot be read"),
@@ -102,9 +102,9 @@ mod tests {
         assert_eq!(program.local_problem(), None);
         let mut other = program.clone();
         other.build_id[7] ^= 1;
-        assert_eq!(other.local_problem(), Some("is another build"));
+        assert_eq!(other.local_problem(), Some("is a different build"));
         other.size += 1;
-        assert_eq!(other.local_problem(), Some("has another size"));
+        assert_eq!(other.local_problem(), Some("has a different size"));
         fs::remove_file(path).unwrap();
         assert_eq!(program.local_problem(), Some("is missing"));
         fs::create_dir(path).unwrap();

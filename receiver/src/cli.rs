@@ -7,10 +7,10 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Receives the memory of process trees from `send`, and writes it as CRIU image files.
+/// Receive the memory of process trees from `send`, and write it as CRIU image files.
 ///
 /// Each migration gets a directory of its own under DIR, with one directory for each round, linked by CRIU's
-/// `parent` symlinks. A round becomes visible only when it is complete and durable.
+/// `parent` symlinks. A round becomes visible only when it is complete.
 ///
 /// On the same port it is also a `criu page-server`: a dump or pre-dump by CRIU, runc or podman with
 /// --page-server gets the directory DIR/criu-N.
@@ -18,7 +18,7 @@ use std::time::Duration;
 #[command(name = "receive", version, after_help = EXAMPLES,
           args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub struct Cli {
-    /// Work on existing images instead of receiving
+    /// Do something other than receive
     #[command(subcommand)]
     pub command: Option<Command>,
 
@@ -52,10 +52,10 @@ Examples:
 Exit codes:
   0 done, 1 failed, 2 usage, 7 port or directory unusable, 130 or 143 stopped by a signal";
 
-/// Commands that work on existing images.
+/// Commands other than receiving.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Create a certificate authority and certificates for both sides: receive.pem, with the names by which
+    /// Create a certificate authority and certificates for both ends: receive.pem, with the names by which
     /// senders address this host, and send.pem
     Certs {
         /// Directory to create; must not exist
@@ -185,7 +185,7 @@ pub struct Serve {
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
     pub keep_free: u64,
 
-    /// Number of buffers of 4 MiB for each sender. Memory is at most 48 MiB, plus for each of --max-senders
+    /// Use N buffers of 4 MiB for each sender. Memory is at most 48 MiB, plus for each of --max-senders
     /// these buffers, 7 MiB, 128 bytes x --max-images and 12 KiB x --max-rounds (docs/security.md)
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -216,7 +216,7 @@ pub struct Serve {
     #[arg(long, requires = "once")]
     pub json: bool,
 
-    /// Log more; give it twice for even more
+    /// Log more (-vv logs even more)
     #[arg(long, short, action = clap::ArgAction::Count)]
     pub verbose: u8,
 }

@@ -41,7 +41,7 @@ impl From<QuotaError> for Refusal {
 /// Why a conversation ended before it was complete.
 #[derive(Debug, thiserror::Error)]
 pub enum Failure {
-    /// The connection failed, or the peer broke the protocol or gave up.
+    /// The connection failed, or the peer violated the protocol or gave up.
     #[error(transparent)]
     Wire(#[from] WireError),
     /// The receiver refused.

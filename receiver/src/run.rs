@@ -180,7 +180,12 @@ fn serve_client(served: &Served, stream: &TcpStream, stall: Duration) -> Option<
         }
         Err(error) => {
             let why = with_causes(&error);
-            tracing::warn!(event = "page_client_failed", ?peer, why, "client dropped");
+            tracing::warn!(
+                event = "page_client_failed",
+                ?peer,
+                why,
+                "client disconnected after an error"
+            );
             None
         }
     }
@@ -194,8 +199,8 @@ fn check_plaintext(listen: SocketAddr, insecure: bool) -> Result<(), Fault> {
 
 fn cannot_listen(listen: SocketAddr, error: io::Error) -> Fault {
     let advice = match error.kind() {
-        io::ErrorKind::AddrInUse => "another program listens there: choose another port",
-        io::ErrorKind::PermissionDenied => "ports below 1024 are for root",
+        io::ErrorKind::AddrInUse => "another program is listening there: choose another port",
+        io::ErrorKind::PermissionDenied => "ports below 1024 need root or CAP_NET_BIND_SERVICE",
         _ => "",
     };
     let error = anyhow::Error::new(error).context(format!("cannot listen on {listen}"));
@@ -207,7 +212,7 @@ fn run_serve(serve: &Serve) -> Result<Exit, Fault> {
         unreachable!("clap requires both without a subcommand");
     };
     let secure = Secure::new(&serve.tls, &serve.allow).map_err(|error| {
-        let advice = "`receive certs DIR --host NAME` creates certificates for both sides";
+        let advice = "`receive certs DIR --host NAME` creates certificates for both ends";
         Fault::new(Exit::Usage, error, advice)
     })?;
     if secure.is_none() {
@@ -244,7 +249,7 @@ fn serve_until_end(
         let store = Store::open(dir).map_err(|error| {
             let advice = match &error {
                 StoreError::InUse { .. } => "give each receiver a directory of its own",
-                StoreError::File(_) => "--dir takes a directory that this user may write to",
+                StoreError::File(_) => "--dir needs a directory that this user can write to",
             };
             Fault::new(Exit::Unusable, error, advice)
         })?;
@@ -328,5 +333,5 @@ fn print_report(migration: &Migration, error: Option<String>) {
 /// Logs the address that connections are accepted on, the only place where a port chosen by the kernel
 /// (`--listen 0`) appears.
 fn log_listening(address: SocketAddr) {
-    tracing::info!(event = "listening", "listening on {address}");
+    tracing::info!(event = "listening", %address, "listening");
 }

@@ -23,7 +23,7 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Plaintext(#[from] PlaintextForbidden),
     /// The name of the receiver's host cannot be resolved.
-    #[error("cannot find {to}")]
+    #[error("cannot resolve {to}")]
     Address { to: String, source: io::Error },
     /// The certificates cannot be used.
     #[error(transparent)]
@@ -41,7 +41,7 @@ pub(crate) enum Failure {
     #[error("cannot move a process without {}", .0.join(", "))]
     Capabilities(Vec<&'static str>),
     /// Signals, random numbers or memory could not be set up.
-    #[error("cannot prepare")]
+    #[error("cannot set up the sender")]
     Prepare(#[source] io::Error),
     /// The migration failed.
     #[error(transparent)]
@@ -62,7 +62,10 @@ pub(crate) struct Advice {
 
 const TARGET_RUNS: &str = "the target runs";
 
-const IS_PID_RIGHT: &str = "is the PID right?";
+const CRIU_KILLED_TARGET: &str =
+    "CRIU kills a target that it has dumped: check whether it still runs";
+
+const IS_PID_RIGHT: &str = "check the PID";
 
 const MAY_NOT_TRACE: &str = "run it as root or as the target's user; processes of other users, and processes \
     that are not dumpable, need CAP_SYS_PTRACE";
@@ -78,7 +81,7 @@ const MAY_NOT_SIGNAL: &str = "run it as root or as the target's user; stopping o
 
 const DESCRIPTORS: &str = "the target runs; allow more descriptors (ulimit -n, LimitNOFILE=)";
 
-const CERTIFICATES: &str = "`receive certs DIR --host NAME` makes certificates for both ends: here \
+const CERTIFICATES: &str = "`receive certs DIR --host NAME` creates certificates for both ends: here \
     --tls-ca ca.pem --tls-cert send.pem --tls-key send.key";
 
 const DO_NOT_RESUME: &str = "do not resume the copy here before that";
@@ -98,7 +101,7 @@ pub(crate) fn of_failure(failure: &Failure) -> Advice {
         Failure::Tls(_) => advice(Exit::Usage, CERTIFICATES),
         Failure::Tracker(_) => advice(
             Exit::Failed,
-            "--tracker auto takes what this kernel has; --tracker hash works everywhere",
+            "--tracker auto uses what this kernel supports; --tracker hash works everywhere",
         ),
         Failure::Criu(_) => advice(
             Exit::Failed,
@@ -137,10 +140,10 @@ fn of_handover(error: &HandoverError) -> Advice {
         HandoverError::Sink(error) => of_sink(error),
         HandoverError::MayNotStop(_) => advice(Exit::NotPermitted, MAY_NOT_SIGNAL),
         HandoverError::InDoubt(_) => advice(Exit::InDoubt, DO_NOT_RESUME),
+        HandoverError::CriuFinishedEarly => advice(Exit::Failed, CRIU_KILLED_TARGET),
         HandoverError::CannotFreeze(_)
         | HandoverError::CriuFailed(_)
         | HandoverError::CriuExited(_)
-        | HandoverError::CriuFinishedEarly
         | HandoverError::NoPageServer
         | HandoverError::PageServer(_)
         | HandoverError::Cancelled
@@ -488,7 +491,7 @@ mod tests {
             ),
             (
                 HandoverError::CriuFinishedEarly,
-                (Exit::Failed, TARGET_RUNS),
+                (Exit::Failed, CRIU_KILLED_TARGET),
             ),
             (HandoverError::NoPageServer, (Exit::Failed, TARGET_RUNS)),
             (UnknownCommand(0).into(), (Exit::Failed, TARGET_RUNS)),

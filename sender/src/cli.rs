@@ -82,7 +82,7 @@ pub struct Cli {
     #[arg(long, value_name = "HOW", default_value = "auto", value_parser = parse_compression)]
     pub compress: Compression,
 
-    /// Begin the last, frozen round when its estimated time is at most this
+    /// Begin the final round when it is estimated to take at most this
     #[arg(long, value_name = "DURATION", default_value = "300ms", value_parser = duration)]
     pub max_downtime: Duration,
 
@@ -90,7 +90,7 @@ pub struct Cli {
     #[arg(long, value_name = "N", default_value_t = 30)]
     pub max_rounds: u32,
 
-    /// Send exactly N rounds while the target runs, and no last, frozen one
+    /// Send exactly N rounds while the target runs, and no final round
     #[arg(long, value_name = "N", conflicts_with_all = ["max_rounds", "max_downtime", "then"],
           value_parser = clap::value_parser!(u32).range(1..))]
     pub rounds: Option<u32>,

@@ -34,7 +34,7 @@ pub enum MigrateError {
     #[error("cannot copy the target's memory")]
     Send(#[from] SendError),
     /// The receiver or the connection to it failed.
-    #[error("cannot send a round")]
+    #[error("cannot send to the receiver")]
     Sink(#[from] SinkError),
     /// A process of the target exited: the root, or any process while the target was frozen.
     #[error("process {0} exited")]
@@ -252,7 +252,7 @@ impl<'a> Migration<'a, '_> {
             .with_frozen_timeout(|parts| send_final(parts, root, then, round))
     }
 
-    /// Sends the last rounds and the target itself.
+    /// Hands the target over, with the rounds that are sent while it is frozen.
     fn hand_over(&mut self, handover: &Handover, first: u32) -> Result<Success, MigrateError> {
         let root = self.plan.root;
         self.parts.sink.prepare()?;
@@ -337,7 +337,7 @@ fn send_final(
     }
     let uptime = uptime::read().map_err(MigrateError::Uptime)?;
     copier.collect(&mut frozen, *tracker)?;
-    // Reading and sending takes too long to keep other programs from the processor.
+    // Reading and sending take long; other programs must not be starved meanwhile.
     drop(priority);
     sink.begin(round.number, RoundKind::Final, uptime)?;
     copier.survey_descriptors()?;

@@ -93,15 +93,15 @@ impl<'a> Recorder<'a> {
                 tracing::info!(
                     event = "converged",
                     estimate_ms,
-                    "little memory is dirty, sending the last round"
+                    "little memory is dirty: sending the final round"
                 );
                 return;
             }
             Why::Diverging => {
-                "the target dirties memory faster than the sender can send it, more rounds would not help"
+                "the target dirties memory faster than the sender can send it: more rounds would not help"
             }
             Why::Plateau => {
-                "rounds no longer reduce the amount of dirty memory, more rounds would not help"
+                "rounds no longer reduce the amount of dirty memory: more rounds would not help"
             }
             Why::MaxRounds => "--max-rounds is reached",
         };

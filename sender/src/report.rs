@@ -79,7 +79,7 @@ pub struct Totals {
 pub struct Downtime {
     /// Freezing the target, and dumping everything except memory.
     pub state_ms: f64,
-    /// Reading and sending the last pages, until they are durable.
+    /// Reading and sending the last pages, until the receiver has acked them.
     pub pages_ms: f64,
     /// Sending CRIU's images, and restoring.
     pub restore_ms: f64,

@@ -61,7 +61,7 @@ fn resolve_migration(cli: &Cli, root: i32) -> Result<(), Failure> {
             eprintln!("send: process {root} runs at {to}; its copy here is gone");
         }
         Resolved::Kept { to } => {
-            eprintln!("send: process {root} does not run at {to}; it goes on here");
+            eprintln!("send: process {root} does not run at {to}; it continues here");
         }
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! The two programs under test: `receive` on a free loopback port, and `send` to it.
 
+use crate::log::{event, field};
 use crate::program::{Finished, Program, binary};
 use serde::Deserialize;
 use std::ffi::OsStr;
@@ -235,11 +236,11 @@ pub fn receive_command() -> Command {
     Command::new(binary("PAGEFERRY_RECEIVE", "receive"))
 }
 
-/// Returns the address in a line `… listening on ADDRESS …`.
+/// Returns the address in the log line of the event `listening`.
 #[must_use]
 pub fn listening_on(line: &str) -> Option<SocketAddr> {
-    let rest = line.split_once("listening on ")?.1;
-    rest.split_whitespace().next()?.parse().ok()
+    let listens = event(line) == Some("listening");
+    field(line, "address").filter(|_| listens)?.parse().ok()
 }
 
 /// A receiver with its own directory.
@@ -318,9 +319,12 @@ mod tests {
 
     #[test]
     fn address_is_read_from_a_log_line() {
-        let line = " INFO receive: listening on 127.0.0.1:4711 dir=/x";
+        let line = r#" INFO listening event="listening" address=127.0.0.1:4711"#;
         assert_eq!(listening_on(line), "127.0.0.1:4711".parse().ok());
-        assert_eq!(listening_on("listening on nothing"), None);
+        assert_eq!(
+            listening_on("INFO other event=\"other\" address=127.0.0.1:4711"),
+            None
+        );
     }
 
     #[test]

@@ -717,7 +717,7 @@ fn missing_and_different_files_are_named() {
     assert_eq!(refused.status.code(), Some(4), "{}", refused.stderr);
     for what in [
         format!("{missing} is missing"),
-        format!("{other} has another size"),
+        format!("{other} has a different size"),
     ] {
         assert!(refused.stderr.contains(&what), "{}", refused.stderr);
     }

@@ -39,10 +39,10 @@ const RESERVED_OPTIONS: [&str; 28] = [
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum BadOption {
     /// One of the options that Pageferry sets itself.
-    #[error("--{0} is reserved: Pageferry sets it itself")]
+    #[error("--{0} is reserved: Pageferry sets it")]
     Reserved(String),
     /// Not an option.
-    #[error("{0:?} is not the long name of an option of CRIU, with a value of plain characters")]
+    #[error("{0:?} is not a CRIU option: give its long name and a plain value")]
     Malformed(String),
 }
 

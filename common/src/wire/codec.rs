@@ -15,7 +15,7 @@ pub enum MessageError {
     #[error("a {0:?} message is truncated")]
     Truncated(FrameKind),
     /// Bytes follow its end.
-    #[error("a {0:?} message has {1} surplus bytes")]
+    #[error("a {0:?} message has {1} trailing bytes")]
     Surplus(FrameKind, usize),
     /// A number is not in its range.
     #[error("invalid {what}: {value}")]

@@ -26,13 +26,13 @@ pub enum WireError {
     #[error("no progress on the connection for {} seconds", .0.as_secs())]
     Stalled(Duration),
     /// The peer sent an invalid frame.
-    #[error("the peer broke the protocol")]
+    #[error("the peer violated the protocol")]
     Frame(#[from] FrameError),
     /// The peer sent an invalid message.
-    #[error("the peer broke the protocol")]
+    #[error("the peer violated the protocol")]
     Message(#[from] MessageError),
     /// A frame is not permitted in this phase.
-    #[error("the peer broke the protocol")]
+    #[error("the peer violated the protocol")]
     Phase(#[from] OutOfPhase),
     /// The receiver refused.
     #[error("the receiver refused: {reason}")]

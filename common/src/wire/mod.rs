@@ -65,7 +65,7 @@
 //!
 //! [`Phase`] defines which frame may follow which. Both ends check every frame against it.
 //!
-//! An end closes the connection when it receives an unknown kind, flag or feature bit, a frame that the phase
+//! Either end closes the connection when it receives an unknown kind, flag or feature bit, a frame that the phase
 //! does not permit, a length beyond its limit, or a wrong checksum or sequence number.
 //!
 //! A sender that loses its connection sends Hello again on a new connection, with the same claim. The

@@ -290,7 +290,7 @@ impl Cursor {
     }
 
     fn missing(&self, range: PageRange) -> FileError {
-        let what = format!("pages {range} are missing in the chain");
+        let what = format!("pages {range} are missing from the chain");
         failed("resolve", &self.path)(io::Error::new(io::ErrorKind::InvalidData, what))
     }
 }

@@ -55,7 +55,7 @@ impl Advanced {
         match self.unresolved {
             None => Ok(self.index),
             Some(range) => {
-                let what = format!("pages {range} are missing in the chain");
+                let what = format!("pages {range} are missing from the chain");
                 let error = io::Error::new(io::ErrorKind::InvalidData, what);
                 Err(failed("resolve", &dir.join(image.pagemap_name()))(error))
             }

@@ -6,9 +6,9 @@
 //!    it.
 //! 3. [`process`] has CRIU restore the tree, gives it the segments (`segment_server`), and holds the tree
 //!    back until the sender commits. The [`outcome`] is durable before the tree is resumed.
-//! 4. The process runs, and a process of its own ([`filler`]) fills in its memory.
+//! 4. The process runs, and a separate process ([`filler`]) fills in its memory.
 //!
-//! A committed migration will run here, if need be after another restore ([`complete`]). An aborted one never
+//! A committed migration runs here, after another restore if necessary ([`complete`]). An aborted one never
 //! will.
 
 pub mod cache;

@@ -138,7 +138,7 @@ impl Restoring {
     /// Waits for the next step. Call it until it returns [`Progress::Running`] or [`Progress::Failed`].
     pub async fn next(&mut self) -> Progress {
         let next = self.progress_rx.recv().await;
-        next.unwrap_or_else(|| Progress::Failed("the restoring thread panicked".to_owned()))
+        next.unwrap_or_else(|| Progress::Failed("the restore thread panicked".to_owned()))
     }
 
     /// Lets the process run.
@@ -263,7 +263,7 @@ impl Restore {
         match &self.segment_server {
             Some(server) if !server.all_fetched() => Err(io::Error::other(
                 "the library preloaded into CRIU had no effect, and shared memory needs it: \
-                 receive --restore eager does without",
+                 receive --restore=eager does without",
             )),
             _ => Ok(()),
         }
@@ -346,7 +346,7 @@ pub async fn complete(
             event = "restore_retry",
             attempt,
             why,
-            "cannot restore yet, retrying"
+            "cannot restore yet: retrying"
         );
         attempt += 1;
         tokio::time::sleep(RETRY_DELAY).await;

@@ -2,7 +2,7 @@
 //! reading the images. Without them, the time to restore would grow with the size of the segments.
 //!
 //! They take memory that the restored processes need anyway. A segment that cannot be kept in memory (because
-//! it has no name, or little memory is available) is read from the images when restoring.
+//! it has no name, or not enough memory is available) is read from the images when restoring.
 
 use crate::file_error::{FileError, failed};
 use crate::image::catalog::Catalog;
@@ -117,7 +117,7 @@ impl Segments {
     /// content from `pages`.
     ///
     /// # Errors
-    /// [`FileError`], also if little memory is available.
+    /// [`FileError`], also if not enough memory is available.
     pub fn recover(
         &mut self,
         id: u64,
@@ -137,7 +137,7 @@ impl Segments {
                     return Err(failed("fill", at)(io::ErrorKind::UnexpectedEof.into()));
                 };
                 if !self.reserve(now.bytes()) {
-                    let short = io::Error::other("little memory is available");
+                    let short = io::Error::other("not enough memory is available");
                     return Err(failed("fill", at)(short));
                 }
                 let content = &buffer[..now.bytes() as usize];
@@ -173,7 +173,7 @@ impl Segments {
         };
         let result = match self.reserve(pages.len() as u64) {
             true => self.memfds[&id].put(entries, pages),
-            false => Err(io::Error::other("little memory is available")),
+            false => Err(io::Error::other("not enough memory is available")),
         };
         if let Err(error) = result {
             warn_not_kept(id, &error);

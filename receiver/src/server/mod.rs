@@ -119,7 +119,7 @@ impl Server {
             tracing::warn!(
                 event = "connection_refused",
                 %peer,
-                "rejected: too many pending connections"
+                "connection refused: too many pending connections"
             );
             return;
         };

@@ -97,7 +97,7 @@ impl Pending {
         match self.slots.try_acquire_owned() {
             Ok(permit) => Ok(SenderSlot { _permit: permit }),
             Err(_) => {
-                let reason = "all sender slots of this receiver are taken (--max-senders)";
+                let reason = "this receiver has no free sender slot (--max-senders)";
                 Err(Refusal::new(RefuseCode::Limit, reason))
             }
         }

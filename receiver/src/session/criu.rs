@@ -123,7 +123,7 @@ struct Session<'a, R, W> {
     began: Instant,
 }
 
-/// Entries that the writing thread does not have yet.
+/// Entries that the writer thread does not have yet.
 #[derive(Default)]
 struct Batch {
     entries: Vec<PagemapEntry>,
@@ -164,8 +164,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<'_, R, W> {
                     }
                 }
                 Command::Get => {
-                    let reason =
-                        "the client requests pages: that is what `receive serve-pages` is for";
+                    let reason = "the client requests pages: use `receive serve-pages`";
                     return Err(Refusal::new(RefuseCode::Unsupported, reason).into());
                 }
                 Command::Close => break,
@@ -237,7 +236,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<'_, R, W> {
         Ok(())
     }
 
-    /// Hands the batch to the writing thread.
+    /// Hands the batch to the writer thread.
     async fn flush(&mut self) -> Result<(), Failure> {
         let Batch {
             entries,
@@ -252,7 +251,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Session<'_, R, W> {
         self.writer.send(Job::Put { entries, pages }).await
     }
 
-    /// Returns the answer of the writing thread to a question, which it reaches after all earlier jobs.
+    /// Returns the answer of the writer thread to a question, which it reaches after all earlier jobs.
     async fn ask(
         &mut self,
         question: impl FnOnce(oneshot::Sender<bool>) -> Job,
@@ -357,7 +356,7 @@ enum Job {
     Commit(oneshot::Sender<bool>),
 }
 
-/// Writes one dump, in the writing thread.
+/// Writes one dump, in the writer thread.
 struct DumpWriter {
     context: Arc<ServerContext>,
     name: DirName,

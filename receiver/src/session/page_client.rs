@@ -38,7 +38,7 @@ pub enum ServeError {
     #[error(transparent)]
     File(#[from] FileError),
     /// The client sent an unknown command.
-    #[error("the peer broke the protocol")]
+    #[error("the peer violated the protocol")]
     Unknown(#[from] UnknownCommand),
     /// The client dumps instead of requesting pages.
     #[error("the client tries to send pages: that is what `receive --listen` is for")]

@@ -1,4 +1,4 @@
-//! What the writing thread does for a native migration.
+//! What the writer thread does for a native migration.
 
 use crate::image::DirName;
 use crate::image::durable::{sync, sync_all};

@@ -148,7 +148,7 @@ impl Store {
         let boot_id = fs::read_to_string(BOOT_ID).map_err(failed("read", Path::new(BOOT_ID)))?;
         let is_restarted = text.lines().nth(1) != Some(boot_id.trim());
         if durability == Durability::AfterAck && is_restarted {
-            let error = io::Error::other("this host was restarted since the migration began");
+            let error = io::Error::other("this host has been rebooted since the migration began");
             return Err(failed("resume", home)(error));
         }
         let numbers = names(home)?.into_iter();

@@ -68,7 +68,7 @@ impl<J: Send + 'static> WriterThread<J> {
 
     /// Returns why the thread has exited, or is about to.
     pub(crate) async fn exit_reason(&mut self) -> Refusal {
-        let panicked = || Refusal::new(RefuseCode::Storage, "the writing thread panicked");
+        let panicked = || Refusal::new(RefuseCode::Storage, "the writer thread panicked");
         self.failed_rx.recv().await.unwrap_or_else(panicked)
     }
 

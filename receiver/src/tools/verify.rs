@@ -86,7 +86,7 @@ fn check_image(
                     problem(format!("{range} is not in the parent"));
                 }
             }
-            PageLocation::Elsewhere => problem(format!("{range} is nowhere in the chain")),
+            PageLocation::Elsewhere => problem(format!("{range} is missing from the chain")),
         }
     }
     let (needed, there) = cursor.extent()?;

@@ -115,7 +115,7 @@ pub trait DirtyTracker {
 
 /// Why the chosen tracker is unavailable.
 #[derive(Debug, thiserror::Error)]
-#[error("this kernel has no {tracker} tracking: {why}")]
+#[error("this kernel does not support {tracker} tracking: {why}")]
 pub struct NoTracker {
     tracker: &'static str,
     why: String,
@@ -158,7 +158,7 @@ pub fn probe(choice: TrackerChoice) -> Result<Box<dyn DirtyTracker>, NoTracker> 
                 tracing::warn!(
                     event = "writes_untracked",
                     %no_uffd, %no_soft_dirty,
-                    "writes cannot be tracked: every round reads all memory; hashes take 4 MiB a GiB"
+                    "writes cannot be tracked: every round reads all memory; hashes take 4 MiB per GiB"
                 );
                 hash()
             }

@@ -56,7 +56,7 @@ impl BorrowedThread {
         }
         let syscall = syscall_instruction(tid)?;
         if ptrace::dispatches_system_calls(tid)? {
-            return Err(io::Error::other("it dispatches its system calls itself"));
+            return Err(io::Error::other("it intercepts its own system calls"));
         }
         if let Some(abort) = interrupted_rseq(tid, registers.rip)? {
             registers.rip = abort;
@@ -64,7 +64,7 @@ impl BorrowedThread {
         let seccomp = super::procs::status_number(tid, "Seccomp");
         if seccomp.is_some_and(|mode| mode != 0) {
             ptrace::suspend_seccomp(tid).map_err(|error| {
-                io::Error::other(format!("it has a seccomp filter that stays on: {error}"))
+                io::Error::other(format!("its seccomp filter cannot be suspended: {error}"))
             })?;
         }
         let mask = ptrace::signal_mask(tid)?;

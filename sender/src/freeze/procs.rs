@@ -15,7 +15,7 @@ pub enum TreeError {
     #[error("there is no process {0}")]
     NoProcess(i32),
     /// Another tracer, such as a debugger, is attached.
-    #[error("process {pid} is traced already, by {tracer} ({name})")]
+    #[error("process {pid} is already traced by {tracer} ({name})")]
     Traced {
         /// PID of the traced process.
         pid: i32,

@@ -98,7 +98,7 @@ impl Committed {
         if let Err(why) = dump.finish() {
             tracing::warn!(
                 event = "criu_did_not_kill", %why,
-                "CRIU did not kill the copy here, killing it"
+                "CRIU did not kill the copy here: killing it"
             );
         }
         self.record.signal(Signal::SIGKILL);
@@ -116,7 +116,7 @@ fn decision(receiver: &mut dyn Destination) -> Decision {
     };
     tracing::warn!(
         event = "commit_answer_lost", why = %lost,
-        "the receiver's answer to the commit is lost, asking again"
+        "the receiver's answer to the commit is lost: asking again"
     );
     match receiver.query_outcome() {
         Ok(Outcome::Running) => Decision::Committed,

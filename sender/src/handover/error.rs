@@ -10,7 +10,7 @@ use std::io;
 #[derive(Debug, thiserror::Error)]
 pub enum HandoverError {
     /// The receiver's host lacks files that the target needs, or has other versions of them.
-    #[error("the receiver's host lacks what process {root} needs: {}", .lacks.join(", "))]
+    #[error("files that process {root} needs are missing or different on the receiver's host: {}", .lacks.join(", "))]
     Files {
         /// PID of the root.
         root: i32,
@@ -51,10 +51,10 @@ pub enum HandoverError {
     #[error("cannot copy the target's memory")]
     Send(#[from] SendError),
     /// The receiver or the connection to it failed.
-    #[error("cannot hand over")]
+    #[error("cannot send to the receiver")]
     Sink(#[from] SinkError),
     /// Files or sockets of the hand-over failed.
-    #[error("cannot work with CRIU")]
+    #[error("cannot communicate with CRIU or use its files")]
     Io(#[from] io::Error),
     /// The record of the hand-over could not be read or written.
     #[error(transparent)]

@@ -50,7 +50,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
-/// Number of pages that CRIU sends for each process even if it sees no memory: of the vDSO, of asynchronous
+/// Number of pages that CRIU sends for each process even if memory is hidden from it: the vDSO and asynchronous
 /// I/O rings.
 const SPECIAL_PAGES: u64 = 64;
 
@@ -97,7 +97,7 @@ pub struct HandoverRound {
 /// Rounds and result of a hand-over.
 #[derive(Debug)]
 pub struct HandoverReport {
-    /// Rounds that the receiver has, whatever came after them: with [`StateDump::Preload`] one during the
+    /// Rounds that the receiver has acked, even if the hand-over failed later: with [`StateDump::Preload`] one during the
     /// dump, and the last.
     pub rounds: Vec<HandoverRound>,
     /// Time for which the target was frozen.
@@ -139,7 +139,7 @@ impl Handover {
                     tracing::warn!(
                         event = "criu_retry",
                         why,
-                        "CRIU cannot freeze the target, retrying"
+                        "CRIU cannot freeze the target: retrying"
                     );
                     result = attempt.run();
                 }
@@ -150,7 +150,7 @@ impl Handover {
             frozen: attempt.downtime.elapsed(),
             result: match result {
                 Ok(()) => Ok(attempt.downtime),
-                Err(error) => Err(blame_exit(error, root)),
+                Err(error) => Err(attribute_to_exit(error, root)),
             },
             rounds: attempt.rounds,
         }
@@ -158,7 +158,7 @@ impl Handover {
 }
 
 /// Replaces what CRIU or the kernel reports of a target whose root has exited.
-fn blame_exit(error: HandoverError, root: i32) -> HandoverError {
+fn attribute_to_exit(error: HandoverError, root: i32) -> HandoverError {
     let may_follow_exit = matches!(
         error,
         HandoverError::CannotFreeze(_)

@@ -66,11 +66,11 @@ pub enum SinkError {
         /// Error from the resolver or the kernel.
         source: io::Error,
     },
-    /// The connection failed, or the peer broke the protocol or refused.
+    /// The connection failed, or the peer violated the protocol or refused.
     #[error(transparent)]
     Wire(WireError),
     /// The TLS handshake failed.
-    #[error("no encrypted connection: {0}")]
+    #[error("cannot establish a TLS connection: {0}")]
     Tls(String),
     /// The receiver sent a valid message that does not answer what was sent: a wrong type, wrong counts, or a
     /// wrong number of rounds.

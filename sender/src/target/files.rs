@@ -26,6 +26,7 @@ pub fn needed_files(pids: impl Iterator<Item = i32>) -> Vec<NeededFile> {
     if files.len() < found {
         let left_out = found - files.len();
         tracing::warn!(
+            event = "files_not_compared",
             left_out,
             "some files that the target needs are not compared"
         );

@@ -216,7 +216,7 @@ impl Tree {
                 tracing::info!(
                     event = "direct_io_found",
                     process.pid,
-                    "the process does direct I/O, which write-protection does not see: comparing contents"
+                    "the process does direct I/O, which bypasses write-protection: comparing contents"
                 );
                 process.direct_io = true;
             }

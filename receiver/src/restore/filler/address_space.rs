@@ -186,7 +186,7 @@ impl AddressSpace {
         let buffer = &mut buffer[..range.bytes() as usize];
         let len = match self.pages.read(image, buffer) {
             Ok(pages) => pages * PAGE_SIZE,
-            // The process waits rather than to see wrong memory.
+            // The process waits rather than see wrong memory.
             Err(error) => {
                 report(&error);
                 sleep(RETRY_DELAY);

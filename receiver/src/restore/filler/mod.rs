@@ -251,7 +251,7 @@ impl<'a> Filler<'a> {
         };
         let received = fdpass::recv(criu.as_fd(), &mut [0])?;
         let fd = received.and_then(|(_, fd)| fd);
-        let fd = fd.ok_or_else(|| io::Error::other("CRIU sends no userfaultfd"))?;
+        let fd = fd.ok_or_else(|| io::Error::other("CRIU sent no userfaultfd"))?;
         let Some(pending) = self.images.get(&pid) else {
             let what = format!("CRIU restores process {pid}, which has no image");
             return Err(io::Error::other(what).into());

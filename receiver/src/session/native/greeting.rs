@@ -17,7 +17,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::spawn_blocking;
 
-/// A connection on which nothing was received yet.
+/// A connection whose first message has not arrived.
 pub(super) struct Greeting<'c, 'a, R, W> {
     connection: &'c mut Connection<R, W>,
     context: &'a ServerContext,
@@ -191,12 +191,12 @@ where
         // After an aborted attempt to restore, the sender's copy runs: it may send more rounds.
         None | Some(Outcome::Aborted) => {}
         Some(Outcome::Running | Outcome::Committed { .. }) => {
-            let reason = "the process of this migration runs here already";
+            let reason = "this migration is committed: its process runs here, or will";
             return Err(Refusal::new(RefuseCode::Restore, reason).into());
         }
     }
     let rounds = store.rounds(&home, durability)?;
-    tracing::info!(event = "sender_resumed", home = %home.display(), rounds, "sender connected again");
+    tracing::info!(event = "sender_resumed", home = %home.display(), rounds, "sender reconnected");
     Ok((lease, rounds))
 }
 

@@ -44,7 +44,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::task::spawn_blocking;
 
 /// Receives one migration, or the rest of one whose connection was lost, or answers a question about one.
-/// The sender takes a slot once it has sent that it begins a migration. Errors are sent to it, if possible.
+/// A sender takes a slot with its Hello. Errors are sent to it, if possible.
 pub async fn receive<R, W>(
     read: R,
     write: W,

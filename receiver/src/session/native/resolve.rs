@@ -115,7 +115,11 @@ pub async fn finish_all(context: &ServerContext) {
             }
             Err(error) => {
                 let why = with_causes(&error);
-                tracing::error!(event = "outcome_unreadable", why, "skipped a migration");
+                tracing::error!(
+                    event = "outcome_unreadable",
+                    why,
+                    "cannot read the outcome of a migration: skipping it"
+                );
             }
         }
     }

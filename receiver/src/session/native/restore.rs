@@ -61,7 +61,7 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Restoring<'_, R, W> {
         tracing::debug!("restoring");
         let images = choose_images(plan.cache.as_deref(), &home, &round_dir)?;
         tracing::debug!("images prepared");
-        // A committed migration may have to be restored again from here. Until the commit, a receiver
+        // A committed migration may have to be restored again from these images. Until the commit, a receiver
         // that dies has decided nothing.
         let durable = make_durable(home.clone(), round_dir);
         let criu = plan.restorer.criu.clone();
@@ -170,7 +170,9 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Uncommitted<'a, R, W> {
                         options: self.options.bits(),
                     });
                 }
-                Ok(Progress::Running) => unreachable!("it is resumed only after the commit"),
+                Ok(Progress::Running) => {
+                    unreachable!("the process is resumed only after the commit")
+                }
                 Ok(Progress::Failed(why)) => {
                     let limit = self.timeout;
                     return Err(refusal(match killed {

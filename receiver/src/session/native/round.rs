@@ -149,14 +149,14 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
         Ok(())
     }
 
-    /// Receives the images of a round, up to its end, and hands them to the writing thread.
+    /// Receives the images of a round, up to its end, and hands them to the writer thread.
     async fn receive_images(&mut self) -> Result<Totals, Failure> {
         let mut totals = Totals::default();
         let mut digest = RoundDigest::default();
         loop {
             let incoming = tokio::select! {
                 incoming = self.connection.reader.recv() => incoming?,
-                // Part of a frame may be lost here, and so is the round.
+                // A frame may have been read in part here; the round is lost anyway.
                 failure = self.writer.failure() => return Err(failure.into()),
             };
             match incoming {
@@ -233,7 +233,7 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
     fn check_file(&mut self, file: &NeededFile) -> Result<(), Refusal> {
         if self.context.restorer.is_none() {
             let reason = "this receiver does not check files without --restore";
-            return Err(Refusal::new(RefuseCode::Limit, reason));
+            return Err(Refusal::new(RefuseCode::Unsupported, reason));
         }
         if self.files.checked == FILES_MAX {
             let reason = format!("this receiver checks no more than {FILES_MAX} files");
@@ -272,7 +272,8 @@ impl<'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Receiving<'a, R, W> {
     fn into_restoring(self, options: u32) -> Result<Restoring<'a, R, W>, Refusal> {
         let round_dir = self.final_round()?;
         let (Some(plan), Some(options)) = (self.restore, Options::from_bits(options)) else {
-            let reason = "this receiver cannot restore as asked: see its --restore";
+            let reason =
+                "this receiver runs without --restore, or does not support a requested option";
             return Err(Refusal::new(RefuseCode::Unsupported, reason));
         };
         Ok(Restoring {

@@ -201,7 +201,7 @@ impl Conversation {
                 }
                 Ok(None) => {
                     if phase.get() != Phase::Closed {
-                        let reason = "the sender gave up".to_owned();
+                        let reason = "the sender ended the migration".to_owned();
                         writer.send(&Message::Abort { reason }).await?;
                     }
                     return Ok(());

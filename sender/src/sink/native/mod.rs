@@ -134,7 +134,7 @@ impl PageSink for NativeSink {
             event = "connection_lost",
             why = with_causes(&broken),
             ?retry_for,
-            "connection lost; the target runs, reconnecting"
+            "connection lost: reconnecting; the target keeps running"
         );
         self.rate = Arc::default();
         let conversation = Conversation {
