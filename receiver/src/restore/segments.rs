@@ -137,7 +137,10 @@ impl Segments {
                     return Err(failed("fill", at)(io::ErrorKind::UnexpectedEof.into()));
                 };
                 if !self.reserve(now.bytes()) {
-                    let short = io::Error::other("not enough memory is available");
+                    let short = io::Error::new(
+                        io::ErrorKind::OutOfMemory,
+                        "not enough memory is available",
+                    );
                     return Err(failed("fill", at)(short));
                 }
                 let content = &buffer[..now.bytes() as usize];
@@ -173,7 +176,10 @@ impl Segments {
         };
         let result = match self.reserve(pages.len() as u64) {
             true => self.memfds[&id].put(entries, pages),
-            false => Err(io::Error::other("not enough memory is available")),
+            false => Err(io::Error::new(
+                io::ErrorKind::OutOfMemory,
+                "not enough memory is available",
+            )),
         };
         if let Err(error) = result {
             warn_not_kept(id, &error);
@@ -456,12 +462,9 @@ pub(super) mod tests {
         let pages = Pages::open(&chain, image, index.clone()).unwrap();
         let name = MemfdName::new(NAME).unwrap();
         let recovered = segments.recover(ID, &name, &index, &pages);
-        assert!(
-            recovered
-                .unwrap_err()
-                .source
-                .to_string()
-                .contains("little memory")
+        assert_eq!(
+            recovered.unwrap_err().source.kind(),
+            io::ErrorKind::OutOfMemory
         );
         let memory = |available| MemInfo {
             total: Some(4000),
