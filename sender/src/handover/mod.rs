@@ -17,6 +17,7 @@ mod commit;
 mod discard;
 mod dump;
 mod error;
+pub mod hold;
 pub mod record;
 mod resolve;
 

@@ -3,6 +3,7 @@
 //! The sender has no `unsafe` code outside this directory.
 
 pub mod bpf;
+pub mod cgroup;
 pub mod mapping;
 pub mod pagemap;
 pub mod pidfd;
