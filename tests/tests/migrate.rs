@@ -436,7 +436,7 @@ fn local_copy_stays_stopped_until_an_unknown_outcome_is_resolved() {
         assert!(
             resolved
                 .stderr
-                .contains(if moves { "is gone" } else { "goes on here" })
+                .contains(if moves { "is gone" } else { "continues here" })
         );
         let copy = one_copy_with_stopped(&tree, 1);
         assert_eq!(copy != pid, moves);
@@ -524,7 +524,7 @@ fn unwritable_outcome_leaves_the_local_copy() {
     let resolved = resolve(pid);
     assert!(resolved.status.success(), "{}", resolved.stderr);
     assert!(
-        resolved.stderr.contains("goes on here"),
+        resolved.stderr.contains("continues here"),
         "{}",
         resolved.stderr
     );
