@@ -56,7 +56,7 @@ fn traced_target_is_refused_until_the_tracer_detaches() {
     }
     let pair = Pair::start(&[]);
     let sent = pair.send(victim.pid(), &[]);
-    sent.assert_failed(1, &["traced already", "(strace)", "detach"]);
+    sent.assert_failed(1, &["already traced", "(strace)", "detach"]);
     strace.kill().unwrap();
     strace.wait().unwrap();
     let _ = pair.send(victim.pid(), &[]).expect_report();
@@ -186,7 +186,7 @@ fn unusable_ports_and_directories_exit_7() {
         no_directory.stderr
     );
     assert!(
-        no_directory.stderr.contains("--dir takes"),
+        no_directory.stderr.contains("--dir needs"),
         "{}",
         no_directory.stderr
     );

@@ -111,7 +111,7 @@ fn request_for_missing_pages_ends_the_client() {
         (request(7, 1, 0x1001, pid), "which are not in the images"),
         (request(7, u32::MAX, 0, pid), "which are not in the images"),
         (request(4, 0, 0, pid), "to send pages"),
-        (request(99, 0, 0, pid), "broke the protocol"),
+        (request(99, 0, 0, pid), "violated the protocol"),
     ] {
         let mut client = TcpStream::connect(address).unwrap();
         client.write_all(&request).unwrap();

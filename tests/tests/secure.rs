@@ -140,7 +140,7 @@ fn untrusted_peer_is_refused_and_both_ends_report_why() {
             plain,
             sender.clone(),
             HERE,
-            "no encrypted connection",
+            "cannot establish a TLS connection",
             "has no certificates",
         ),
         (

@@ -286,7 +286,10 @@ fn seccomp_stays_enabled_without_cap_sys_admin() {
         victim.pid(),
         &all,
     );
-    let warned = sent.stderr.matches("seccomp filter that stays on").count();
+    let warned = sent
+        .stderr
+        .matches("its seccomp filter cannot be suspended")
+        .count();
     assert_eq!(warned, 2, "{}", sent.stderr);
     let report = sent.expect_report();
     assert_arrived_unharmed(&mut victim, &report);
