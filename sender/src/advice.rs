@@ -4,7 +4,8 @@ use crate::copy::stream::StreamError;
 use crate::copy::{CollectError, ListError, SendError};
 use crate::dirty::{NoTracker, TrackError};
 use crate::freeze::{FreezeError, TreeError};
-use crate::handover::{HandoverError, ResolveError};
+use crate::handover::hold::HoldError;
+use crate::handover::{HandoverError, RecordError, ResolveError};
 use crate::migrate::MigrateError;
 use crate::sink::SinkError;
 use pageferry_common::cli::{Exit, Plaintext, PlaintextForbidden};
@@ -46,6 +47,12 @@ pub(crate) enum Failure {
     /// The migration failed.
     #[error(transparent)]
     Migrate(#[from] MigrateError),
+    /// The target could not be frozen in a cgroup.
+    #[error("cannot move a process that cannot be frozen in a cgroup")]
+    Hold(#[source] HoldError),
+    /// `--resolve` lacks a PID.
+    #[error("--resolve needs a PID, or --list")]
+    ResolveWhat,
     /// An interrupted hand-over could not be resolved.
     #[error(transparent)]
     Resolve(#[from] ResolveError),
@@ -84,6 +91,11 @@ const DESCRIPTORS: &str = "the target runs; allow more descriptors (ulimit -n, L
 const CERTIFICATES: &str = "`receive certs DIR --host NAME` creates certificates for both ends: here \
     --tls-ca ca.pem --tls-cert send.pem --tls-key send.key";
 
+const NEEDS_CGROUP: &str = "the target runs; a move needs Linux 5.2 with cgroup v2, and permission to make cgroups \
+    in it";
+
+const NOT_SENT: &str = "nothing was done: another copy of the target may run";
+
 const DO_NOT_RESUME: &str = "do not resume the copy here before that";
 
 const RECEIVER_LOG: &str = "the target runs; the receiver's log has details";
@@ -109,6 +121,11 @@ pub(crate) fn of_failure(failure: &Failure) -> Advice {
         ),
         Failure::CriuOption(_) => advice(Exit::Usage, "arguments after -- are options for CRIU"),
         Failure::Capabilities(_) => advice(Exit::NotPermitted, "CRIU needs root and CAP_SYS_ADMIN"),
+        Failure::Hold(error) => of_hold(error),
+        Failure::ResolveWhat => advice(
+            Exit::Usage,
+            "send --resolve --list lists what can be resolved",
+        ),
         Failure::Prepare(_) => advice(Exit::Failed, ""),
         Failure::Migrate(error) => of_migration(error),
         Failure::Resolve(error) => of_resolve(error),
@@ -138,12 +155,18 @@ fn of_handover(error: &HandoverError) -> Advice {
         HandoverError::Collect(error) => of_collect(error),
         HandoverError::Send(error) => of_send(error),
         HandoverError::Sink(error) => of_sink(error),
-        HandoverError::MayNotStop(_) => advice(Exit::NotPermitted, MAY_NOT_SIGNAL),
+        HandoverError::MayNotKill(_) => advice(Exit::NotPermitted, MAY_NOT_SIGNAL),
         HandoverError::InDoubt(_) => advice(Exit::InDoubt, DO_NOT_RESUME),
+        HandoverError::Record(RecordError::InDoubt { .. }) => advice(Exit::InDoubt, NOT_SENT),
+        HandoverError::NotReleased { .. } | HandoverError::NotKilled { .. } => {
+            advice(Exit::InDoubt, "")
+        }
+        HandoverError::Hold(error) => of_hold(error),
         HandoverError::CriuFinishedEarly => advice(Exit::Failed, CRIU_KILLED_TARGET),
         HandoverError::CannotFreeze(_)
         | HandoverError::CriuFailed(_)
         | HandoverError::CriuExited(_)
+        | HandoverError::CriuExitedAfterDump
         | HandoverError::NoPageServer
         | HandoverError::PageServer(_)
         | HandoverError::Cancelled
@@ -153,15 +176,31 @@ fn of_handover(error: &HandoverError) -> Advice {
     }
 }
 
+fn of_hold(error: &HoldError) -> Advice {
+    match error.source.kind() {
+        io::ErrorKind::PermissionDenied => advice(Exit::NotPermitted, NEEDS_CGROUP),
+        _ => advice(Exit::Failed, NEEDS_CGROUP),
+    }
+}
+
 fn of_resolve(error: &ResolveError) -> Advice {
     match error {
-        ResolveError::Record(_) => advice(
+        ResolveError::Record(RecordError::Missing(_)) => advice(
             Exit::Failed,
-            "if there is no record, there is nothing to resolve for this process",
+            "there is nothing to resolve; send --resolve --list lists what there is",
         ),
-        ResolveError::Damaged(_) => advice(Exit::Failed, ""),
+        ResolveError::Record(RecordError::Busy { .. }) => {
+            advice(Exit::Failed, "wait until that program exits")
+        }
+        ResolveError::Record(_) | ResolveError::Damaged(_) => advice(Exit::Failed, ""),
         ResolveError::MayNotSignal(error) => of_tree(error),
         ResolveError::InDoubt(_) => advice(Exit::InDoubt, DO_NOT_RESUME),
+        ResolveError::Decided { .. } => {
+            advice(Exit::Failed, "run it without --take-back and --give-up")
+        }
+        ResolveError::Release(_) | ResolveError::Kill(_) => {
+            advice(Exit::Failed, "the record is kept: resolve it again")
+        }
     }
 }
 
@@ -243,7 +282,7 @@ fn of_sink(error: &SinkError) -> Advice {
 mod tests {
     use super::*;
     use crate::handover::InDoubt;
-    use crate::handover::record::Record;
+    use crate::handover::Records;
     use pageferry_common::criu::page_server::UnknownCommand;
     use pageferry_common::wire::RefuseCode;
     use std::net::IpAddr;
@@ -296,8 +335,23 @@ mod tests {
         }
     }
 
-    fn no_record() -> crate::handover::RecordError {
-        Record::read(i32::MAX).unwrap_err()
+    fn busy() -> RecordError {
+        RecordError::Busy {
+            root: 7,
+            holder: "8".to_owned(),
+        }
+    }
+
+    fn cannot_hold() -> HoldError {
+        HoldError {
+            action: "make",
+            cgroup: "/x".to_owned(),
+            source: os(libc::EROFS),
+        }
+    }
+
+    fn no_record() -> RecordError {
+        Records::default().open(i32::MAX).unwrap_err()
     }
 
     #[test]
@@ -332,6 +386,8 @@ mod tests {
                 Failure::Capabilities(vec!["CAP_SYS_ADMIN"]),
                 (Exit::NotPermitted, "root"),
             ),
+            (Failure::Hold(cannot_hold()), (Exit::Failed, "cgroup v2")),
+            (Failure::ResolveWhat, (Exit::Usage, "--list")),
             (Failure::Prepare(os(libc::ENOMEM)), (Exit::Failed, "")),
         ]);
     }
@@ -473,7 +529,7 @@ mod tests {
         for (error, expected) in [
             (files, (Exit::Refused, "install the same builds")),
             (
-                HandoverError::MayNotStop(7),
+                HandoverError::MayNotKill(7),
                 (Exit::NotPermitted, "CAP_KILL"),
             ),
             (in_doubt().into(), (Exit::InDoubt, "do not resume")),
@@ -485,6 +541,34 @@ mod tests {
                 HandoverError::CriuFailed(text()),
                 (Exit::Failed, TARGET_RUNS),
             ),
+            (
+                HandoverError::CriuExitedAfterDump,
+                (Exit::Failed, TARGET_RUNS),
+            ),
+            (HandoverError::Hold(cannot_hold()), (Exit::Failed, "cgroup")),
+            (
+                HandoverError::NotReleased {
+                    root: 7,
+                    source: cannot_hold(),
+                },
+                (Exit::InDoubt, ""),
+            ),
+            (
+                HandoverError::NotKilled {
+                    root: 7,
+                    source: os(libc::EPERM),
+                },
+                (Exit::InDoubt, ""),
+            ),
+            (
+                RecordError::InDoubt {
+                    root: 7,
+                    to: text(),
+                }
+                .into(),
+                (Exit::InDoubt, "nothing was done"),
+            ),
+            (busy().into(), (Exit::Failed, TARGET_RUNS)),
             (
                 HandoverError::CriuExited(os(libc::EPIPE)),
                 (Exit::Failed, TARGET_RUNS),
@@ -516,9 +600,29 @@ mod tests {
         assert_advised(vec![
             (
                 ResolveError::from(no_record()).into(),
-                (Exit::Failed, "no record"),
+                (Exit::Failed, "nothing to resolve"),
             ),
             (ResolveError::Damaged(7).into(), (Exit::Failed, "")),
+            (
+                ResolveError::from(busy()).into(),
+                (Exit::Failed, "wait until"),
+            ),
+            (
+                ResolveError::Decided {
+                    to: "x".to_owned(),
+                    answer: "runs",
+                }
+                .into(),
+                (Exit::Failed, "--take-back"),
+            ),
+            (
+                ResolveError::from(cannot_hold()).into(),
+                (Exit::Failed, "record is kept"),
+            ),
+            (
+                ResolveError::Kill(os(libc::EPERM)).into(),
+                (Exit::Failed, "record is kept"),
+            ),
             (
                 ResolveError::from(in_doubt()).into(),
                 (Exit::InDoubt, "do not resume"),

@@ -3,7 +3,7 @@
 use crate::converge::Limits;
 use crate::dirty::TrackerChoice;
 use crate::freeze::Then;
-use crate::handover::StateDump;
+use crate::handover::{StateDump, Verdict};
 use crate::sink::{Compression, DEFAULT_LEVEL, Dialect};
 use clap::Parser;
 use pageferry_common::cli::{duration, non_zero_duration};
@@ -35,8 +35,21 @@ pub struct Cli {
 
     /// Resolve an interrupted migration of PID: ask the receiver, then resume or kill the local copy
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(i32).range(1..),
-          conflicts_with_all = ["to", "pid", "migrate"])]
-    pub resolve: Option<i32>,
+          num_args = 0..=1, conflicts_with_all = ["to", "pid", "migrate"])]
+    pub resolve: Option<Option<i32>>,
+
+    /// With --resolve: only list the interrupted migrations of this host (of PID, if given)
+    #[arg(long, requires = "resolve")]
+    pub list: bool,
+
+    /// With --resolve: if the receiver does not answer, resume the local copy. Only if the other one is lost:
+    /// otherwise two run
+    #[arg(long, requires = "resolve", conflicts_with = "list")]
+    pub take_back: bool,
+
+    /// With --resolve: if the receiver does not answer, kill the local copy
+    #[arg(long, requires = "resolve", conflicts_with_all = ["list", "take_back"])]
+    pub give_up: bool,
 
     /// Use this CRIU, 4.1 or later [default: the criu in PATH]
     #[arg(long, value_name = "PATH", requires = "migrate")]
@@ -155,6 +168,8 @@ Examples:
       move the processes to `receive --restore`: they run there, and are gone here
   send --to 127.0.0.1:7700 --migrate 4711 -- --tcp-close --ghost-limit 8M
       the same, with more options for `criu dump`; those for `criu restore` go to `receive`
+  send --resolve --list
+      list the moves whose end is unknown on this host; `send --resolve PID` ends one
 
 Exit codes:
   0 done, 1 failed, 2 usage, 3 target gone, 4 receiver refused, 5 not permitted,
@@ -169,6 +184,16 @@ impl Cli {
             shell_job: self.shell_job,
             ext_unix_sk: self.ext_unix_sk,
             manage_cgroups: self.manage_cgroups,
+        }
+    }
+
+    /// Returns what the user decides for a receiver that does not answer.
+    #[must_use]
+    pub fn verdict(&self) -> Option<Verdict> {
+        match (self.take_back, self.give_up) {
+            (true, _) => Some(Verdict::TakeBack),
+            (false, true) => Some(Verdict::GiveUp),
+            (false, false) => None,
         }
     }
 

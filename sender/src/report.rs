@@ -1,7 +1,9 @@
 //! The report of a migration, as `--json` prints it.
 
 use crate::converge::Why;
+use crate::handover::record::Listed;
 use serde::Serialize;
+use std::fmt;
 use std::time::{Duration, Instant};
 
 /// Kind of a round.
@@ -205,5 +207,62 @@ impl Report {
         totals.bytes_raw += round.bytes_raw;
         totals.bytes_wire += round.bytes_wire;
         self.rounds.push(round);
+    }
+}
+/// An interrupted move, as `--resolve --list` prints it.
+#[derive(Debug, Clone, Serialize)]
+pub struct Interrupted {
+    /// PID of the root.
+    pub pid: i32,
+    /// Name of the root's program.
+    pub command: String,
+    /// Address of the receiver.
+    pub receiver: String,
+    /// When it was about to be committed, in UTC.
+    pub since: String,
+    /// Number of its processes.
+    pub processes: usize,
+    /// Number of its processes that still exist here.
+    pub alive: usize,
+    /// PID of the program that handles it, if there is one.
+    pub handled_by: Option<String>,
+}
+
+impl Interrupted {
+    /// Returns what is to be printed of a record.
+    #[must_use]
+    pub fn new(listed: &Listed) -> Self {
+        let record = &listed.record;
+        Self {
+            pid: record.root.pid,
+            command: record.command.clone(),
+            receiver: record.to.clone(),
+            since: humantime::format_rfc3339_seconds(record.since()).to_string(),
+            processes: record.processes(),
+            alive: record.alive().count(),
+            handled_by: listed.holder.clone(),
+        }
+    }
+}
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            pid,
+            command,
+            receiver,
+            since,
+            processes,
+            alive,
+            handled_by,
+        } = self;
+        write!(
+            f,
+            "process {pid} ({command}) to {receiver} since {since}: {alive} of {processes} processes exist here, "
+        )?;
+        match handled_by {
+            Some(holder) => write!(f, "process {holder} is handling it"),
+            None => write!(f, "no program is handling it"),
+        }
     }
 }

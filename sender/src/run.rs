@@ -4,19 +4,22 @@ use crate::advice::{self, Advice, Failure};
 use crate::cli::Cli;
 use crate::copy::{Copier, WrittenPages};
 use crate::dirty;
-use crate::freeze::{FreezeError, Freezer, Then, check_signal_permission};
-use crate::handover::{Handover, Resolved, resolve};
+use crate::freeze::{FreezeError, Freezer, Then, check_signal_permission, process_list};
+use crate::handover::{
+    Found, Handover, HandoverError, Records, ResolveError, Resolved, hold, resolve,
+};
 use crate::migrate::{MigrateError, Parts, Plan, migrate};
 use crate::progress::{LogWriter, Progress};
-use crate::report::Report;
+use crate::report::{Interrupted, Report};
 use crate::sink::{Connect, PageSink, SinkError};
 use crate::target::process::{namespace_depth, pid_in_namespace};
 use nix::sys::signal::Signal;
 use pageferry_common::cli::{Exit, Plaintext, start_log};
 use pageferry_common::criu::Criu;
 use pageferry_common::proc::capabilities::{self, lacking};
+use pageferry_common::proc::process::ProcessId;
 use pageferry_common::sys::rlimit::raise_descriptor_limit;
-use pageferry_common::{BufferPool, Claim, MigrationId, Token};
+use pageferry_common::{BufferPool, Claim, MigrationId, Token, with_causes};
 use rustls::ClientConfig;
 use std::net::ToSocketAddrs;
 use std::path::Path;
@@ -29,7 +32,9 @@ pub fn run(cli: &Cli) -> ExitCode {
     start_log(cli.verbose, LogWriter::default);
     raise_descriptor_limit();
     let done = match (cli.resolve, &cli.to, cli.pid) {
-        (Some(root), _, _) => resolve_migration(cli, root),
+        (Some(root), _, _) if cli.list => list_interrupted(cli, root),
+        (Some(Some(root)), _, _) => resolve_migration(cli, root),
+        (Some(None), _, _) => Err(Failure::ResolveWhat),
         (None, Some(to), Some(pid)) => send(cli, to, pid).map(|report| print_report(cli, &report)),
         (None, _, _) => unreachable!("clap requires both"),
     };
@@ -54,15 +59,50 @@ fn print_report(cli: &Cli, report: &Report) {
     }
 }
 
-/// Resolves an interrupted migration, and prints where the target runs.
+/// Resolves an interrupted migration, and prints what was found and done.
 fn resolve_migration(cli: &Cli, root: i32) -> Result<(), Failure> {
-    match resolve(root, cli.timeout, cli.tls.client()?)? {
-        Resolved::Moved { to } => {
-            eprintln!("send: process {root} runs at {to}; its copy here is gone");
+    let Resolved {
+        to,
+        command,
+        result,
+    } = resolve(root, cli.verdict(), cli.timeout, cli.tls.client()?)?;
+    let process = format!("process {root} ({command})");
+    let text = match result {
+        Found::NothingLeft => {
+            format!("nothing is left of {process} here; its record is removed ({to} was not asked)")
         }
-        Resolved::Kept { to } => {
-            eprintln!("send: process {root} does not run at {to}; it continues here");
+        Found::Moved(killed) => {
+            format!("{process} runs at {to}; its copy here is gone ({killed} processes killed)")
         }
+        Found::Kept => format!("{process} does not run at {to}; it continues here"),
+        Found::TakenBack(why) => format!(
+            "{to} did not answer ({}): {process} continues here; it may have run there for a moment",
+            with_causes(&why)
+        ),
+        Found::GivenUp(why, killed) => format!(
+            "{to} did not answer ({}): {process} is gone here ({killed} processes killed)",
+            with_causes(&why)
+        ),
+    };
+    eprintln!("send: {text}");
+    Ok(())
+}
+
+/// Prints the interrupted migrations of this host, or that of one process, on standard output.
+fn list_interrupted(cli: &Cli, root: Option<i32>) -> Result<(), Failure> {
+    let mut list = Records::default().list().map_err(ResolveError::from)?;
+    list.retain(|listed| root.is_none_or(|root| listed.record.root.pid == root));
+    if cli.json {
+        let list: Vec<_> = list.iter().map(Interrupted::new).collect();
+        let json = serde_json::to_string(&list).expect("a list is plain data");
+        println!("{json}");
+        return Ok(());
+    }
+    for listed in &list {
+        println!("{}", Interrupted::new(listed));
+    }
+    if list.is_empty() {
+        eprintln!("send: no migration is interrupted on this host");
     }
     Ok(())
 }
@@ -76,7 +116,10 @@ fn send(cli: &Cli, to: &str, pid: i32) -> Result<Report, Failure> {
     }
     let claim = new_claim(pid)?;
     check_permissions(cli, pid)?;
-    let handover = handover(cli, to, claim)?;
+    if cli.migrate {
+        check_in_doubt(pid)?;
+    }
+    let handover = handover(cli, to, pid, claim)?;
     let mut tracker = dirty::probe(cli.tracker)?;
     let mut freezer = Freezer::start(Path::new("/proc/self/exe")).map_err(MigrateError::from)?;
     let written_pages = match cli.skip_unchanged {
@@ -160,8 +203,18 @@ fn check_permissions(cli: &Cli, pid: i32) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Checks that no earlier move of this tree, or of a part of it, is in doubt: the other copy may run.
+fn check_in_doubt(pid: i32) -> Result<(), Failure> {
+    let tree = process_list(pid).into_iter();
+    let tree: Vec<_> = tree
+        .filter_map(|process| ProcessId::find(process.pid))
+        .collect();
+    let checked = Records::default().check_in_doubt(&tree);
+    checked.map_err(|why| MigrateError::from(HandoverError::from(why)).into())
+}
+
 /// Returns how to hand the target over; `None` without `--migrate`.
-fn handover(cli: &Cli, to: &str, claim: Claim) -> Result<Option<Handover>, Failure> {
+fn handover(cli: &Cli, to: &str, pid: i32, claim: Claim) -> Result<Option<Handover>, Failure> {
     if !cli.migrate {
         return Ok(None);
     }
@@ -169,12 +222,15 @@ fn handover(cli: &Cli, to: &str, claim: Claim) -> Result<Option<Handover>, Failu
     if cli.tcp_established {
         criu = criu.prefer_nftables();
     }
+    let hierarchy = hold::probe(claim.id, pid).map_err(Failure::Hold)?;
     Ok(Some(Handover {
         criu,
         options: cli.criu_options(),
         state_dump: cli.state_dump,
         to: to.to_owned(),
         claim,
+        hierarchy,
+        records: Records::default(),
     }))
 }
 

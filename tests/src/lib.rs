@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod certs;
+pub mod copies;
 pub mod criu;
 pub mod daemon;
 pub mod fuzz;

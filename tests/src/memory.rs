@@ -9,6 +9,7 @@ use std::fs::{self, File};
 use std::io;
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -500,6 +501,60 @@ pub fn is_stopped(pid: i32) -> bool {
         .filter(|state| !matches!(state, 'Z' | 'X'))
         .collect();
     !states.is_empty() && states.iter().all(|state| matches!(state, 'T' | 't'))
+}
+
+/// Returns the directory of the cgroup (v2) of a process.
+///
+/// # Panics
+/// If the cgroup v2 hierarchy is not mounted.
+#[must_use]
+pub fn cgroup(pid: i32) -> PathBuf {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let mut mounts = mounts.lines().map(|line| line.split(' '));
+    let mount = mounts.find_map(|mut fields| {
+        let point = fields.nth(1)?;
+        (fields.next() == Some("cgroup2")).then_some(point)
+    });
+    let mount = mount.expect("cgroup v2 is mounted");
+    let cgroups = fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let cgroup = cgroups.lines().find_map(|line| line.strip_prefix("0::"));
+    format!("{mount}{}", cgroup.unwrap_or("/")).into()
+}
+
+/// Returns whether a process is in a frozen cgroup (v2).
+///
+/// # Panics
+/// As [`cgroup`].
+#[must_use]
+pub fn is_frozen(pid: i32) -> bool {
+    let events = fs::read_to_string(cgroup(pid).join("cgroup.events"));
+    events.is_ok_and(|events| events.lines().any(|line| line == "frozen 1"))
+}
+
+/// Returns the time for which the threads of a process have run, in nanoseconds.
+#[must_use]
+pub fn run_time(pid: i32) -> u64 {
+    let times = threads(pid).into_iter().filter_map(|tid| {
+        let times = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+        times.split(' ').next()?.parse::<u64>().ok()
+    });
+    times.sum()
+}
+
+/// Asserts that processes are frozen and execute nothing for a while.
+///
+/// # Panics
+/// If one does.
+pub fn assert_held(pids: &[i32]) {
+    let times = || pids.iter().map(|&pid| run_time(pid)).collect::<Vec<_>>();
+    assert!(pids.iter().all(|&pid| is_frozen(pid)), "{pids:?}");
+    let before = times();
+    thread::sleep(Duration::from_millis(200));
+    assert!(
+        pids.iter().all(|&pid| lives(pid) && is_frozen(pid)),
+        "{pids:?}"
+    );
+    assert_eq!(times(), before, "{pids:?}");
 }
 
 /// Returns a process and all its descendants, each parent before its children.

@@ -3,6 +3,7 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pageferry_tests::copies::{has_record, one_copy_with_stopped, the_only_copy};
 use pageferry_tests::criu::{Criu, free_address};
 use pageferry_tests::daemon::{Daemon, until};
 use pageferry_tests::host::Host;
@@ -17,50 +18,8 @@ use pageferry_tests::scenario::receive;
 use pageferry_tests::{Receiver, Send, Victim};
 use std::fs;
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-
-/// Returns the processes of a victim on all hosts of this machine, each with its PID in the namespace in which it
-/// runs (the same as in `tree`) and whether it can run.
-fn copies(tree: &[i32]) -> Vec<(i32, bool)> {
-    let program = fs::canonicalize(pageferry_tests::victim::path()).unwrap();
-    let pids = fs::read_dir("/proc").unwrap().flatten();
-    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    // By its executable: during a restore its memory, such as the command line, may be incomplete.
-    pids.filter(|pid| {
-        let exe = fs::read_link(format!("/proc/{pid}/exe"));
-        let numbers = memory::namespaced_pids(*pid).unwrap_or_default();
-        let number = numbers.last().map(|&number| number.cast_signed());
-        exe.is_ok_and(|exe| exe == program)
-            && number.is_some_and(|number| tree.contains(&number))
-            && memory::lives(*pid)
-    })
-    .map(|pid| (pid, !memory::is_stopped(pid)))
-    .collect()
-}
-
-/// Returns the root of the only copy of a tree.
-fn the_only_copy(tree: &[i32]) -> i32 {
-    one_copy_with_stopped(tree, 0)
-}
-
-/// Returns the root of the only copy of a tree, of which `stopped` processes are stopped.
-fn one_copy_with_stopped(tree: &[i32], stopped: usize) -> i32 {
-    until("one copy runs", || {
-        let copies = copies(tree);
-        let suspended = copies.iter().filter(|(_, runs)| !runs).count();
-        // PIDs wrap around: the root need not have the lowest.
-        let is_root = |pid: i32| {
-            let pids = memory::namespaced_pids(pid).unwrap_or_default();
-            pids.last().map(|&pid| pid.cast_signed()) == Some(tree[0])
-        };
-        let root = copies.iter().find(|&&(pid, _)| is_root(pid));
-        match root {
-            Some(&(root, _)) if copies.len() == tree.len() && suspended == stopped => Ok(root),
-            _ => Err(format!("{copies:?}")),
-        }
-    })
-}
 
 fn migrate(criu: &Criu, to: SocketAddr, pid: i32, options: &[&str]) -> Send {
     let criu = criu.path().to_str().unwrap();
@@ -291,12 +250,12 @@ fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
     // A killed program receives no more frames.
     link.cut();
     let sent = send.finish();
-    if sent.status.code() != Some(0) && record_of(pid).exists() {
+    if sent.status.code() != Some(0) && has_record(pid) {
         let resolved = resolve(pid);
         let words = (&sent.stderr, &resolved.stderr);
         assert!(resolved.status.success(), "{what}: {words:?}");
     }
-    assert!(!record_of(pid).exists(), "{what}: {}", sent.stderr);
+    assert!(!has_record(pid), "{what}: {}", sent.stderr);
     let copy = the_only_copy(&tree);
     let moved = copy != pid;
     if moved {
@@ -306,12 +265,6 @@ fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
     verdict.unwrap_or_else(|error| panic!("{what}: {error}: {}", sent.stderr));
     drop(receiver);
     moved
-}
-
-/// Returns the path of the record that `send` writes before the commit.
-fn record_of(pid: i32) -> PathBuf {
-    let run = std::env::var_os("XDG_RUNTIME_DIR").map_or_else(|| "/run".into(), PathBuf::from);
-    run.join(format!("pageferry/{pid}.json"))
 }
 
 fn fault_at_every_step(fault: Fault) {
@@ -424,11 +377,11 @@ fn local_copy_stays_stopped_until_an_unknown_outcome_is_resolved() {
         assert_eq!(sent.status.code(), Some(6), "{}", sent.stderr);
         let advice = format!("send --resolve {pid}");
         assert!(sent.stderr.contains(&advice), "{}", sent.stderr);
-        assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
+        memory::assert_held(&tree);
         // While the receiver cannot be asked, nothing is decided.
         let failed = resolve_within(pid, "1s");
         assert_eq!(failed.status.code(), Some(6), "{}", failed.stderr);
-        assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
+        memory::assert_held(&tree);
 
         link.reopen();
         let resolved = resolve_within(pid, "60s");
@@ -519,7 +472,7 @@ fn unwritable_outcome_leaves_the_local_copy() {
     link.forward();
     let sent = send.finish();
     assert_eq!(sent.status.code(), Some(6), "{}", sent.stderr);
-    assert!(tree.iter().all(|&pid| memory::is_stopped(pid)));
+    memory::assert_held(&tree);
     mount(&["umount"]);
     let resolved = resolve(pid);
     assert!(resolved.status.success(), "{}", resolved.stderr);
@@ -762,5 +715,5 @@ fn options_after_dashes_are_passed_to_criu() {
     let sent = migrate(&criu, receiver.address(), victim.pid(), &options).finish();
     assert!(sent.status.success(), "{}", sent.stderr);
     victim.await_end();
-    the_only_copy(&tree);
+    assert_ne!(the_only_copy(&tree), tree[0]);
 }

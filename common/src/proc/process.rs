@@ -24,6 +24,12 @@ impl ProcessId {
         Some(Self { pid, start_time })
     }
 
+    /// Returns the start time, in clock ticks since boot.
+    #[must_use]
+    pub fn start_time(self) -> u64 {
+        self.start_time
+    }
+
     /// Returns whether the process has not exited yet.
     #[must_use]
     pub fn is_alive(self) -> bool {

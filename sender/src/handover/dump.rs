@@ -8,6 +8,8 @@ use super::{Handover, HandoverError, StateDump};
 use crate::freeze::FrozenProcess;
 use crate::target::smaps::VmFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
 use pageferry_common::criu::preload;
 use pageferry_common::criu::{CriuSession, Event, Reply, last_errors};
 use pageferry_common::sys::fdpass;
@@ -235,6 +237,13 @@ impl Dump {
             // The kernel ends the traces of a CRIU that has exited.
             tracing::debug!(%why, "CRIU exited before it reported that the dump is undone");
         }
+    }
+
+    /// Returns whether CRIU still exists: it then has kept the target stopped since the dump.
+    pub(super) fn is_criu_alive(&self) -> bool {
+        let criu = Pid::from_raw(self.session.pid());
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        waitid(Id::Pid(criu), flags) == Ok(WaitStatus::StillAlive)
     }
 
     /// Lets CRIU kill the target, which ends the dump. Fails if CRIU does not report success.

@@ -1,6 +1,7 @@
 //! Why a hand-over failed.
 
 use super::RecordError;
+use super::hold::HoldError;
 use crate::copy::{CollectError, SendError};
 use crate::sink::SinkError;
 use pageferry_common::criu::page_server::UnknownCommand;
@@ -56,21 +57,48 @@ pub enum HandoverError {
     /// Files or sockets of the hand-over failed.
     #[error("cannot communicate with CRIU or use its files")]
     Io(#[from] io::Error),
+    /// CRIU exited after the dump, before the tree was held: the tree may have run since its state was
+    /// dumped.
+    #[error("CRIU exited after the dump, before the move was committed")]
+    CriuExitedAfterDump,
+    /// The tree could not be frozen in a cgroup.
+    #[error("cannot hold the target")]
+    Hold(#[source] HoldError),
+    /// The tree could not be thawed after a move that failed.
+    #[error(
+        "the move failed and the target is still frozen here; to try again, run: send --resolve {root}"
+    )]
+    NotReleased {
+        /// PID of the root.
+        root: i32,
+        /// Why it is frozen.
+        source: HoldError,
+    },
+    /// The tree could not be killed after it was moved.
+    #[error(
+        "the target runs at the receiver, and its frozen copy here was not killed; run: send --resolve {root}"
+    )]
+    NotKilled {
+        /// PID of the root.
+        root: i32,
+        /// Error from the kernel.
+        source: io::Error,
+    },
     /// The record of the hand-over could not be read or written.
     #[error(transparent)]
     Record(#[from] RecordError),
-    /// The sender may not stop a process, which could then run at both ends.
-    #[error("not permitted to stop process {0}")]
-    MayNotStop(i32),
+    /// The sender may not kill a process, which could then run at both ends.
+    #[error("not permitted to kill process {0}")]
+    MayNotKill(i32),
     /// The receiver was asked to commit, and its answer is missing.
     #[error(transparent)]
     InDoubt(#[from] InDoubt),
 }
 
-/// The sender cannot find out whether the receiver committed, so the local copy must stay stopped.
+/// The sender cannot find out whether the receiver committed, so the local copy must stay frozen.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "it is unknown whether process {root} runs at the receiver; the copy here stays stopped. \
+    "it is unknown whether process {root} runs at the receiver; the copy here stays frozen. \
      When the receiver can be reached again, run: send --resolve {root}"
 )]
 pub struct InDoubt {

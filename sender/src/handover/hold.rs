@@ -11,9 +11,10 @@ use pageferry_common::proc::process::ProcessId;
 use pageferry_common::proc::read_lossy;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, Permissions};
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::PathBuf;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -44,12 +45,17 @@ pub struct HoldError {
 pub struct Hierarchy(OwnedFd);
 
 impl Hierarchy {
-    /// Opens it, mounted for this process only: hosts with cgroup v1 may not have it mounted.
+    /// Opens it where it is mounted. If it is not, mounts it for this process only: hosts with cgroup v1 may not
+    /// have it mounted. (Another mount would reset the options of the first, such as `nsdelegate`.)
     ///
     /// # Errors
     /// [`HoldError`], for example if the kernel has no cgroup v2.
     pub fn open() -> Result<Self, HoldError> {
-        mount_v2().map(Self).map_err(|source| HoldError {
+        let open = || match mount_point(&read_lossy("/proc/self/mountinfo")?) {
+            Some(path) => Ok(File::open(path)?.into()),
+            None => mount_v2(),
+        };
+        open().map(Self).map_err(|source| HoldError {
             action: "mount the hierarchy of",
             cgroup: "v2".to_owned(),
             source,
@@ -72,9 +78,20 @@ impl Hierarchy {
         io::Write::write_all(&mut file, value.as_bytes())
     }
 
-    fn make(&self, cgroup: &str) -> io::Result<()> {
-        match fs::create_dir(self.path(cgroup, "")) {
+    /// Makes a cgroup in `parent`.
+    fn make(&self, parent: &str, cgroup: &str) -> io::Result<()> {
+        let make = || fs::create_dir(self.path(cgroup, ""));
+        match make() {
             Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()),
+            // The root directory is read-only even for its owner, who needs no capability to change that.
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                let parent = self.path(parent, "");
+                let mode = fs::metadata(&parent)?.mode() | 0o200;
+                match fs::set_permissions(&parent, Permissions::from_mode(mode)) {
+                    Ok(()) => make(),
+                    Err(_) => Err(error),
+                }
+            }
             made => made,
         }
     }
@@ -139,7 +156,7 @@ impl Hold {
         for (cgroup, processes) in &self.cgroups {
             let child = self.child(cgroup);
             let freeze = || {
-                hierarchy.make(&child)?;
+                hierarchy.make(cgroup, &child)?;
                 for process in processes.iter().filter(|process| process.is_alive()) {
                     match hierarchy.write(&child, "cgroup.procs", &process.pid.to_string()) {
                         // The process has exited meanwhile.
@@ -257,7 +274,7 @@ pub fn probe(migration: MigrationId, root: i32) -> Result<Hierarchy, HoldError> 
     for cgroup in hold.cgroups.keys() {
         let child = hold.child(cgroup);
         let probe = || {
-            hierarchy.make(&child)?;
+            hierarchy.make(cgroup, &child)?;
             let probed = hierarchy
                 .write(&child, "cgroup.freeze", "0")
                 .and_then(|()| {
@@ -275,6 +292,19 @@ pub fn probe(migration: MigrationId, root: i32) -> Result<Hierarchy, HoldError> 
         probe().map_err(|source| hold.error("make", cgroup, source))?;
     }
     Ok(hierarchy)
+}
+
+/// Returns where the whole cgroup v2 hierarchy is mounted, by `/proc/self/mountinfo`.
+fn mount_point(mountinfo: &str) -> Option<&str> {
+    mountinfo.lines().find_map(|line| {
+        let (mount, kind) = line.split_once(" - ")?;
+        let mut fields = mount.split(' ').skip(3);
+        let (root, point) = (fields.next()?, fields.next()?);
+        let writable = fields.next()?.split(',').any(|option| option == "rw");
+        // Characters that would have to be unescaped are not used for it.
+        let plain = root == "/" && writable && !point.contains('\\');
+        (kind.starts_with("cgroup2 ") && plain).then_some(point)
+    })
 }
 
 /// Returns the path of a process in the cgroup v2 hierarchy.
@@ -330,6 +360,18 @@ mod tests {
         child.wait().unwrap();
         hold.remove(&hierarchy);
         assert!(!hierarchy.path(&held, "").exists());
+    }
+
+    #[test]
+    fn mounted_hierarchy_is_found() {
+        let found = mount_point(
+            "30 25 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
+             31 25 0:27 /a /mnt/a rw - cgroup2 cgroup2 rw\n\
+             32 25 0:27 / /mnt/b ro,nosuid - cgroup2 cgroup2 rw\n\
+             33 25 0:27 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n",
+        );
+        assert_eq!(found, Some("/sys/fs/cgroup/unified"));
+        assert_eq!(mount_point("30 25 0:26 / /proc rw - proc proc rw\n"), None);
     }
 
     #[test]

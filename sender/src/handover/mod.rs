@@ -6,11 +6,12 @@
 //!    sends the last round: what CRIU's code may have touched.
 //! 3. CRIU reports the end of the dump. The sender sends CRIU's images, and the receiver restores the target
 //!    and holds it back.
-//! 4. The sender stops the target with SIGSTOP and asks the receiver to commit ([`commit`]).
+//! 4. The sender writes a record ([`record`]), freezes the target in a cgroup ([`hold`]), verifies that CRIU has
+//!    kept it stopped until then, and asks the receiver to commit ([`commit`]).
 //! 5. The receiver reports that the target runs there. CRIU kills the target here.
 //!
-//! Up to step 3, any failure or death makes CRIU undo the dump, and the target runs on here. From the SIGSTOP
-//! on, the target stays stopped here until the receiver's decision is known. If its answer is lost, the
+//! Up to step 3, any failure or death makes CRIU undo the dump, and the target runs on here. From the
+//! freeze on, the target stays frozen here until the receiver's decision is known. If its answer is lost, the
 //! sender asks again: at once on new connections, or later (`send --resolve`).
 
 mod commit;
@@ -22,8 +23,8 @@ pub mod record;
 mod resolve;
 
 pub use error::{HandoverError, InDoubt};
-pub use record::{Record, RecordError};
-pub use resolve::{ResolveError, Resolved, resolve};
+pub use record::{Record, RecordError, Records};
+pub use resolve::{Found, ResolveError, Resolved, Verdict, resolve};
 
 use crate::copy::stream::StreamError;
 use crate::copy::{Pass, Scanned, SendError};
@@ -34,6 +35,7 @@ use crate::sink::{Destination, PageSink, Receipt, SinkError};
 use crate::target::files::needed_files;
 use commit::Restored;
 use dump::{CANCEL_POLL_INTERVAL, Dump, Next};
+use hold::Hierarchy;
 use pageferry_common::criu::images::children_are_waited_for;
 use pageferry_common::criu::{Criu, Event, Options};
 use pageferry_common::proc::uptime;
@@ -80,6 +82,10 @@ pub struct Handover {
     pub to: String,
     /// Identity of the migration.
     pub claim: Claim,
+    /// The cgroups of this host, in which the target is held.
+    pub hierarchy: Hierarchy,
+    /// The records of this host.
+    pub records: Records,
 }
 
 /// A round of a hand-over that the receiver has acked.
@@ -207,10 +213,12 @@ impl Attempt<'_, '_> {
             return Err(error);
         }
         self.downtime.restored();
-        let stopped = Restored::new(self.root, dump).stop(self.handover)?;
-        let committed = stopped.commit(destination(self.parts.sink)?)?;
+        let receiver = destination(self.parts.sink)?;
+        let recorded = Restored::new(self.root, dump).record(self.handover)?;
+        let held = recorded.hold(receiver)?;
+        let killing = held.commit(receiver)?;
         self.downtime.running();
-        committed.kill_source()
+        killing.kill_source()
     }
 
     /// Sends all memory while CRIU dumps the rest. Returns when CRIU has completed the dump, and waits for the

@@ -114,13 +114,20 @@ impl<C: Send + 'static, R: Send + 'static> Link<C, R> {
     }
 }
 
-impl<C, R> Drop for Link<C, R> {
-    fn drop(&mut self) {
+impl<C, R> Link<C, R> {
+    /// Ends the conversation and waits for the thread.
+    pub(super) fn close(&mut self) {
         self.commands_tx = None;
         if let Some(thread) = self.thread.take() {
-            // The sink is gone, so no caller is left to report an error to.
+            // The conversation is not needed any more, so its error is not either.
             let _ = thread.join();
         }
+    }
+}
+
+impl<C, R> Drop for Link<C, R> {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

@@ -202,6 +202,9 @@ pub trait Destination {
     /// # Errors
     /// [`SinkError`]; the outcome is still in doubt then.
     fn query_outcome(&mut self) -> Result<Outcome, SinkError>;
+
+    /// Closes the connection, so that the receiver gives up at once what it waits to commit.
+    fn disconnect(&mut self);
 }
 
 /// Takes the rounds of one migration. Order of calls: for each round `prepare`, `begin`, then for each image

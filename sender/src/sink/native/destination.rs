@@ -85,6 +85,10 @@ impl Destination for NativeSink {
         } = self.connect.clone();
         resolve(to, claim, stall, tls)
     }
+
+    fn disconnect(&mut self) {
+        self.link.close();
+    }
 }
 
 /// Asks a receiver for the outcome of a migration, retrying for `patience`.
