@@ -65,18 +65,23 @@ fn tee(left: SocketAddr, right: SocketAddr) -> (SocketAddr, JoinHandle<io::Resul
             let (mut client, mut left, mut right) =
                 (client.try_clone()?, left.try_clone()?, right.try_clone()?);
             std::thread::spawn(move || {
-                // CRIU reads the four bytes of a status in one call.
-                let (mut answer, mut other) = ([0; 4], [0; 4]);
-                loop {
-                    let n = left.read(&mut answer)?;
-                    if n == 0 {
-                        break;
+                let mut forward = || {
+                    // CRIU reads the four bytes of a status in one call.
+                    let (mut answer, mut other) = ([0; 4], [0; 4]);
+                    loop {
+                        let n = left.read(&mut answer)?;
+                        if n == 0 {
+                            return Ok(());
+                        }
+                        right.read_exact(&mut other[..n])?;
+                        assert_eq!(answer[..n], other[..n], "they answer alike");
+                        client.write_all(&answer[..n])?;
                     }
-                    right.read_exact(&mut other[..n])?;
-                    assert_eq!(answer[..n], other[..n], "they answer alike");
-                    client.write_all(&answer[..n])?;
-                }
-                Ok(())
+                };
+                let forwarded = forward();
+                // If a server fails, the client must not wait for an answer.
+                let _ = client.shutdown(Shutdown::Both);
+                forwarded
             })
         };
         let (mut from, mut buffer) = (client, vec![0; 1 << 16]);
