@@ -80,17 +80,30 @@ fn identity(pid: i32) -> (String, Vec<PathBuf>, u32) {
     (status(pid), descriptors, owner)
 }
 
+/// Returns the identities of the processes of a tree once they no longer change: a thread of a victim holds its
+/// report open while it writes to it.
+fn settled_identities(tree: &[i32]) -> Vec<(String, Vec<PathBuf>, u32)> {
+    let identities = || -> Vec<_> { tree.iter().map(|&pid| identity(pid)).collect() };
+    let mut last = identities();
+    loop {
+        let now = identities();
+        if now == last {
+            return now;
+        }
+        last = now;
+    }
+}
+
 /// Sends a victim with each of these trackers, and asserts that its identity is unchanged and that it is unharmed.
 fn assert_sent_unchanged(victim: &mut Victim, trackers: &[&str]) {
     let tree = victim.tree();
-    let before: Vec<_> = tree.iter().map(|&pid| identity(pid)).collect();
+    let before = settled_identities(&tree);
     for tracker in trackers {
         let options = [&MANY_ROUNDS[..], &["--tracker", tracker]].concat();
         let report = assert_sent(victim, &options);
         assert!(report.rounds.len() >= 2);
         assert_eq!(victim.tree(), tree);
-        let after: Vec<_> = tree.iter().map(|&pid| identity(pid)).collect();
-        assert_eq!(after, before);
+        assert_eq!(settled_identities(&tree), before);
     }
 }
 
