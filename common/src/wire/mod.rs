@@ -42,7 +42,8 @@
 //!  | Chunk {entries, digest} + pages                            |  appended to pages-N.img
 //!  | Chunk ...                                                  |
 //!  | RoundEnd {totals}                                          |  totals are compared,
-//!  | ---------------------------------------------------------> |  fsync, rename to N/
+//!  | ---------------------------------------------------------> |  fsync, rename to N/ (the last round
+//!  |                                                            |  of a hand-over: fsync before commit)
 //!  |                                          RoundAck {totals} |
 //!  | <--------------------------------------------------------- |
 //!  |           ... more rounds, RoundBegin to RoundAck ...      |

@@ -20,6 +20,7 @@ use super::{Handover, HandoverError, InDoubt, Record};
 use crate::freeze::{check_signal_permission, process_list};
 use crate::sink::{CommitError, Destination, Outcome, SinkError};
 use pageferry_common::proc::process::ProcessId;
+use pageferry_common::with_causes;
 use std::time::Instant;
 
 /// The receiver has restored the target and holds it back. CRIU waits for the permission to kill the target
@@ -169,7 +170,17 @@ impl Killing<'_> {
             );
         }
         match record.record.kill(hierarchy) {
-            Ok(_) => Ok(record.remove()?),
+            Ok(_) => {
+                // The target runs at the receiver, whatever becomes of the record.
+                if let Err(error) = record.remove() {
+                    tracing::warn!(
+                        event = "record_not_removed",
+                        why = with_causes(&error),
+                        "the record of a finished move is left behind"
+                    );
+                }
+                Ok(())
+            }
             Err(source) => Err(HandoverError::NotKilled { root, source }),
         }
     }
