@@ -60,8 +60,9 @@ fn certs_creates_certificates_for_both_ends() {
 #[test]
 fn memory_is_encrypted_on_the_wire() {
     let certs = Certs::new();
-    // The memory contains the process's own command line, and each frame begins with these bytes.
-    const PLAIN: &[u8] = b"PFRY";
+    // A frame begins with its magic number; kind and flags follow, then two zeros. Six fixed bytes: four alone turn up
+    // by chance in ciphertext of this length, about once in 200 runs.
+    let is_header = |window: &[u8]| window.starts_with(b"PFRY") && window.ends_with(&[0, 0]);
     for secure in [false, true] {
         let mut victim = Victim::start("heap=16 text=2 dirty=20");
         let (mut here, mut there) = (Vec::new(), Vec::new());
@@ -77,7 +78,7 @@ fn memory_is_encrypted_on_the_wire() {
         resume(victim.pid());
         victim.assert_unharmed();
         let recorded = tap.join().unwrap().unwrap();
-        let plain = recorded.windows(PLAIN.len()).any(|window| window == PLAIN);
+        let plain = recorded.windows(8).any(is_header);
         assert_eq!(plain, !secure);
     }
 }
