@@ -1,11 +1,23 @@
 //! Declarations that all preloaded libraries share. The libraries are built separately (`build.rs`) and
 //! without the standard library, because they must work with the libc of any CRIU.
 
-use core::ffi::{c_int, c_void};
+use core::ffi::{c_int, c_long, c_void};
 
 pub const AF_UNIX: c_int = 1;
 pub const SOCK_SEQPACKET: c_int = 5;
 pub const O_CLOEXEC: c_int = 0o2_000_000;
+
+/// Numbers of the system calls that all libraries make.
+#[cfg(target_arch = "x86_64")]
+pub mod number {
+    pub const LSEEK: core::ffi::c_long = 8;
+    pub const OPENAT: core::ffi::c_long = 257;
+}
+#[cfg(target_arch = "aarch64")]
+pub mod number {
+    pub const LSEEK: core::ffi::c_long = 62;
+    pub const OPENAT: core::ffi::c_long = 56;
+}
 
 /// `struct sockaddr_un`.
 #[repr(C)]
@@ -28,6 +40,8 @@ impl Address {
 
 unsafe extern "C" {
     fn abort() -> !;
+    pub fn syscall(number: c_long, ...) -> c_long;
+    pub fn __errno_location() -> *mut c_int;
     pub fn socket(domain: c_int, kind: c_int, protocol: c_int) -> c_int;
     pub fn connect(fd: c_int, address: *const Address, len: u32) -> c_int;
     pub fn close(fd: c_int) -> c_int;

@@ -18,6 +18,7 @@
 
 mod base;
 
+use base::{__errno_location, number, syscall};
 use base::{AF_UNIX, Address, O_CLOEXEC, SOCK_SEQPACKET, close, connect, recv, socket};
 use core::ffi::{c_char, c_int, c_long, c_ulong, c_void};
 use core::sync::atomic::{AtomicBool, Ordering};
@@ -32,18 +33,11 @@ const SOCKET: &[u8] = b"stopped.socket\0";
 
 static NOTIFIED: AtomicBool = AtomicBool::new(false);
 
+/// Number of the system call `ioctl`.
 #[cfg(target_arch = "x86_64")]
-mod number {
-    pub const IOCTL: core::ffi::c_long = 16;
-    pub const LSEEK: core::ffi::c_long = 8;
-    pub const OPENAT: core::ffi::c_long = 257;
-}
+const IOCTL: c_long = 16;
 #[cfg(target_arch = "aarch64")]
-mod number {
-    pub const IOCTL: core::ffi::c_long = 29;
-    pub const LSEEK: core::ffi::c_long = 62;
-    pub const OPENAT: core::ffi::c_long = 56;
-}
+const IOCTL: c_long = 29;
 
 /// The first fields of `struct pm_scan_arg`.
 #[repr(C)]
@@ -56,8 +50,6 @@ struct ScanArg {
 }
 
 unsafe extern "C" {
-    fn syscall(number: c_long, ...) -> c_long;
-    fn __errno_location() -> *mut c_int;
     fn readlink(path: *const u8, buffer: *mut u8, size: usize) -> isize;
     fn getenv(name: *const u8) -> *const u8;
 }
@@ -192,7 +184,7 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_voi
         }
     }
     // SAFETY: the arguments are those of the caller.
-    unsafe { syscall(number::IOCTL, fd, request, argument) as c_int }
+    unsafe { syscall(IOCTL, fd, request, argument) as c_int }
 }
 
 /// # Safety

@@ -13,6 +13,7 @@
 
 mod base;
 
+use base::{__errno_location, number, syscall};
 use base::{AF_UNIX, Address, O_CLOEXEC, SOCK_SEQPACKET, close, connect, socket};
 use core::ffi::{c_char, c_int, c_long, c_void};
 use core::sync::atomic::{AtomicI32, Ordering};
@@ -29,18 +30,11 @@ const SEEK_SET: c_int = 0;
 const SEEK_END: c_int = 2;
 const EIO: c_int = 5;
 
+/// Number of the system call `ftruncate`.
 #[cfg(target_arch = "x86_64")]
-mod number {
-    pub const FTRUNCATE: core::ffi::c_long = 77;
-    pub const OPENAT: core::ffi::c_long = 257;
-    pub const LSEEK: core::ffi::c_long = 8;
-}
+const FTRUNCATE: c_long = 77;
 #[cfg(target_arch = "aarch64")]
-mod number {
-    pub const FTRUNCATE: core::ffi::c_long = 46;
-    pub const OPENAT: core::ffi::c_long = 56;
-    pub const LSEEK: core::ffi::c_long = 62;
-}
+const FTRUNCATE: c_long = 46;
 
 /// Descriptor whose size CRIU set last, which is the memfd whose pagemap CRIU opens next.
 static MEMFD: AtomicI32 = AtomicI32::new(-1);
@@ -73,8 +67,6 @@ struct Rights {
 }
 
 unsafe extern "C" {
-    fn syscall(number: c_long, ...) -> c_long;
-    fn __errno_location() -> *mut c_int;
     fn send(fd: c_int, bytes: *const c_void, len: usize, flags: c_int) -> isize;
     fn recvmsg(fd: c_int, header: *mut MessageHeader, flags: c_int) -> isize;
     fn fchdir(fd: c_int) -> c_int;
@@ -87,7 +79,7 @@ unsafe extern "C" {
 pub unsafe extern "C" fn ftruncate(fd: c_int, len: i64) -> c_int {
     MEMFD.store(fd, Ordering::Relaxed);
     // SAFETY: the arguments are those of the caller.
-    unsafe { syscall(number::FTRUNCATE, fd, len) as c_int }
+    unsafe { syscall(FTRUNCATE, fd, len) as c_int }
 }
 
 /// # Safety

@@ -21,6 +21,9 @@ use pageferry_common::wire::{
     Message, PIECE_MAX, STRING_MAX, SharedPhase, WireError,
 };
 use pageferry_common::{CHUNK_SIZE, PAGE_SIZE};
+use pageferry_receiver::quota::Bounds;
+use pageferry_receiver::session::{DumpParents, Limits, ServerContext};
+use pageferry_receiver::storage::store::Store;
 use std::cell::LazyCell;
 use std::path::Path;
 use std::time::Duration;
@@ -57,6 +60,21 @@ thread_local! {
 
 fn run<T>(work: impl Future<Output = T>) -> T {
     RUNTIME.with(|runtime| runtime.block_on(work))
+}
+
+/// Returns what sessions with a receiver on an empty directory share.
+fn context(home: &Path, dump_parents: DumpParents) -> ServerContext {
+    ServerContext {
+        store: Store::open(home).expect("it is new"),
+        limits: Limits {
+            stall: STALL,
+            handshake: STALL,
+            buffers: 1,
+            bounds: Bounds::NONE,
+        },
+        restorer: None,
+        dump_parents,
+    }
 }
 
 /// Creates a directory in memory, if there is a tmpfs: a fuzzer would wear out a disk.

@@ -40,8 +40,6 @@ struct Registers {
 
 #[derive(Clone, PartialEq, Message)]
 struct ProcessCore {
-    #[prost(uint32, required, tag = "1")]
-    state: u32,
     #[prost(message, repeated, tag = "15")]
     handlers: Vec<SignalHandler>,
 }
@@ -221,24 +219,11 @@ pub fn children_are_waited_for(dir: &Path) -> io::Result<bool> {
         let mut handlers = process.handlers.iter();
         handlers.all(|handler| handler.flags & SA_NOCLDWAIT == 0)
     };
-    Ok(processes(dir)?.iter().all(|(_, process)| waits(process)))
+    Ok(processes(dir)?.iter().all(waits))
 }
 
-/// Returns the processes in a directory of images that were stopped by a signal, by their PIDs in their own
-/// PID namespace.
-///
-/// # Errors
-/// As [`records`].
-pub fn stopped(dir: &Path) -> io::Result<Vec<u32>> {
-    const STOPPED: u32 = 3;
-    let processes = processes(dir)?.into_iter();
-    let stopped = processes.filter(|(_, process)| process.state == STOPPED);
-    let pid = |image: String| image.strip_prefix(CORE)?.strip_suffix(".img")?.parse().ok();
-    Ok(stopped.filter_map(|(image, _)| pid(image)).collect())
-}
-
-/// Returns each process in a directory of images, with the name of its image.
-fn processes(dir: &Path) -> io::Result<Vec<(String, ProcessCore)>> {
+/// Returns each process in a directory of images.
+fn processes(dir: &Path) -> io::Result<Vec<ProcessCore>> {
     let mut processes = Vec::new();
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
@@ -246,7 +231,7 @@ fn processes(dir: &Path) -> io::Result<Vec<(String, ProcessCore)>> {
             continue;
         }
         let cores = records::<Core>(&dir.join(&name))?.into_iter();
-        processes.extend(cores.filter_map(|core| Some((name.clone(), core.process?))));
+        processes.extend(cores.filter_map(|core| core.process));
     }
     Ok(processes)
 }
@@ -273,12 +258,12 @@ mod tests {
     }
 
     #[test]
-    fn signal_handlers_and_stopped_processes_are_found() {
+    fn signal_handlers_of_every_process_are_found() {
         let dir = tempfile::tempdir().unwrap();
-        let put = |name: &str, state, flags: &[u64]| {
+        let put = |name: &str, flags: &[u64]| {
             let handlers = flags.iter().map(|&flags| SignalHandler { flags }).collect();
             let core = Core {
-                process: Some(ProcessCore { state, handlers }),
+                process: Some(ProcessCore { handlers }),
                 ..Core::default()
             };
             let core = core.encode_to_vec();
@@ -287,14 +272,12 @@ mod tests {
             image.extend(core);
             fs::write(dir.path().join(name), image).unwrap();
         };
-        put("core-1.img", 1, &[0, 4]);
-        put("mm-1.img", 3, &[2]);
+        put("core-1.img", &[0, 4]);
+        put("mm-1.img", &[2]);
         assert!(children_are_waited_for(dir.path()).unwrap());
-        put("core-2.img", 3, &[0x1000_0002, 0]);
+        put("core-2.img", &[0x1000_0002, 0]);
         assert!(!children_are_waited_for(dir.path()).unwrap());
-        assert_eq!(stopped(dir.path()).unwrap(), [2]);
-        put("core-2.img", 1, &[]);
-        assert!(stopped(dir.path()).unwrap().is_empty());
+        put("core-2.img", &[]);
         assert!(children_are_waited_for(dir.path()).unwrap());
         fs::write(dir.path().join("core-3.img"), "short").unwrap();
         assert!(children_are_waited_for(dir.path()).is_err());

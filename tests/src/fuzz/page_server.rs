@@ -1,16 +1,14 @@
 //! CRIU's page-server protocol in both directions: receiving dumps, and serving pages.
 
-use super::{Input, PAGE, STALL, run, scratch};
+use super::{Input, PAGE, STALL, context, run, scratch};
 use pageferry_common::criu::page_server::{Command, HEADER_MAX, Header, PageLocation, Width};
 use pageferry_common::{CHUNK_PAGES, ImageId, PAGE_SIZE, PageRange};
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::format::PagemapEntry;
 use pageferry_receiver::image::writer::DirWriter;
-use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::session::admission::Admission;
 use pageferry_receiver::session::page_client::Served;
-use pageferry_receiver::session::{DumpParents, Limits, ServerContext, SessionEnd, criu};
-use pageferry_receiver::storage::store::Store;
+use pageferry_receiver::session::{DumpParents, ServerContext, SessionEnd, criu};
 use pageferry_receiver::tools::verify::verify;
 use std::cell::LazyCell;
 use std::sync::Arc;
@@ -40,20 +38,11 @@ pub fn page_server(input: &[u8]) {
     }
     let first = usize::from(input.byte()) * width.header_len();
     let home = scratch();
-    let context = Arc::new(ServerContext {
-        store: Store::open(home.path()).expect("it is new"),
-        limits: Limits {
-            stall: STALL,
-            handshake: STALL,
-            buffers: 1,
-            bounds: Bounds::NONE,
-        },
-        restorer: None,
-        dump_parents: match how & how::CHAIN {
-            0 => DumpParents::None,
-            _ => DumpParents::Newest,
-        },
-    });
+    let dump_parents = match how & how::CHAIN {
+        0 => DumpParents::None,
+        _ => DumpParents::Newest,
+    };
+    let context = Arc::new(context(home.path(), dump_parents));
     for headers in [input.take(first), input.0] {
         take(&context, &with_pages(width, headers));
     }

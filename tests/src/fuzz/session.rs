@@ -1,13 +1,11 @@
 //! Sessions with the receiver: frames are valid as frames, so that the fuzzer reaches the code behind them.
 
-use super::{Input, PAGE, STALL, run, scratch};
+use super::{Input, PAGE, STALL, context, run, scratch};
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{Chunk, Entry, EntryKind, FrameKind, Header, Message, Totals};
 use pageferry_common::{ImageId, PageRange};
-use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::session::admission::Admission;
-use pageferry_receiver::session::{DumpParents, Limits, ServerContext, native};
-use pageferry_receiver::storage::store::Store;
+use pageferry_receiver::session::{DumpParents, native};
 use pageferry_receiver::tools::verify::verify;
 use std::fs;
 use std::path::Path;
@@ -32,17 +30,7 @@ mod how {
 /// frames: a kind, its changes, the length of its metadata (u16), and the metadata.
 pub fn session(input: &[u8]) {
     let home = scratch();
-    let context = ServerContext {
-        store: Store::open(home.path()).expect("it is new"),
-        limits: Limits {
-            stall: STALL,
-            handshake: STALL,
-            buffers: 1,
-            bounds: Bounds::NONE,
-        },
-        restorer: None,
-        dump_parents: DumpParents::None,
-    };
+    let context = context(home.path(), DumpParents::None);
     for bytes in connections(input) {
         let write = tokio::io::sink();
         let pending = Admission::new(1).admit(STALL).expect("it is the only one");
