@@ -46,7 +46,7 @@ faults! {
     OtherDirectory,
     /// A copy of the directory is served by another host.
     CopiedDirectory,
-    /// Somebody sends SIGCONT to the tree at the source: a user, or the kernel to an orphaned process group.
+    /// The tree at the source gets SIGCONT: from a user, or from the kernel as an orphaned process group.
     ContinueSource,
     /// The tree's PID goes to a process of another user.
     ReusePid,

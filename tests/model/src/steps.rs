@@ -1,4 +1,4 @@
-//! The steps of the protocol: who does what when.
+//! The steps of the protocol: the party, its guard and its effect.
 
 use crate::state::{
     Answer, Copy, Dir, Lock, Outcome, Request, Resolver, Restore, Sender, Session, State, Stranger,

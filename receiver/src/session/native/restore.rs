@@ -214,8 +214,8 @@ impl<R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Committed<'_, R, W> {
             }
         }
         tracing::info!(event = "restored", home = %self.home.display(), "process restored and running");
-        // Recorded or not, the process runs: a refusal now would resume the sender's copy, too. Whoever
-        // reads "committed" later finds the process alive.
+        // Recorded or not, the process runs: a refusal now would resume the sender's copy, too. A receiver
+        // that reads "committed" later finds the process alive.
         let home = self.home.to_owned();
         let recording = spawn_blocking(move || Outcome::Running.write(&home));
         let sent = self.connection.send(&Message::Running).await;
