@@ -2,5 +2,6 @@
 
 pub mod fdpass;
 pub mod perf;
+pub mod pidfd;
 pub mod rlimit;
 pub mod uffd;

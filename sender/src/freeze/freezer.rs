@@ -2,7 +2,6 @@
 
 use super::procs::{self, TreeError};
 use super::{FrozenProcess, MESSAGE_MAX, Reply, Request, Then, inject};
-use crate::sys::pidfd;
 use crate::sys::ptrace::{self, Stop, Tid};
 use crate::sys::sched::RealtimePriority;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -10,6 +9,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use pageferry_common::proc::process::{children, threads};
 use pageferry_common::sys::fdpass;
+use pageferry_common::sys::pidfd;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -5,9 +5,9 @@
 //! before, *inside the signal handling of the kernel*: only there does the kernel restart a system call that
 //! the stop interrupted.
 
-use crate::sys::pidfd;
 use crate::sys::ptrace::{self, Stop, Tid};
 use pageferry_common::proc::maps;
+use pageferry_common::sys::pidfd;
 use pageferry_common::sys::uffd;
 use std::fs;
 use std::io;

@@ -6,7 +6,6 @@ pub mod bpf;
 pub mod cgroup;
 pub mod mapping;
 pub mod pagemap;
-pub mod pidfd;
 pub mod ptrace;
 pub mod removed_pages;
 pub mod sched;

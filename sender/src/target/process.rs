@@ -1,9 +1,9 @@
 //! A process of the target, and what `/proc` reports about it.
 
-use crate::sys::pidfd;
 use crate::target::vma::{Class, Vma};
 use pageferry_common::proc::stat::Stat;
 use pageferry_common::proc::status;
+use pageferry_common::sys::pidfd;
 use pageferry_common::{ImageId, PageRange};
 use std::fs::{self, File};
 use std::io;

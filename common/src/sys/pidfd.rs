@@ -1,6 +1,6 @@
 //! pidfds: references to a process that stay valid when its PID is reused.
 
-use super::check;
+use nix::errno::Errno;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
@@ -11,7 +11,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 pub fn open(pid: i32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_open takes no pointers. It returns a new descriptor, which nothing else owns.
     unsafe {
-        let fd = check(libc::syscall(libc::SYS_pidfd_open, pid, 0))?;
+        let fd = Errno::result(libc::syscall(libc::SYS_pidfd_open, pid, 0))?;
         Ok(OwnedFd::from_raw_fd(fd as i32))
     }
 }
@@ -35,7 +35,7 @@ pub fn is_alive(pidfd: BorrowedFd<'_>) -> bool {
 pub fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
     let no_info = std::ptr::null::<libc::siginfo_t>();
     // SAFETY: a null siginfo is valid, and makes the call behave like kill.
-    check(unsafe {
+    Errno::result(unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             pidfd.as_raw_fd(),
@@ -43,8 +43,8 @@ pub fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
             no_info,
             0,
         )
-    })
-    .map(drop)
+    })?;
+    Ok(())
 }
 
 /// Duplicates a descriptor of another process into this process.
@@ -54,7 +54,7 @@ pub fn signal(pidfd: BorrowedFd<'_>, signal: i32) -> io::Result<()> {
 pub fn get_fd(pidfd: BorrowedFd<'_>, target_fd: i32) -> io::Result<OwnedFd> {
     // SAFETY: pidfd_getfd takes no pointers. It returns a new descriptor, which nothing else owns.
     unsafe {
-        let fd = check(libc::syscall(
+        let fd = Errno::result(libc::syscall(
             libc::SYS_pidfd_getfd,
             pidfd.as_raw_fd(),
             target_fd,
