@@ -93,22 +93,44 @@ impl MemfdName {
     }
 }
 
-/// Id of a migration: 128 random bits, printed as 32 hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct MigrationId(pub [u8; 16]);
+/// Declares a type for 128 random bits, printed as 32 hexadecimal digits.
+macro_rules! random_id {
+    ($(#[$doc:meta])* $name:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash)]
+        pub struct $name(pub [u8; 16]);
 
-impl MigrationId {
-    /// Parses a printed id.
-    #[must_use]
-    pub fn from_hex(text: &str) -> Option<Self> {
-        from_hex(text).map(Self)
-    }
+        impl $name {
+            /// Parses a printed id.
+            #[must_use]
+            pub fn from_hex(text: &str) -> Option<Self> {
+                from_hex(text).map(Self)
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&to_hex(&self.0))
+            }
+        }
+
+        impl fmt::Debug for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+    };
 }
 
-impl fmt::Display for MigrationId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&to_hex(&self.0))
-    }
+random_id! {
+    /// Id of a migration.
+    MigrationId
+}
+
+random_id! {
+    /// Id of a receiver, which it keeps in its directory. Only that receiver can know what became of a
+    /// migration.
+    ReceiverId
 }
 
 /// Secret of the two ends of a migration: 256 random bits. The id is not secret, because it is part of the
@@ -176,12 +198,6 @@ fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
         *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
     }
     Some(bytes)
-}
-
-impl fmt::Debug for MigrationId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
 }
 
 #[cfg(test)]

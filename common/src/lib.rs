@@ -21,7 +21,7 @@ pub mod wire;
 mod ids;
 mod memory;
 
-pub use ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
+pub use ids::{Claim, ImageId, MemfdName, MigrationId, ReceiverId, StateName, Token};
 pub use memory::{
     BadRange, BufferPool, CHUNK_PAGES, CHUNK_SIZE, PAGE_SIZE, PageBuf, PageRange, PageSet,
 };

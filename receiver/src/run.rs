@@ -249,6 +249,10 @@ fn serve_until_end(
         let store = Store::open(dir).map_err(|error| {
             let advice = match &error {
                 StoreError::InUse { .. } => "give each receiver a directory of its own",
+                StoreError::Copied(_) => {
+                    "the original answers for its migrations: use that, or an empty directory; to keep \
+                     this one without them, remove identity.json"
+                }
                 StoreError::File(_) => "--dir needs a directory that this user can write to",
             };
             Fault::new(Exit::Unusable, error, advice)

@@ -262,6 +262,9 @@ fn of_sink(error: &SinkError) -> Advice {
             "is `receive --listen PORT --dir DIR` running there, and the port right?",
         ),
         SinkError::Wire(WireError::Refused { .. }) => advice(Exit::Refused, RECEIVER_LOG),
+        SinkError::AnotherReceiver => {
+            advice(Exit::Refused, "the receiver that began must be asked")
+        }
         SinkError::Tls(_) => advice(Exit::Refused, CERTIFICATES),
         SinkError::PageServer(_) => advice(
             Exit::Failed,
@@ -497,6 +500,10 @@ mod tests {
             (
                 || SinkError::UnexpectedReply,
                 (Exit::Failed, "keeps the rounds"),
+            ),
+            (
+                || SinkError::AnotherReceiver,
+                (Exit::Refused, "receiver that began"),
             ),
             (
                 || SinkError::Tls("x".to_owned()),

@@ -7,7 +7,7 @@ use pageferry_common::wire::{
     Chunk, Entry, EntryKind, FrameReader, FrameWriter, Incoming, Message, RoundKind, SharedPhase,
 };
 use pageferry_common::{
-    CHUNK_PAGES, CHUNK_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, Token,
+    CHUNK_PAGES, CHUNK_SIZE, Claim, ImageId, MigrationId, PAGE_SIZE, PageRange, ReceiverId, Token,
 };
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::writer::DirWriter;
@@ -147,6 +147,7 @@ fn frames(criterion: &mut Criterion) {
         version,
         features,
         rounds: 0,
+        receiver: ReceiverId([5; 16]),
         directory,
     };
     let (round, kind, uptime_us) = (1, RoundKind::PreDump, 1);

@@ -28,6 +28,7 @@ pub mod memory;
 pub mod mover;
 pub mod net;
 pub mod pair;
+pub mod paused;
 pub mod privileges;
 pub mod program;
 pub mod random;

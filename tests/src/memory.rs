@@ -449,7 +449,9 @@ fn threads(pid: i32) -> Vec<i32> {
         .collect()
 }
 
-fn children(pid: i32) -> Vec<i32> {
+/// Returns the children of a process.
+#[must_use]
+pub fn children(pid: i32) -> Vec<i32> {
     let lists = threads(pid)
         .into_iter()
         .filter_map(|tid| fs::read_to_string(format!("/proc/{pid}/task/{tid}/children")).ok());

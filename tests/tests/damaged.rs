@@ -9,7 +9,8 @@ use pageferry_common::wire::{
     self, Chunk, Entry, EntryKind, FrameKind, HEADER_LEN, Header, Message, RoundKind, Totals,
 };
 use pageferry_common::{
-    BufferPool, Claim, ImageId, MemfdName, MigrationId, PAGE_SIZE, PageRange, StateName, Token,
+    BufferPool, Claim, ImageId, MemfdName, MigrationId, PAGE_SIZE, PageRange, ReceiverId,
+    StateName, Token,
 };
 use pageferry_receiver::quota::Bounds;
 use pageferry_receiver::refusal::Failure;
@@ -377,6 +378,7 @@ fn receiver_frames() -> Vec<Frame> {
         version: wire::VERSION,
         features: wire::FEATURE_RESTORE,
         rounds: 0,
+        receiver: ReceiverId([5; 16]),
         directory: "somewhere".to_owned(),
     });
     let what = "it is missing".to_owned();

@@ -3,126 +3,18 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pageferry_tests::Victim;
 use pageferry_tests::copies::{copies, has_record, the_only_copy};
 use pageferry_tests::criu::Criu;
 use pageferry_tests::daemon::{kill_one, kill_tree, until};
 use pageferry_tests::host::Host;
-use pageferry_tests::link::{Link, Step};
 use pageferry_tests::memory;
-use pageferry_tests::pair::{Sent, send_command};
-use pageferry_tests::program::{Finished, Program};
-use pageferry_tests::{Receiver, Victim};
+use pageferry_tests::pair::send_command;
+use pageferry_tests::paused::{
+    COMMIT, Move, RESTORED, RUNNING, assert_failed, assert_resolved, migrate, resolve,
+};
+use pageferry_tests::program::Program;
 use std::fs;
-use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use tempfile::TempDir;
-
-/// The round after which these tests intervene: one of the running tree, one during the dump, the last.
-const LAST: u32 = 3;
-
-/// The receiver has restored the copy and reports that.
-const RESTORED: Step = ("restored", 15, true, LAST);
-/// The sender asks the receiver to commit.
-const COMMIT: Step = ("commit", 16, false, LAST);
-/// The receiver reports that the copy runs.
-const RUNNING: Step = ("running", 17, true, LAST);
-
-/// A move that is paused at a step.
-struct Move {
-    victim: Victim,
-    pid: i32,
-    tree: Vec<i32>,
-    link: Link,
-    send: Option<Program>,
-    receiver: Receiver,
-    /// The cgroup in which the tree is held.
-    hold: Option<PathBuf>,
-    _host: Host,
-    dir: TempDir,
-}
-
-impl Move {
-    /// Starts a move, and returns when it has reached the step.
-    fn pause(criu: &Criu, step: Step, environment: &[(&str, &Path)]) -> Self {
-        let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
-        let path = criu.path().to_str().unwrap();
-        let receiver = host.receiver("0", dir.path(), &["--restore", "--criu", path]);
-        let victim = Victim::detached("heap=8 children=2 dirty=20");
-        let (pid, tree) = (victim.pid(), victim.tree());
-        let link = Link::start(receiver.address(), step, false);
-        let mut send = migrate(criu, link.address, pid);
-        send.envs(environment.iter().copied());
-        let send = Some(Program::start(&mut send));
-        link.await_step();
-        Self {
-            victim,
-            pid,
-            tree,
-            link,
-            send,
-            receiver,
-            hold: None,
-            _host: host,
-            dir,
-        }
-    }
-
-    /// Starts a move and cuts it off at the step, so that `send` exits in doubt.
-    fn in_doubt(criu: &Criu, step: Step, environment: &[(&str, &Path)]) -> Self {
-        let mut paused = Self::pause(criu, step, environment);
-        paused.link.close();
-        paused.link.cut();
-        paused.finish().assert_failed(6, &["send --resolve"]);
-        memory::assert_held(&paused.tree);
-        paused.hold = Some(memory::cgroup(paused.pid));
-        paused
-    }
-
-    fn finish(&mut self) -> Sent {
-        self.send.take().expect("it runs").finish().into()
-    }
-
-    /// Asserts that exactly one copy runs, complete, and that nothing is left to resolve. Returns whether it
-    /// is at the source.
-    fn assert_one_copy(&mut self) -> bool {
-        assert!(!has_record(self.pid));
-        assert!(!self.hold.as_ref().is_some_and(|hold| hold.exists()));
-        let copy = the_only_copy(&self.tree);
-        let here = copy == self.pid;
-        if !here {
-            self.victim.await_end();
-        }
-        self.victim.report().verdict(copy).unwrap();
-        assert!(here || !self.tree.iter().any(|&pid| memory::lives(pid)));
-        here
-    }
-}
-
-fn migrate(criu: &Criu, to: SocketAddr, pid: i32) -> Command {
-    let mut send = send_command();
-    send.args(["--to", &to.to_string(), "--migrate", "--criu"]);
-    send.arg(criu.path()).arg(pid.to_string());
-    send.args(["--max-rounds", "1", "--timeout", "3s"]);
-    send.args(["--reconnect-for", "0"]);
-    send
-}
-
-fn resolve(pid: i32, options: &[&str]) -> Finished {
-    let mut send = send_command();
-    send.args(["--resolve", &pid.to_string()]).args(options);
-    Program::start(&mut send).finish()
-}
-
-fn assert_resolved(resolved: &Finished, words: &str) {
-    assert!(resolved.status.success(), "{}", resolved.stderr);
-    assert!(resolved.stderr.contains(words), "{}", resolved.stderr);
-}
-
-fn assert_failed(failed: &Finished, code: i32, words: &str) {
-    assert_eq!(failed.status.code(), Some(code), "{}", failed.stderr);
-    assert!(failed.stderr.contains(words), "{}", failed.stderr);
-}
 
 /// Its tracer is gone, so the target has run since its state was dumped: a copy would be a second history.
 #[test]

@@ -419,12 +419,14 @@ fn committed_process_that_does_not_run_is_restored_again() {
     victim.await_end();
     let copy = the_only_copy(&[pid]);
     kill_receive(&mut receiver);
-    // As if it had died just after the decision, and its CRIU had undone the restore.
+    // As if it had died just after it ended a copy that had never run.
     pageferry_tests::daemon::kill_one(copy);
     assert!(memory::await_end(&[copy]));
     let outcome = Path::new(report.totals["directory"].as_str().unwrap()).join("outcome.json");
     assert_eq!(fs::read_to_string(&outcome).unwrap().trim(), r#""running""#);
-    let committed = r#"{"committed":{"criu":null,"root":null,"options":0}}"#;
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let boot_id = boot_id.trim_end();
+    let committed = format!(r#"{{"committed":{{"copy":null,"options":0,"boot_id":"{boot_id}"}}}}"#);
     fs::write(&outcome, committed).unwrap();
     let _receiver = restoring(&host, &criu, "0", dir.path());
     let copy = the_only_copy(&[pid]);

@@ -346,5 +346,5 @@ fn finished_dump_leaves_no_temporary_files() {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     left.sort();
-    assert_eq!(left, [".lock", "criu-1"]);
+    assert_eq!(left, [".lock", "criu-1", "identity.json"]);
 }

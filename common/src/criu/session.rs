@@ -1,14 +1,22 @@
 //! CRIU's RPC over `criu swrk`: one CRIU process for each dump or restore.
 //!
 //! Requests and responses are protobuf messages, each one packet of a socket pair. While it works, CRIU
-//! notifies its caller of each stage and waits for a reply. A negative reply makes it undo everything; so
-//! does the end of the caller, because CRIU then cannot read a reply.
+//! notifies its caller of each stage and waits for a reply. A negative reply makes it undo everything. So does
+//! the death of the caller during a dump, because CRIU then cannot read a reply.
+//!
+//! A restore outlives its caller instead ([`Criu::restore`]): CRIU keeps waiting. At its last stage it would take
+//! the end of the connection for a permission to resume the tree, and at the one before for an order to undo it;
+//! neither is decided by a death.
 
 use super::messages::{Features, Kind, Notify, Opts, PageServerInfo, Request, Response, Version};
 use super::options::{BadOption, Options, config_text};
+use crate::sys::{fdpass, pidfd};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, recv, send, socketpair};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, Shutdown, SockFlag, SockType, recv, send, shutdown, socketpair,
+};
 use prost::Message;
 use std::fs::File;
 use std::io;
@@ -180,16 +188,22 @@ impl Criu {
     }
 
     /// Starts a CRIU process that waits for a request ([`Criu::restore`]). `preload` is a library for it to
-    /// load.
+    /// load. It exits if this program exits before it sends the request.
     ///
     /// # Errors
     /// Those of starting it.
     pub fn start(&self, preload: Option<&Path>) -> io::Result<CriuSession> {
-        CriuSession::start(&self.path, &[], preload)
+        let (ours, theirs) = fdpass::pair()?;
+        let mut session = CriuSession::start(&self.path, &[theirs.as_fd()], preload)?;
+        session.mailbox = Some(ours);
+        Ok(session)
     }
 
     /// Begins a restore from the directory `images` in a CRIU process started by [`Criu::start`]. For a lazy
     /// restore, a process must listen on the socket `lazy-pages.socket` in that directory.
+    ///
+    /// From here on, the death of this program neither undoes nor completes the restore: CRIU goes on up to
+    /// the next stage, and waits there until it is killed.
     ///
     /// # Errors
     /// Those of sending the request.
@@ -207,17 +221,20 @@ impl Criu {
             config_file: self.config_file(),
             ..options.opts(images)
         });
+        session.outlive_this_program()?;
         session.send(&request)
     }
 }
 
-/// A running CRIU process. Dropping the session closes its socket, which aborts what CRIU is doing, and waits
-/// until CRIU has exited.
+/// A running CRIU process. Dropping the session closes its connection, which aborts what CRIU is doing, and
+/// waits until CRIU has exited.
 #[derive(Debug)]
 pub struct CriuSession {
-    /// `None` only while being dropped.
-    socket: Option<OwnedFd>,
+    socket: OwnedFd,
     child: Child,
+    pidfd: OwnedFd,
+    /// Our end of a socket pair whose other end CRIU has inherited and never reads.
+    mailbox: Option<OwnedFd>,
 }
 
 /// Message from CRIU during a dump or restore.
@@ -291,10 +308,22 @@ impl CriuSession {
         for fd in inherited {
             fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
         }
+        let child = child?;
         Ok(Self {
-            socket: Some(ours),
-            child: child?,
+            socket: ours,
+            pidfd: pidfd::open(child.id().cast_signed())?,
+            child,
+            mailbox: None,
         })
+    }
+
+    /// Makes the connection stay open when this program exits. A duplicate of our end is sent to CRIU, which
+    /// never receives it: the kernel keeps it until CRIU exits.
+    fn outlive_this_program(&self) -> io::Result<()> {
+        match &self.mailbox {
+            Some(mailbox) => fdpass::send(mailbox.as_fd(), &[0], Some(self.socket.as_fd())),
+            None => Ok(()),
+        }
     }
 
     /// Returns the PID of CRIU.
@@ -306,10 +335,13 @@ impl CriuSession {
     /// Returns a descriptor that is readable when [`CriuSession::event`] does not block.
     #[must_use]
     pub fn fd(&self) -> BorrowedFd<'_> {
-        let socket = self.socket.as_ref();
-        socket
-            .expect("it is only taken while being dropped")
-            .as_fd()
+        self.socket.as_fd()
+    }
+
+    /// Waits until CRIU has exited, without ending what it is doing.
+    pub fn detach(mut self) {
+        // An error means that it has exited.
+        let _ = self.child.wait();
     }
 
     /// Waits for the next event.
@@ -352,7 +384,29 @@ impl CriuSession {
         Response::decode(&self.recv_packet()?[..]).map_err(io::Error::other)
     }
 
+    /// Waits for a packet, or for CRIU's exit: processes that it has restored may keep its socket open.
+    fn wait_for_packet(&self) -> io::Result<()> {
+        let mut fds = [
+            PollFd::new(self.socket.as_fd(), PollFlags::POLLIN),
+            PollFd::new(self.pidfd.as_fd(), PollFlags::POLLIN),
+        ];
+        loop {
+            match poll(&mut fds, PollTimeout::NONE) {
+                Err(nix::Error::EINTR) => {}
+                other => {
+                    other?;
+                    break;
+                }
+            }
+        }
+        match fds[0].any() {
+            Some(true) => Ok(()),
+            Some(false) | None => Err(io::Error::other("CRIU exited without a response")),
+        }
+    }
+
     fn recv_packet(&mut self) -> io::Result<Vec<u8>> {
+        self.wait_for_packet()?;
         let mut buffer = vec![0; RESPONSE_MAX];
         let len = loop {
             match recv(self.fd().as_raw_fd(), &mut buffer, MsgFlags::empty()) {
@@ -370,7 +424,8 @@ impl CriuSession {
 
 impl Drop for CriuSession {
     fn drop(&mut self) {
-        drop(self.socket.take());
+        // Also for the duplicate that outlives this program. It fails if CRIU has exited.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
         // CRIU undoes what it has done, and exits.
         let _ = self.child.wait();
     }

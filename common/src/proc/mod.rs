@@ -4,6 +4,7 @@
 //! not UTF-8, and the kernel truncates the name of a process after 15 bytes, even within a character. Opening
 //! a file is a separate thin layer.
 
+pub mod boot;
 pub mod capabilities;
 pub mod maps;
 pub mod meminfo;

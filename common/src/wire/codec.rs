@@ -3,7 +3,7 @@
 use super::frame::FrameKind;
 use super::limits::{CHUNK_ENTRIES_MAX, PIECE_MAX, STRING_MAX};
 use super::message::{Chunk, Entry, EntryKind, Message, RefuseCode, RoundKind, Totals};
-use crate::ids::{Claim, ImageId, MemfdName, MigrationId, StateName, Token};
+use crate::ids::{Claim, ImageId, MemfdName, MigrationId, ReceiverId, StateName, Token};
 use crate::memory::addr::{BadRange, PAGE_SIZE, PageRange};
 use crate::needed_files::{BUILD_ID_MAX, NeededFile};
 use crate::{CHUNK_PAGES, CHUNK_SIZE};
@@ -69,12 +69,12 @@ impl Message {
                 version,
                 features,
                 rounds,
+                receiver,
                 directory,
             } => {
-                out.u16(*version)
-                    .u64(*features)
-                    .u32(*rounds)
-                    .text(directory);
+                out.u16(*version).u64(*features).u32(*rounds);
+                out.0.extend_from_slice(&receiver.0);
+                out.text(directory);
             }
             Self::RoundBegin {
                 round,
@@ -144,8 +144,9 @@ impl Message {
             Self::FileProblem { problem } => {
                 out.text(problem);
             }
-            Self::Outcome { running } => {
+            Self::Outcome { running, receiver } => {
                 out.u8(u8::from(*running));
+                out.0.extend_from_slice(&receiver.0);
             }
             Self::Refuse { code, reason } => {
                 out.u16(*code as u16).text(reason);
@@ -174,6 +175,7 @@ impl Message {
                 version: input.u16()?,
                 features: input.u64()?,
                 rounds: input.u32()?,
+                receiver: ReceiverId(input.array()?),
                 directory: input.text()?,
             },
             FrameKind::RoundBegin => Self::RoundBegin {
@@ -214,6 +216,7 @@ impl Message {
                     6 => RefuseCode::Restore,
                     7 => RefuseCode::Denied,
                     8 => RefuseCode::Silent,
+                    9 => RefuseCode::Unknown,
                     other => return Err(bad("refusal code", u64::from(other))),
                 },
                 reason: input.text()?,
@@ -248,6 +251,7 @@ impl Message {
             }
             FrameKind::Outcome => Self::Outcome {
                 running: input.flag()?,
+                receiver: ReceiverId(input.array()?),
             },
         };
         match input.rest.len() {
@@ -500,11 +504,12 @@ mod tests {
                     claim
                 }
             ),
-            (any::<(u16, u64, u32)>(), ".{0,40}").prop_map(
-                |((version, features, rounds), directory)| Message::Welcome {
+            (any::<(u16, u64, u32, [u8; 16])>(), ".{0,40}").prop_map(
+                |((version, features, rounds, receiver), directory)| Message::Welcome {
                     version,
                     features,
                     rounds,
+                    receiver: ReceiverId(receiver),
                     directory,
                 }
             ),
@@ -547,7 +552,10 @@ mod tests {
             Just(Message::Commit),
             Just(Message::Running),
             arb_claim().prop_map(Message::Resolve),
-            any::<bool>().prop_map(|running| Message::Outcome { running }),
+            any::<(bool, [u8; 16])>().prop_map(|(running, receiver)| Message::Outcome {
+                running,
+                receiver: ReceiverId(receiver),
+            }),
             (
                 ".{0,40}",
                 any::<u64>(),

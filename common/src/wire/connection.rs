@@ -381,6 +381,7 @@ mod tests {
                 version: 1,
                 features: 0,
                 rounds: 0,
+                receiver: crate::ReceiverId([5; 16]),
                 directory: "d".into(),
             };
             let begin = Message::RoundBegin {

@@ -1,7 +1,7 @@
 //! The messages as types.
 
 use super::frame::FrameKind;
-use crate::ids::{Claim, ImageId, MemfdName, StateName};
+use crate::ids::{Claim, ImageId, MemfdName, ReceiverId, StateName};
 use crate::memory::addr::PageRange;
 use crate::needed_files::NeededFile;
 
@@ -33,6 +33,8 @@ pub enum RefuseCode {
     Denied = 7,
     /// The sender was silent for too long. It may reconnect.
     Silent = 8,
+    /// The receiver does not have the migration that it was asked about.
+    Unknown = 9,
 }
 
 /// Totals of a round, which both ends count and compare before it is acknowledged.
@@ -129,6 +131,7 @@ pub enum Message {
         version: u16,
         features: u64,
         rounds: u32,
+        receiver: ReceiverId,
         directory: String,
     },
     /// See [`FrameKind::RoundBegin`].
@@ -172,7 +175,7 @@ pub enum Message {
     /// See [`FrameKind::Resolve`].
     Resolve(Claim),
     /// See [`FrameKind::Outcome`].
-    Outcome { running: bool },
+    Outcome { running: bool, receiver: ReceiverId },
     /// See [`FrameKind::Memfd`].
     Memfd(MemfdName),
     /// See [`FrameKind::File`].

@@ -1,4 +1,4 @@
-//! The native wire protocol, version 1. This page is its specification.
+//! The native wire protocol, version 2. This page is its specification.
 //!
 //! # Frames
 //!
@@ -29,7 +29,7 @@
 //!  S                                                            R
 //!  | Hello {version, page size, features, claim}                |
 //!  | ---------------------------------------------------------> |
-//!  |    Welcome {version, features, rounds, directory}  or  Refuse
+//!  | Welcome {version, features, rounds, receiver, directory}   |  or Refuse
 //!  | <--------------------------------------------------------- |
 //!  |                                                            |
 //!  | File {path, size, build id} ..., Check                     |  hand-over only:
@@ -78,7 +78,7 @@
 //! | kind | name | from | metadata |
 //! |---|---|---|---|
 //! | 1 | Hello | S | version u16, page size u32, features u64, claim |
-//! | 2 | Welcome | R | version u16, common features u64, complete rounds u32, directory string |
+//! | 2 | Welcome | R | version u16, common features u64, complete rounds u32, receiver, directory string |
 //! | 3 | RoundBegin | S | round u32 (ascending, from 1), kind u8 (1 pre-dump, 2 final), uptime u64 (µs) |
 //! | 4 | ImageOpen | S | kind u8 (1 process, 2 segment), id u64 |
 //! | 5 | Chunk | S | length of the uncompressed pages u32, number of entries u32, digest u64, entries |
@@ -95,7 +95,7 @@
 //! | 16 | Commit | S | |
 //! | 17 | Running | R | |
 //! | 18 | Resolve | S | claim; only as the first message of a connection |
-//! | 19 | Outcome | R | running u8 (0 or 1); the connection ends |
+//! | 19 | Outcome | R | running u8 (0 or 1), receiver; the connection ends |
 //! | 20 | Memfd | S | name string of the segment just opened, if the process is to move |
 //! | 21 | File | S | size u64, path string, length of the build id u8 (at most 64), build id |
 //! | 22 | Check | S | |
@@ -104,6 +104,8 @@
 //!
 //! - A *claim* is the id of a migration (16 bytes), the PID of the root (u32) and a secret of 32 bytes, which
 //!   the receiver learns only from Hello.
+//! - A *receiver* is 16 random bytes that the receiver keeps with its migrations. A sender accepts an Outcome
+//!   only from the receiver that sent Welcome.
 //! - A *string* is a length (u16, at most [`STRING_MAX`]) and that many bytes of UTF-8.
 //! - *Totals* are the number of images (u32), of data, zero and parent pages (u64 each), and a digest (u64).
 //! - An *entry* of a chunk is an address (u64), a number of pages (u32) and a kind (u32). The kinds are 1
@@ -128,7 +130,7 @@ pub use message::{Chunk, Entry, EntryKind, Message, RefuseCode, RoundKind, Total
 pub use phase::{OutOfPhase, Phase};
 
 /// Version of the protocol.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Feature: the data of a chunk may be compressed with zstd.
 pub const FEATURE_ZSTD: u64 = 1;

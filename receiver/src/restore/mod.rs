@@ -8,16 +8,22 @@
 //!    back until the sender commits. The [`outcome`] is durable before the tree is resumed.
 //! 4. The process runs, and a separate process ([`filler`]) fills in its memory.
 //!
-//! A committed migration runs here, after another restore if necessary ([`complete`]). An aborted one never
-//! will.
+//! A committed migration runs here, after another restore if necessary ([`settle()`]). An aborted one never will.
+//! What a dead receiver left of a restore that was not committed is ended ([`end_leftovers`]).
 
+mod attempt;
 pub mod cache;
+mod copy;
 pub mod filler;
 pub mod lazy;
 pub mod outcome;
 pub mod process;
 mod segment_server;
 pub mod segments;
+mod settle;
 
-pub use outcome::Outcome;
-pub use process::{Images, Progress, Restorer, Restoring, complete};
+pub use attempt::{end_leftovers, forget};
+pub use copy::RestoredCopy;
+pub use outcome::{Committed, Outcome};
+pub use process::{Failed, Images, Progress, Restorer, Restoring};
+pub use settle::{Gone, NotSettled, settle};

@@ -1,10 +1,12 @@
 //! The outcome of a migration, and the durable file in the migration's directory that holds it.
 //!
 //! The outcome is durable before it is acted on, so that it survives the death of every program involved: a
-//! committed migration runs here, if need be after another restore; an aborted one never does.
+//! committed migration runs here, if need be after another restore; an aborted one never does. An outcome that
+//! is read is written again before it is acted on: what an earlier receiver wrote may not be on the disk yet.
 
 use crate::file_error::{FileError, failed};
-use pageferry_common::proc::process::ProcessId;
+use crate::restore::copy::RestoredCopy;
+use pageferry_common::proc::boot::boot_id;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
@@ -19,25 +21,71 @@ const FILE_NAME: &str = "outcome.json";
 const FILE_LEN: usize = 512;
 
 /// Outcome of a migration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
     /// The process will run here, and never again on the source host.
-    Committed {
-        /// The CRIU that holds the restored tree back, or has just resumed it.
-        criu: Option<ProcessId>,
-        /// Root of the restored tree.
-        root: Option<ProcessId>,
-        /// Options of the restore, as [`Options::bits`](pageferry_common::criu::Options::bits).
-        options: u32,
-    },
+    Committed(Committed),
     /// The process runs here, or did.
     Running,
     /// The process will never run here.
     Aborted,
 }
 
+/// What is needed to find out whether a committed process has run, and to restore it again if it has not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Committed {
+    /// The copy that may have been released; `None` if an earlier one was ended before it ran, and no other has
+    /// been restored yet.
+    pub copy: Option<RestoredCopy>,
+    /// Options of the restore, as [`Options::bits`](pageferry_common::criu::Options::bits).
+    pub options: u32,
+    /// The boot of this host during which it was committed.
+    boot_id: String,
+}
+
+impl Committed {
+    /// Returns the outcome to record before `copy` is released.
+    #[must_use]
+    pub fn new(copy: RestoredCopy, options: u32) -> Self {
+        Self {
+            copy: Some(copy),
+            options,
+            boot_id: boot_id().to_owned(),
+        }
+    }
+
+    /// Returns the outcome to record when no copy may have been released.
+    pub(super) fn unreleased(&self) -> Self {
+        Self {
+            copy: None,
+            ..self.clone()
+        }
+    }
+
+    /// Returns whether this host has been rebooted since. The process may have run, and is lost with the host
+    /// like any of its processes.
+    #[must_use]
+    pub fn is_of_another_boot(&self) -> bool {
+        self.boot_id != boot_id()
+    }
+}
+
 impl Outcome {
+    /// Reads the outcome of the migration in `home`, and makes it durable: it may be answered and acted on.
+    /// `None` while it is undecided.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn settled(home: &Path) -> Result<Option<Self>, FileError> {
+        let outcome = Self::read(home)?;
+        if let Some(outcome) = &outcome {
+            // Syncing alone would not do: the kernel forgets a page that it could not write.
+            outcome.write(home)?;
+        }
+        Ok(outcome)
+    }
+
     /// Reads the outcome of the migration in `home`; `None` while it is undecided.
     ///
     /// # Errors
@@ -74,11 +122,15 @@ impl Outcome {
     ///
     /// # Errors
     /// [`FileError`]; the outcome may or may not be on the disk then.
-    pub fn write(self, home: &Path) -> Result<(), FileError> {
-        let mut text = serde_json::to_vec(&self).expect("an outcome is plain data");
-        assert!(text.len() <= FILE_LEN, "an outcome fits into a sector");
+    pub fn write(&self, home: &Path) -> Result<(), FileError> {
+        let mut text = serde_json::to_vec(self).expect("an outcome is plain data");
+        let path = home.join(FILE_NAME);
+        if text.len() > FILE_LEN {
+            // Never one of ours: it was read from a file that something else has changed.
+            return Err(failed("write", &path)(io::ErrorKind::InvalidData.into()));
+        }
         text.resize(FILE_LEN, b' ');
-        overwrite(home, &text).map_err(failed("write", &home.join(FILE_NAME)))
+        overwrite(home, &text).map_err(failed("write", &path))
     }
 }
 

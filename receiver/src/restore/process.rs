@@ -3,16 +3,15 @@
 
 use crate::image::catalog::Catalog;
 use crate::refusal::Refusal;
+use crate::restore::attempt::Attempt;
+use crate::restore::copy::{RestoredCopy, end_restore};
 use crate::restore::filler::handle::FillerProcess;
-use crate::restore::outcome::Outcome;
 use crate::restore::segment_server::SegmentServer;
 use crate::restore::segments::Prefilled;
 use crate::with_causes;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use pageferry_common::criu::preload;
 use pageferry_common::criu::{Criu, CriuSession, Event, Options, Reply, last_errors};
-use pageferry_common::proc::process::{ProcessId, children, threads};
+use pageferry_common::proc::process::ProcessId;
 use pageferry_common::wire::RefuseCode;
 use std::fs::File;
 use std::io;
@@ -22,15 +21,6 @@ use std::sync::Arc;
 use std::sync::mpsc as blocking;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
-
-/// Number of attempts to restore a committed migration again before it is left to the next receiver.
-const MAX_ATTEMPTS: u32 = 10;
-
-/// Delay between these attempts.
-const RETRY_DELAY: Duration = Duration::from_millis(500);
-
-/// Interval of checks whether an earlier CRIU has exited.
-const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// How this receiver restores processes.
 #[derive(Debug, Clone)]
@@ -80,16 +70,30 @@ pub struct Images {
 #[derive(Debug)]
 pub enum Progress {
     /// The tree is restored, and held back.
-    Restored {
-        /// The CRIU that holds it back.
-        criu: Option<ProcessId>,
-        /// Root of the restored tree.
-        root: Option<ProcessId>,
-    },
+    Restored(RestoredCopy),
     /// The process runs.
     Running,
-    /// The restore failed, and nothing of it is left.
-    Failed(String),
+    /// The restore failed.
+    Failed(Failed),
+}
+
+/// How a restore failed.
+#[derive(Debug)]
+pub struct Failed {
+    /// Reason in words.
+    pub why: String,
+    /// Whether the copy had left CRIU's restorer: then it runs. If it had not, and was not to be resumed yet,
+    /// nothing of it is left; after [`Restoring::resume`] it is to be judged ([`settle`](super::settle())).
+    pub released: bool,
+}
+
+/// What becomes of a restored tree.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Decision {
+    /// It runs.
+    Resume,
+    /// It stays as it is: CRIU holds it back, and this program takes no part in it any more.
+    Leave,
 }
 
 /// A restore under way. Dropped before [`Restoring::resume`], it is undone.
@@ -97,97 +101,118 @@ pub enum Progress {
 pub struct Restoring {
     progress_rx: mpsc::UnboundedReceiver<Progress>,
     /// `None` once the process may run.
-    resume_tx: Option<blocking::Sender<()>>,
-    /// CRIU's PID.
-    criu: i32,
+    decision_tx: Option<blocking::Sender<Decision>>,
+    criu: ProcessId,
 }
 
 impl Restoring {
-    /// Begins a restore from a directory of images, by a CRIU that [`Restorer::start_criu`] has started.
+    /// Begins a restore of the migration in `home` from a directory of images, by a CRIU that
+    /// [`Restorer::start_criu`] has started.
     ///
     /// # Errors
-    /// The kernel's, if there are too many threads.
+    /// The kernel's, if there are too many threads or CRIU has exited.
     pub fn start(
         criu: Criu,
         session: CriuSession,
+        home: PathBuf,
         images: Images,
         options: Options,
     ) -> io::Result<Self> {
         let (progress_tx, progress_rx) = mpsc::unbounded_channel();
-        let (resume_tx, resume_rx) = blocking::channel();
-        let pid = session.pid();
+        let (decision_tx, decision_rx) = blocking::channel();
+        let id = ProcessId::find(session.pid()).ok_or(io::ErrorKind::NotFound)?;
         let restore = Restore {
             criu,
+            home,
             images,
             options,
             progress_tx,
-            resume_rx,
+            decision_rx,
             segment_server: None,
-            root: None,
+            resumed: false,
+            released: false,
         };
         std::thread::Builder::new()
             .name("restore".into())
-            .spawn(move || restore.run(session))?;
+            .spawn(move || restore.run(session, id))?;
         Ok(Self {
             progress_rx,
-            resume_tx: Some(resume_tx),
-            criu: pid,
+            decision_tx: Some(decision_tx),
+            criu: id,
         })
     }
 
     /// Waits for the next step. Call it until it returns [`Progress::Running`] or [`Progress::Failed`].
     pub async fn next(&mut self) -> Progress {
         let next = self.progress_rx.recv().await;
-        next.unwrap_or_else(|| Progress::Failed("the restore thread panicked".to_owned()))
+        next.unwrap_or_else(|| {
+            Progress::Failed(Failed {
+                why: "the restore thread panicked".to_owned(),
+                released: false,
+            })
+        })
     }
 
     /// Lets the process run.
     pub fn resume(&mut self) {
-        if let Some(resume_tx) = self.resume_tx.take() {
+        self.decide(Decision::Resume);
+    }
+
+    /// Leaves the restored tree as it is, held back by CRIU, for a later judgement.
+    pub fn leave(mut self) {
+        self.decide(Decision::Leave);
+    }
+
+    fn decide(&mut self, decision: Decision) {
+        if let Some(decision_tx) = self.decision_tx.take() {
             // This fails if the restore has failed meanwhile, which `next` reports.
-            let _ = resume_tx.send(());
+            let _ = decision_tx.send(decision);
         }
     }
 
     /// Kills CRIU and all that it has restored so far: the restore then fails.
     pub fn kill(&self) {
-        kill_tree(self.criu);
+        let criu = self.criu;
+        // On a thread, for it waits until all have exited. The restore fails in any case.
+        let _ = std::thread::Builder::new().spawn(move || end_restore(criu, None));
     }
 
-    /// Undoes the restore. Returns its last step: [`Progress::Running`] if it was too late.
-    pub async fn abort(mut self) -> Progress {
-        self.resume_tx = None;
-        loop {
-            match self.next().await {
-                Progress::Restored { .. } => {}
-                last => return last,
-            }
-        }
+    /// Undoes the restore, and returns when nothing of it is left.
+    pub async fn abort(mut self) {
+        self.decision_tx = None;
+        while let Progress::Restored(_) = self.next().await {}
     }
 }
 
 /// A restore, on the thread that drives CRIU.
 struct Restore {
     criu: Criu,
+    /// Directory of the migration.
+    home: PathBuf,
     images: Images,
     options: Options,
     progress_tx: mpsc::UnboundedSender<Progress>,
-    resume_rx: blocking::Receiver<()>,
+    decision_rx: blocking::Receiver<Decision>,
     segment_server: Option<SegmentServer>,
-    /// Root of the tree, once it is restored.
-    root: Option<ProcessId>,
+    /// Whether the tree may run.
+    resumed: bool,
+    /// Whether the tree has left CRIU's restorer: it runs, whatever becomes of CRIU.
+    released: bool,
 }
 
 impl Restore {
     /// Restores, reports every step, and waits until the memory of a lazily restored process is complete.
-    fn run(mut self, session: CriuSession) {
-        let (last, filler) = match self.restore(session) {
-            Ok(filler) => (Progress::Running, filler),
+    fn run(mut self, session: CriuSession, criu: ProcessId) {
+        let (result, filler) = self.restore(session, criu);
+        let last = match result {
+            Ok(()) => Progress::Running,
             Err(error) => {
                 let why = with_causes(&error);
                 let errors = last_errors(&self.images.dir.join("restore.log"));
-                let why = format!("CRIU cannot restore the process: {why}: {errors}");
-                (Progress::Failed(why), None)
+                Progress::Failed(Failed {
+                    why: format!("CRIU cannot restore the process: {why}: {errors}"),
+                    released: self.released,
+                })
             }
         };
         let began = Instant::now();
@@ -199,31 +224,51 @@ impl Restore {
         }
     }
 
-    /// Restores. Returns the filler process that a lazily restored process still depends on.
-    fn restore(&mut self, mut session: CriuSession) -> io::Result<Option<FillerProcess>> {
+    /// Restores. Also returns the filler process if a lazily restored process may still depend on it.
+    fn restore(
+        &mut self,
+        session: CriuSession,
+        criu: ProcessId,
+    ) -> (io::Result<()>, Option<FillerProcess>) {
         let mut filler = match &self.images.pages {
-            Some((round, catalog)) => Some(FillerProcess::start(round, catalog, &self.images.dir)?),
+            Some((round, catalog)) => {
+                match FillerProcess::start(round, catalog, &self.images.dir) {
+                    Ok(filler) => Some(filler),
+                    Err(error) => return (Err(error), None),
+                }
+            }
             None => None,
         };
-        let result = self.drive(&mut session, filler.as_ref());
-        // CRIU undoes what it has restored and not resumed, and exits.
-        drop(session);
-        let Err(error) = result else {
-            return Ok(filler);
+        let attempt = Attempt::begin(&self.home, criu).map_err(io::Error::other);
+        let mut attempt = match attempt {
+            Ok(attempt) => attempt,
+            Err(error) => {
+                filler.iter_mut().for_each(FillerProcess::kill);
+                return (Err(error), None);
+            }
         };
-        // If CRIU was killed, it is unknown how far it came, and nothing may be left.
-        if let Some(root) = self.root.filter(|root| root.is_alive()) {
-            kill_tree(root.pid);
+        let result = self.drive(session, filler.as_ref(), &mut attempt);
+        if result.is_err() && !self.resumed {
+            // If CRIU was killed, it is unknown how far it came, and nothing may be left.
+            if let Err(error) = attempt.end() {
+                tracing::error!(
+                    event = "restore_not_ended",
+                    why = with_causes(&error),
+                    "cannot end a restore that failed"
+                );
+            }
+            filler.iter_mut().for_each(FillerProcess::kill);
+            filler = None;
         }
-        filler.iter_mut().for_each(FillerProcess::kill);
-        Err(error)
+        (result, filler)
     }
 
-    /// Has CRIU restore, hold the tree back until it may run, and resume it.
+    /// Has CRIU restore, hold the tree back until it is decided what becomes of it, and resume it.
     fn drive(
         &mut self,
-        session: &mut CriuSession,
+        mut session: CriuSession,
         filler: Option<&FillerProcess>,
+        attempt: &mut Attempt,
     ) -> io::Result<()> {
         if !self.images.segments.is_empty() {
             let server = SegmentServer::start(&self.images.segments, &self.images.dir)?;
@@ -231,29 +276,61 @@ impl Restore {
         }
         let dir = File::open(&self.images.dir)?;
         self.criu
-            .restore(session, dir.as_fd(), &self.options, filler.is_some())?;
+            .restore(&mut session, dir.as_fd(), &self.options, filler.is_some())?;
         loop {
             let event = session.event()?;
             tracing::debug!(event = "criu_event", criu = ?event, "event from CRIU");
-            match event {
+            let name = match event {
+                Event::Stage { name, pid } => {
+                    if let Some(root) = pid.and_then(ProcessId::find)
+                        && attempt.root() != Some(root)
+                    {
+                        attempt.set_root(root).map_err(io::Error::other)?;
+                    }
+                    name
+                }
+                Event::Done => return Ok(()),
+                Event::Failed(why) => return Err(io::Error::other(why)),
+            };
+            match &*name {
                 // All is restored; aborting now undoes all of it.
-                Event::Stage { name, pid } if name == "post-restore" => {
-                    self.root = pid.and_then(ProcessId::find);
+                "post-restore" => {
                     self.check_segments()?;
                     // Fills memory while the tree is held back.
                     filler.iter().for_each(|filler| filler.fill_all());
-                    let _ = self.progress_tx.send(Progress::Restored {
-                        criu: ProcessId::find(session.pid()),
-                        root: self.root,
-                    });
-                    session.reply(match self.resume_rx.recv() {
-                        Ok(()) => Reply::Continue,
-                        Err(_) => Reply::Abort,
-                    })?;
+                    if !self.hold_back(&mut session, attempt)? {
+                        session.detach();
+                        return Ok(());
+                    }
                 }
-                Event::Stage { .. } => session.reply(Reply::Continue)?,
-                Event::Done => return Ok(()),
-                Event::Failed(why) => return Err(io::Error::other(why)),
+                // All processes have left the restorer, and only CRIU's tracing keeps them from running.
+                "pre-resume" => {
+                    self.released = true;
+                    session.reply(Reply::Continue)?;
+                }
+                _ => session.reply(Reply::Continue)?,
+            }
+        }
+    }
+
+    /// Reports that the tree is restored, and waits for the decision. Returns whether CRIU goes on.
+    fn hold_back(&mut self, session: &mut CriuSession, attempt: &Attempt) -> io::Result<bool> {
+        let root = attempt.root().filter(|root| root.is_alive());
+        let root = root.ok_or_else(|| io::Error::other("the root of the tree is gone"))?;
+        let criu = attempt.criu();
+        let restored = Progress::Restored(RestoredCopy { criu, root });
+        // This fails if nothing awaits it: then the decision is to abort.
+        let _ = self.progress_tx.send(restored);
+        match self.decision_rx.recv() {
+            Ok(Decision::Resume) => {
+                self.resumed = true;
+                session.reply(Reply::Continue)?;
+                Ok(true)
+            }
+            Ok(Decision::Leave) => Ok(false),
+            Err(_) => {
+                session.reply(Reply::Abort)?;
+                Ok(true)
             }
         }
     }
@@ -286,86 +363,5 @@ fn report_filler(mut filler: FillerProcess, began: Instant) {
             ?result,
             "lazy restore failed: the memory of the process is incomplete"
         ),
-    }
-}
-
-/// Kills a process and all its descendants. Each is stopped before its children are listed, so that it forks
-/// no more.
-fn kill_tree(root: i32) {
-    let _ = kill(Pid::from_raw(root), Signal::SIGSTOP);
-    for tid in threads(root) {
-        children(root, tid).into_iter().for_each(kill_tree);
-    }
-    let _ = kill(Pid::from_raw(root), Signal::SIGKILL);
-}
-
-/// Makes a committed migration run if it does not: restores it again from `images`. Returns when it runs.
-///
-/// # Errors
-/// The reason why it cannot run.
-pub async fn complete(
-    criu: &Criu,
-    home: &Path,
-    images: &Path,
-    outcome: Outcome,
-) -> Result<(), String> {
-    let mut restore_options = Options::default();
-    if let Outcome::Committed {
-        criu,
-        root,
-        options,
-    } = outcome
-    {
-        restore_options = Options::from_bits(options).unwrap_or_default();
-        // The receiver that restored it is dead. Its CRIU then undoes what it has not resumed, and exits.
-        while criu.is_some_and(ProcessId::is_alive) {
-            tokio::time::sleep(POLL_INTERVAL).await;
-        }
-        if root.is_some_and(ProcessId::is_alive) {
-            return Outcome::Running.write(home).map_err(|e| with_causes(&e));
-        }
-    }
-    tracing::warn!(
-        event = "restoring_again",
-        home = %home.display(),
-        "committed, but not running: restoring again"
-    );
-    let images = Images {
-        dir: images.to_owned(),
-        pages: None,
-        segments: Arc::default(),
-    };
-    // Retried, for the earlier copy may be in the way for a moment: its PIDs are taken until its new parent
-    // has waited for it.
-    let mut attempt = 1;
-    while let Err(why) = restore_eagerly(criu, &images, restore_options).await {
-        if attempt == MAX_ATTEMPTS {
-            return Err(why);
-        }
-        tracing::warn!(
-            event = "restore_retry",
-            attempt,
-            why,
-            "cannot restore yet: retrying"
-        );
-        attempt += 1;
-        tokio::time::sleep(RETRY_DELAY).await;
-    }
-    Outcome::Running.write(home).map_err(|e| with_causes(&e))
-}
-
-/// Restores, memory first, and lets the process run.
-async fn restore_eagerly(criu: &Criu, images: &Images, options: Options) -> Result<(), String> {
-    let restoring = criu
-        .start(None)
-        .and_then(|session| Restoring::start(criu.clone(), session, images.clone(), options));
-    let mut restoring = restoring.map_err(|error| error.to_string())?;
-    restoring.resume();
-    loop {
-        match restoring.next().await {
-            Progress::Restored { .. } => {}
-            Progress::Running => return Ok(()),
-            Progress::Failed(why) => return Err(why),
-        }
     }
 }

@@ -77,7 +77,7 @@ pub async fn serve(
         secure: options.secure,
         ended_tx,
     };
-    loop {
+    let ended = loop {
         tokio::select! {
             accepted = listener.accept() => match accepted {
                 Ok((stream, peer)) => server.spawn(stream, peer),
@@ -89,19 +89,21 @@ pub async fn serve(
             },
             Some((dialect, end)) = ended_rx.recv() => {
                 if let Some(SessionEnd { migration, result }) = exit.after(dialect, end) {
-                    return Ok(Ended::Once(migration, result));
+                    break Ended::Once(migration, result);
                 }
             }
             () = sleep_until(exit.deadline), if exit.lost.is_some() => {
                 let is_leased = |home: &Path| server.context.store.is_leased(home);
                 if let Some(SessionEnd { migration, result }) = exit.at_deadline(is_leased) {
-                    return Ok(Ended::Once(migration, result));
+                    break Ended::Once(migration, result);
                 }
             }
-            _ = interrupt.recv() => return Ok(Ended::Interrupted),
-            _ = terminate.recv() => return Ok(Ended::Terminated),
+            _ = interrupt.recv() => break Ended::Interrupted,
+            _ = terminate.recv() => break Ended::Terminated,
         }
-    }
+    };
+    native::end_undecided(&server.context);
+    Ok(ended)
 }
 
 /// What every connection is served with.

@@ -1,5 +1,6 @@
 //! The directory of `--dir`: its migrations and dumps, who holds which, and the thread that writes them.
 
+mod identity;
 pub(crate) mod jobs;
 pub mod lease;
 pub mod store;

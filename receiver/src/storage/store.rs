@@ -6,9 +6,11 @@ use crate::image::DirName;
 use crate::image::chain::names;
 use crate::image::durable::{create_image, sync};
 use crate::storage::Durability;
+use crate::storage::identity;
 use crate::storage::lease::{Disconnect, Lease, Leases};
 use nix::fcntl::{Flock, FlockArg};
-use pageferry_common::{Claim, ImageId, Token};
+use pageferry_common::proc::boot::boot_id;
+use pageferry_common::{Claim, ImageId, ReceiverId, Token};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -18,17 +20,15 @@ use std::sync::atomic::{AtomicU32, Ordering};
 /// File that the receiver using the directory keeps locked. It contains the PID, for error messages.
 const LOCK: &str = ".lock";
 
-/// File in a migration's directory. Its first line is the sender's [`Token`], its second the boot ID of this
-/// host when the migration began.
+/// File in a migration's directory. Its first line is the sender's [`Token`], its second the boot id of this
+/// host when the migration began, its third the id of the receiver.
 const TOKEN: &str = "token";
-
-/// File of the kernel with an ID that differs after each boot.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The directory of all migrations and dumps, locked against other receivers.
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
+    id: ReceiverId,
     /// Number of the newest dump by CRIU.
     last_dump: AtomicU32,
     leases: Leases,
@@ -49,6 +49,20 @@ pub enum StoreError {
         /// PID of that receiver, from its lock file.
         by: String,
     },
+    /// It is a copy of the directory of another receiver.
+    #[error("{0} is a copy of another receiver's directory, or comes from another host")]
+    Copied(String),
+}
+
+/// What a claim to a migration is worth.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// The store has no such migration.
+    Unknown,
+    /// The claim is that of its sender.
+    Owner,
+    /// The claim is not that of its sender, or the migration is that of another receiver.
+    Stranger,
 }
 
 impl Store {
@@ -66,8 +80,11 @@ impl Store {
         // Absolute, so that it does not depend on the working directory.
         let dir = fs::canonicalize(dir).map_err(failed("use", dir))?;
         let lock = lock(&dir)?;
+        let id = identity::load(&dir)?;
+        let id = id.ok_or_else(|| StoreError::Copied(dir.display().to_string()))?;
         let store = Self {
             dir,
+            id,
             last_dump: AtomicU32::new(0),
             leases: Leases::default(),
             _lock: lock,
@@ -78,7 +95,13 @@ impl Store {
         Ok(store)
     }
 
-    /// Creates the directory of a new migration, with the token that its sender authenticates itself with
+    /// Returns the id of the receiver whose directory this is.
+    #[must_use]
+    pub fn id(&self) -> ReceiverId {
+        self.id
+    }
+
+    /// Creates the directory of a new migration, durably, with the token that its sender authenticates itself with
     /// when it connects again.
     ///
     /// # Errors
@@ -91,12 +114,13 @@ impl Store {
             .map_err(failed("create", &home))?;
         let path = home.join(TOKEN);
         let write = |mut file: File| {
-            let boot_id = fs::read_to_string(BOOT_ID)?;
-            write!(file, "{}\n{boot_id}", claim.token.to_hex())?;
+            let (token, boot_id, id) = (claim.token.to_hex(), boot_id(), self.id);
+            writeln!(file, "{token}\n{boot_id}\n{id}")?;
             file.sync_all()
         };
         write(create_image(&path)?).map_err(failed("write", &path))?;
         sync(&home)?;
+        sync(&self.dir)?;
         Ok(home)
     }
 
@@ -106,22 +130,33 @@ impl Store {
         self.dir.join(format!("{}-{}", claim.root_pid, claim.id))
     }
 
-    /// Returns whether the claim's token is that of the migration. Also true for a migration that the store
-    /// does not have, so that the answer does not reveal whether it has.
+    /// Returns what the claim is worth.
     ///
     /// # Errors
     /// [`FileError`].
-    pub fn is_owner(&self, claim: &Claim) -> Result<bool, FileError> {
+    pub fn standing(&self, claim: &Claim) -> Result<Standing, FileError> {
         let home = self.home(claim);
         let path = home.join(TOKEN);
         match fs::read_to_string(&path) {
             Ok(text) => {
                 let token = text.lines().next().and_then(Token::from_hex);
-                Ok(token == Some(claim.token))
+                let is_owner = token == Some(claim.token) && self.is_named_in(&text);
+                Ok(match is_owner {
+                    true => Standing::Owner,
+                    false => Standing::Stranger,
+                })
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(!home.exists()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(match home.exists() {
+                true => Standing::Stranger,
+                false => Standing::Unknown,
+            }),
             Err(error) => Err(failed("read", &path)(error)),
         }
+    }
+
+    /// Returns whether the content of a [`TOKEN`] file names this receiver.
+    fn is_named_in(&self, text: &str) -> bool {
+        text.lines().nth(2).and_then(ReceiverId::from_hex) == Some(self.id)
     }
 
     /// Leases the migration in `home` to the connection of `disconnect`. If another connection holds it,
@@ -145,8 +180,7 @@ impl Store {
     pub fn rounds(&self, home: &Path, durability: Durability) -> Result<u32, FileError> {
         let path = home.join(TOKEN);
         let text = fs::read_to_string(&path).map_err(failed("read", &path))?;
-        let boot_id = fs::read_to_string(BOOT_ID).map_err(failed("read", Path::new(BOOT_ID)))?;
-        let is_restarted = text.lines().nth(1) != Some(boot_id.trim());
+        let is_restarted = text.lines().nth(1) != Some(boot_id());
         if durability == Durability::AfterAck && is_restarted {
             let error = io::Error::other("this host has been rebooted since the migration began");
             return Err(failed("resume", home)(error));
@@ -159,16 +193,20 @@ impl Store {
         Ok(numbers.max().unwrap_or(0))
     }
 
-    /// Returns the directories of all migrations.
+    /// Returns the directories of all migrations of this receiver.
     ///
     /// # Errors
     /// [`FileError`].
     pub fn migrations(&self) -> Result<Vec<PathBuf>, FileError> {
         let names = names(&self.dir)?.into_iter();
-        let homes = names
+        let mut homes: Vec<_> = names
             .filter(|name| is_migration(name))
-            .map(|name| self.dir.join(name));
-        Ok(homes.collect())
+            .map(|name| self.dir.join(name))
+            .collect();
+        homes.retain(|home| {
+            fs::read_to_string(home.join(TOKEN)).is_ok_and(|text| self.is_named_in(&text))
+        });
+        Ok(homes)
     }
 
     /// Returns the directory of the store.
@@ -289,19 +327,45 @@ mod tests {
     fn only_a_claim_with_the_token_is_the_owner() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::open(dir.path()).unwrap();
-        // An unknown migration is indistinguishable from one's own.
-        assert!(store.is_owner(&claim(1)).unwrap());
+        let standing = |secret| store.standing(&claim(secret)).unwrap();
+        assert_eq!(standing(1), Standing::Unknown);
         let home = store.create(&claim(1)).unwrap();
-        assert!(store.is_owner(&claim(1)).unwrap());
-        assert!(!store.is_owner(&claim(2)).unwrap());
+        assert_eq!(
+            (standing(1), standing(2)),
+            (Standing::Owner, Standing::Stranger)
+        );
         let mode = fs::metadata(home.join(TOKEN)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         for incomplete in ["", "01"] {
             fs::write(home.join(TOKEN), incomplete).unwrap();
-            assert!(!store.is_owner(&claim(1)).unwrap());
+            assert_eq!(standing(1), Standing::Stranger);
         }
         fs::remove_file(home.join(TOKEN)).unwrap();
-        assert!(!store.is_owner(&claim(1)).unwrap());
+        assert_eq!(standing(1), Standing::Stranger);
+    }
+
+    #[test]
+    fn copied_directory_neither_answers_nor_restores() {
+        let root = tempfile::tempdir().unwrap();
+        let (original, copy) = (root.path().join("original"), root.path().join("copy"));
+        let store = Store::open(&original).unwrap();
+        store.create(&claim(1)).unwrap();
+        assert_eq!(store.migrations().unwrap().len(), 1);
+        let copied = std::process::Command::new("cp")
+            .arg("-a")
+            .args([&original, &copy])
+            .status();
+        assert!(copied.unwrap().success());
+        assert!(matches!(Store::open(&copy), Err(StoreError::Copied(_))));
+        // Now a receiver of its own.
+        fs::remove_file(copy.join(identity::FILE_NAME)).unwrap();
+        let other = Store::open(&copy).unwrap();
+        assert_ne!(other.id(), store.id());
+        assert_eq!(other.standing(&claim(1)).unwrap(), Standing::Stranger);
+        assert_eq!(other.migrations().unwrap(), [""; 0].map(PathBuf::from));
+        drop(store);
+        let store = Store::open(&original).unwrap();
+        assert_eq!(store.standing(&claim(1)).unwrap(), Standing::Owner);
     }
 
     #[test]

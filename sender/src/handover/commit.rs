@@ -19,6 +19,7 @@ use super::record::LockedRecord;
 use super::{Handover, HandoverError, InDoubt, Record};
 use crate::freeze::{check_signal_permission, process_list};
 use crate::sink::{CommitError, Destination, Outcome, SinkError};
+use pageferry_common::ReceiverId;
 use pageferry_common::proc::process::ProcessId;
 use pageferry_common::with_causes;
 use std::time::Instant;
@@ -65,7 +66,11 @@ impl Restored {
     }
 
     /// Writes the record, with which `send --resolve` can end the hand-over if this sender cannot.
-    pub(super) fn record(self, handover: &Handover) -> Result<Recorded<'_>, HandoverError> {
+    pub(super) fn record(
+        self,
+        handover: &Handover,
+        receiver: ReceiverId,
+    ) -> Result<Recorded<'_>, HandoverError> {
         let mut tree = Vec::new();
         for process in process_list(self.root) {
             let pid = process.pid;
@@ -75,8 +80,8 @@ impl Restored {
         if tree.is_empty() {
             return Err(HandoverError::TargetGone(self.root));
         }
-        let record =
-            Record::new(&handover.to, handover.claim, tree).map_err(HandoverError::Hold)?;
+        let record = Record::new(&handover.to, receiver, handover.claim, tree);
+        let record = record.map_err(HandoverError::Hold)?;
         Ok(Recorded {
             record: handover.records.create(record)?,
             restored: self,

@@ -214,7 +214,7 @@ impl Attempt<'_, '_> {
         }
         self.downtime.restored();
         let receiver = destination(self.parts.sink)?;
-        let recorded = Restored::new(self.root, dump).record(self.handover)?;
+        let recorded = Restored::new(self.root, dump).record(self.handover, receiver.id())?;
         let held = recorded.hold(receiver)?;
         let killing = held.commit(receiver)?;
         self.downtime.running();

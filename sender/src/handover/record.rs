@@ -5,12 +5,13 @@
 //! program that handles the hand-over, from before the record is written until it is removed.
 
 use super::hold::{Hierarchy, Hold, HoldError};
-use crate::sys::pidfd;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{major, minor};
+use pageferry_common::proc::boot::boot_id;
 use pageferry_common::proc::process::ProcessId;
 use pageferry_common::proc::read_lossy;
-use pageferry_common::{Claim, MigrationId, Token};
+use pageferry_common::sys::pidfd;
+use pageferry_common::{Claim, MigrationId, ReceiverId, Token};
 use serde::{Deserialize, Serialize};
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind, Read, Write};
@@ -36,6 +37,8 @@ pub struct Record {
     pub to: String,
     /// Id of the migration, 32 hex digits.
     id: String,
+    /// Id of the receiver, 32 hex digits: only this one can know the outcome.
+    receiver: String,
     /// Secret that authorises the sender to ask for the outcome, 64 hex digits.
     token: String,
     /// PID of the root in its own PID namespace.
@@ -99,19 +102,25 @@ impl Record {
     ///
     /// # Panics
     /// If `tree` is empty.
-    pub fn new(to: &str, claim: Claim, tree: Vec<ProcessId>) -> Result<Self, HoldError> {
+    pub fn new(
+        to: &str,
+        receiver: ReceiverId,
+        claim: Claim,
+        tree: Vec<ProcessId>,
+    ) -> Result<Self, HoldError> {
         let root = *tree.first().expect("a frozen tree has a root");
         let command = read_lossy(format!("/proc/{}/comm", root.pid)).unwrap_or_default();
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         Ok(Self {
             to: to.to_owned(),
+            receiver: receiver.to_string(),
             id: claim.id.to_string(),
             token: claim.token.to_hex(),
             root_pid: claim.root_pid,
             root,
             command: command.trim_end().to_owned(),
             since: since.unwrap_or_default().as_secs(),
-            boot_id: boot_id(),
+            boot_id: boot_id().to_owned(),
             hold: Hold::plan(claim.id, &tree)?,
             tree,
         })
@@ -125,6 +134,12 @@ impl Record {
             root_pid: self.root_pid,
             token: Token::from_hex(&self.token)?,
         })
+    }
+
+    /// Returns the id of the receiver; `None` if the record is damaged.
+    #[must_use]
+    pub fn receiver(&self) -> Option<ReceiverId> {
+        ReceiverId::from_hex(&self.receiver)
     }
 
     /// When the record was written.
@@ -506,12 +521,6 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> RecordError
     }
 }
 
-/// Returns the kernel's id of this boot.
-fn boot_id() -> String {
-    let id = read_lossy("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    id.trim_end().to_owned()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -523,7 +532,7 @@ mod tests {
             root_pid: 1,
             token: Token([9; 32]),
         };
-        Record::new("there:7700", claim, tree).unwrap()
+        Record::new("there:7700", ReceiverId([8; 16]), claim, tree).unwrap()
     }
 
     fn records() -> (Records, tempfile::TempDir) {
@@ -561,6 +570,7 @@ mod tests {
         );
         let opened = records.open(pid).unwrap();
         assert_eq!(opened.record.claim().unwrap().token, Token([9; 32]));
+        assert_eq!(opened.record.receiver(), Some(ReceiverId([8; 16])));
         opened.remove().unwrap();
         assert_eq!(names(&records), [""; 0]);
     }

@@ -147,10 +147,12 @@ fn ask(
     patience: Duration,
     tls: Option<Arc<ClientConfig>>,
 ) -> Result<Result<Outcome, SinkError>, ResolveError> {
-    let damaged = ResolveError::Damaged(record.root.pid);
-    let claim = record.claim().ok_or(damaged)?;
+    let (Some(claim), Some(receiver)) = (record.claim(), record.receiver()) else {
+        return Err(ResolveError::Damaged(record.root.pid));
+    };
     Ok(crate::sink::resolve(
         record.to.clone(),
+        receiver,
         claim,
         patience,
         tls,

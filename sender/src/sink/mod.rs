@@ -16,7 +16,7 @@ use pageferry_common::criu::Options;
 use pageferry_common::needed_files::NeededFile;
 use pageferry_common::tls;
 use pageferry_common::wire::{Entry, RefuseCode, RoundKind, Totals, WireError};
-use pageferry_common::{BufferPool, ImageId, MemfdName, StateName};
+use pageferry_common::{BufferPool, ImageId, MemfdName, ReceiverId, StateName};
 use std::io;
 use std::sync::Arc;
 
@@ -76,6 +76,9 @@ pub enum SinkError {
     /// wrong number of rounds.
     #[error("unexpected reply from the receiver")]
     UnexpectedReply,
+    /// Another receiver answers at the address. It cannot know what became of the migration.
+    #[error("another receiver answers there, or its directory was replaced")]
+    AnotherReceiver,
     /// CRIU's page server failed; its protocol has no error messages.
     #[error("the page server {0}")]
     PageServer(String),
@@ -121,6 +124,7 @@ impl SinkError {
             ),
             Self::Wire(_) | Self::Connect { .. } | Self::Tls(_) => true,
             Self::UnexpectedReply
+            | Self::AnotherReceiver
             | Self::PageServer(_)
             | Self::NoRestore
             | Self::State(_)
@@ -197,11 +201,15 @@ pub trait Destination {
     /// [`CommitError`].
     fn commit(&mut self) -> Result<(), CommitError>;
 
-    /// Reconnects after [`CommitError::InDoubt`], retrying until the stall timeout, and asks for the outcome.
+    /// Reconnects after [`CommitError::InDoubt`], and asks for the outcome. Retries until the stall timeout
+    /// while the receiver cannot be reached.
     ///
     /// # Errors
     /// [`SinkError`]; the outcome is still in doubt then.
     fn query_outcome(&mut self) -> Result<Outcome, SinkError>;
+
+    /// Id of the receiver.
+    fn id(&self) -> ReceiverId;
 
     /// Closes the connection, so that the receiver gives up at once what it waits to commit.
     fn disconnect(&mut self);

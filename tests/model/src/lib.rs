@@ -59,19 +59,19 @@ impl Rule {
     pub fn is_implemented(self) -> bool {
         match self {
             Self::CriuAlive
+            | Self::RefuseUnknown
             | Self::Hold
             | Self::Lock
             | Self::RefuseInDoubt
             | Self::OnePlace
-            | Self::ProcessIdentity => true,
-            Self::RefuseUnknown
+            | Self::ProcessIdentity
             | Self::JudgeByRestorer
             | Self::DeathMeansRunning
             | Self::SocketKept
             | Self::GoneHasRun
             | Self::Resync
-            | Self::DirectoryIdentity
-            | Self::SeveralHolders => false,
+            | Self::DirectoryIdentity => true,
+            Self::SeveralHolders => false,
         }
     }
 

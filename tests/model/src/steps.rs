@@ -105,7 +105,7 @@ steps! {
     /// `committed` is durable.
     CommittedIsDurable => "receiver/src/restore/outcome.rs overwrite",
     /// CRIU may go on, up to pre-resume.
-    SessionContinues => "receiver/src/restore/process.rs resume",
+    SessionContinues => "receiver/src/restore/process.rs hold_back",
     /// All processes have left the restorer.
     CriuCatches => "receiver/src/restore/process.rs drive",
     /// At pre-resume: CRIU may release the copy.
@@ -113,25 +113,25 @@ steps! {
     /// CRIU releases a process of the copy.
     CriuReleases => "receiver/src/restore/process.rs drive",
     /// CRIU is done: `running` is written, and the sender is told that the copy runs.
-    SessionIsDone => "receiver/src/session/native/restore.rs resume",
+    SessionIsDone => "receiver/src/session/native/restore.rs release",
     /// `running` is durable.
     RunningIsDurable => "receiver/src/restore/outcome.rs overwrite",
     /// CRIU died after the commit, and the copy waits in the restorer: it is ended and restored again.
-    SessionRestoresAgain => "",
+    SessionRestoresAgain => "receiver/src/session/native/restore.rs settle",
     /// CRIU died after the commit, and the copy runs.
-    SessionFindsItRunning => "",
+    SessionFindsItRunning => "receiver/src/session/native/restore.rs release",
     /// CRIU died after the commit: the copy is killed (only without [`Rule::DeathMeansRunning`]).
-    SessionKillsIt => "receiver/src/session/native/restore.rs record_aborted",
+    SessionKillsIt => "",
     /// `receive` starts on the migration's directory.
     ReceiveStarts => "receiver/src/storage/store.rs open",
     /// What an earlier `receive` left of an undecided restore is ended.
-    ReceiveEndsLeftovers => "",
+    ReceiveEndsLeftovers => "receiver/src/restore/attempt.rs end_leftovers",
     /// What was committed and never ran is restored again.
-    FinishRestores => "receiver/src/restore/process.rs complete",
+    FinishRestores => "receiver/src/restore/settle.rs restore_again",
     /// What was committed runs, or has run.
-    FinishFindsItRan => "receiver/src/restore/process.rs complete",
+    FinishFindsItRan => "receiver/src/restore/settle.rs has_run",
     /// The CRIU that an earlier `receive` left at pre-resume is ended, and the copy runs.
-    FinishEndsCriu => "",
+    FinishEndsCriu => "receiver/src/restore/copy.rs kill_criu",
     /// A filler starts in the place of one that died.
     FillerIsReplaced => "",
     /// All memory is filled in.

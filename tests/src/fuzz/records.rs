@@ -84,8 +84,8 @@ fn outcome(bytes: &[u8]) {
     let written = serde_json::to_vec(&outcome).expect("it is plain data");
     let again: Outcome = serde_json::from_slice(&written).expect("we wrote it");
     assert_eq!(again, outcome);
-    if let Outcome::Committed { options, .. } = outcome {
-        numbers(&options.to_le_bytes());
+    if let Outcome::Committed(committed) = outcome {
+        numbers(&committed.options.to_le_bytes());
     }
 }
 

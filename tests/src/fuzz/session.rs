@@ -54,7 +54,7 @@ pub fn session(input: &[u8]) {
 pub fn check_store(dir: &Path) -> usize {
     let mut rounds = 0;
     for name in names(dir) {
-        if name == ".lock" {
+        if matches!(&*name, ".lock" | "identity.json") {
             continue;
         }
         let home = dir.join(&name);

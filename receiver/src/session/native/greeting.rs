@@ -9,7 +9,7 @@ use crate::session::ServerContext;
 use crate::session::admission::Pending;
 use crate::storage::Durability;
 use crate::storage::lease::{Disconnect, Lease};
-use crate::storage::store::Store;
+use crate::storage::store::{Standing, Store};
 use pageferry_common::wire::{self, Message, RefuseCode};
 use pageferry_common::{Claim, PAGE_SIZE};
 use std::path::PathBuf;
@@ -135,6 +135,7 @@ impl<'c, 'a, R: AsyncRead + Unpin, W: AsyncWrite + Unpin> Greeting<'c, 'a, R, W>
             version: wire::VERSION,
             features,
             rounds,
+            receiver: store.id(),
             directory: home.display().to_string(),
         };
         connection.send(&welcome).await?;
@@ -189,8 +190,8 @@ where
     let lease = connection.lease(store, &home, disconnect).await?;
     match Outcome::read(&home)? {
         // After an aborted attempt to restore, the sender's copy runs: it may send more rounds.
-        None | Some(Outcome::Aborted) => {}
-        Some(Outcome::Running | Outcome::Committed { .. }) => {
+        None | Some(Outcome::Aborted) => resolve::end_leftovers_of(&home).await?,
+        Some(Outcome::Running | Outcome::Committed(_)) => {
             let reason = "this migration is committed: its process runs here, or will";
             return Err(Refusal::new(RefuseCode::Restore, reason).into());
         }
@@ -200,13 +201,19 @@ where
     Ok((lease, rounds))
 }
 
-/// Refuses a sender that does not know the token of a migration.
+/// Refuses a sender that does not know the token of a migration, and a migration that this receiver does not
+/// have: another one may have committed it.
 pub(super) fn check_owner(store: &Store, claim: &Claim) -> Result<(), Failure> {
-    match store.is_owner(claim)? {
-        true => Ok(()),
-        false => {
-            let reason = "this migration belongs to another sender";
-            Err(Refusal::new(RefuseCode::Denied, reason).into())
-        }
-    }
+    let refusal = match store.standing(claim)? {
+        Standing::Owner => return Ok(()),
+        Standing::Stranger => Refusal::new(
+            RefuseCode::Denied,
+            "this migration belongs to another sender or another receiver",
+        ),
+        Standing::Unknown => Refusal::new(
+            RefuseCode::Unknown,
+            "this receiver has no such migration: another receiver, or another --dir, has it",
+        ),
+    };
+    Err(refusal.into())
 }

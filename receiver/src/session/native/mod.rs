@@ -18,7 +18,7 @@ mod resolve;
 mod restore;
 mod round;
 
-pub use resolve::finish_all;
+pub use resolve::{end_undecided, finish_all};
 
 use crate::quota::Quota;
 use crate::refusal::{Failure, Refusal};

@@ -1,45 +1,20 @@
-//! Interrupted migrations: what became of them, and what happens to those that are committed.
+//! Interrupted migrations: what became of them. Those that are committed are brought to their end; what is left of
+//! a restore that was not committed is ended.
 
 use super::connection::Connection;
 use super::greeting::check_owner;
 use crate::file_error::FileError;
 use crate::image::chain::newest_round;
 use crate::refusal::{Failure, Refusal};
-use crate::restore::{Outcome, complete};
+use crate::restore::{Gone, NotSettled, Outcome, end_leftovers, settle};
 use crate::session::ServerContext;
 use crate::storage::lease::Disconnect;
 use crate::with_causes;
 use pageferry_common::Claim;
-use pageferry_common::criu::Criu;
 use pageferry_common::wire::{Message, RefuseCode};
 use std::path::Path;
 use tokio::io::{AsyncRead, AsyncWrite};
-
-/// What the store records about a migration.
-enum Recorded {
-    /// The store has no such migration.
-    Unknown,
-    /// Rounds may have been received; nothing is decided.
-    Undecided,
-    /// The process must run here, and may not yet.
-    Committed(Outcome),
-    /// The process runs here, or did.
-    Running,
-    /// The process will never run here.
-    Aborted,
-}
-
-impl Recorded {
-    fn read(home: &Path) -> Result<Self, FileError> {
-        Ok(match Outcome::read(home)? {
-            None if home.is_dir() => Self::Undecided,
-            None => Self::Unknown,
-            Some(committed @ Outcome::Committed { .. }) => Self::Committed(committed),
-            Some(Outcome::Running) => Self::Running,
-            Some(Outcome::Aborted) => Self::Aborted,
-        })
-    }
-}
+use tokio::task::spawn_blocking;
 
 /// Answers a sender that lost its connection during the hand-over: does the process run here? A migration
 /// that is undecided is aborted first, so that the answer holds.
@@ -60,67 +35,82 @@ where
     let lease = connection.lease(store, &home, disconnect).await?;
     let running = decide(context, &home).await?;
     drop(lease);
-    connection.send(&Message::Outcome { running }).await?;
+    let receiver = store.id();
+    connection
+        .send(&Message::Outcome { running, receiver })
+        .await?;
     Ok(())
 }
 
 /// Brings a migration to its outcome. Returns whether the process runs here.
 async fn decide(context: &ServerContext, home: &Path) -> Result<bool, Failure> {
-    match Recorded::read(home)? {
-        Recorded::Running => Ok(true),
-        Recorded::Committed(committed) => {
-            let Some(restorer) = &context.restorer else {
-                let reason = "the process must be restored here: start the receiver with --restore";
-                return Err(Refusal::new(RefuseCode::Restore, reason).into());
-            };
-            finish(&restorer.criu, home, committed).await?;
+    match Outcome::settled(home)? {
+        Some(Outcome::Running) => Ok(true),
+        Some(Outcome::Committed(_)) => {
+            finish(context, home)
+                .await
+                .map_err(|why| Refusal::new(RefuseCode::Restore, with_causes(&why)))?;
             Ok(true)
         }
-        Recorded::Undecided => {
+        None => {
+            end_leftovers_of(home).await?;
             Outcome::Aborted.write(home)?;
             Ok(false)
         }
-        Recorded::Aborted | Recorded::Unknown => Ok(false),
+        Some(Outcome::Aborted) => {
+            end_leftovers_of(home).await?;
+            Ok(false)
+        }
     }
 }
 
-/// Completes a committed migration; returns when its process runs.
-async fn finish(criu: &Criu, home: &Path, committed: Outcome) -> Result<(), Refusal> {
+/// Brings a committed migration to its end; returns when its process runs.
+async fn finish(context: &ServerContext, home: &Path) -> Result<(), NotSettled> {
+    let criu = context.restorer.as_ref().map(|restorer| &restorer.criu);
     let images = newest_round(home)?;
-    complete(criu, home, &images, committed)
-        .await
-        .map_err(|reason| Refusal::new(RefuseCode::Restore, reason))
+    settle(criu, home, &images, Gone::HasRun).await
 }
 
-/// Completes every migration that an earlier receiver committed without living to resume its process.
-/// Failures are logged; the next receiver tries again.
+/// Ends what an earlier receiver left of a restore that was not committed.
+pub(super) async fn end_leftovers_of(home: &Path) -> Result<(), FileError> {
+    let home = home.to_owned();
+    let ending = spawn_blocking(move || end_leftovers(&home));
+    ending.await.expect("ending a restore does not panic")
+}
+
+/// Brings every migration to its end that an earlier receiver has left: completes what was committed, and ends what
+/// was not. Failures are logged; the next receiver tries again.
 pub async fn finish_all(context: &ServerContext) {
-    let Some(restorer) = &context.restorer else {
-        return;
-    };
     for home in context.store.migrations().unwrap_or_default() {
-        match Recorded::read(&home) {
-            Ok(Recorded::Committed(committed)) => {
-                if let Err(error) = finish(&restorer.criu, &home, committed).await {
-                    let why = with_causes(&error);
-                    tracing::error!(
-                        event = "committed_not_running",
-                        home = %home.display(),
-                        why,
-                        "cannot restore a committed migration"
-                    );
-                }
-            }
-            Ok(Recorded::Unknown | Recorded::Undecided | Recorded::Running | Recorded::Aborted) => {
-            }
-            Err(error) => {
-                let why = with_causes(&error);
-                tracing::error!(
-                    event = "outcome_unreadable",
-                    why,
-                    "cannot read the outcome of a migration: skipping it"
-                );
-            }
+        let result = match Outcome::read(&home) {
+            Ok(Some(Outcome::Committed(_))) => finish(context, &home).await,
+            Ok(None | Some(Outcome::Aborted)) => end_leftovers_of(&home).await.map_err(Into::into),
+            Ok(Some(Outcome::Running)) => Ok(()),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = result {
+            let why = with_causes(&error);
+            tracing::error!(
+                event = "migration_not_settled",
+                home = %home.display(),
+                why,
+                "cannot bring a migration of an earlier receiver to its end"
+            );
+        }
+    }
+}
+
+/// Ends all restores that are not committed, when the receiver exits: CRIU would hold their copies back for ever.
+pub fn end_undecided(context: &ServerContext) {
+    for home in context.store.migrations().unwrap_or_default() {
+        if let Ok(None | Some(Outcome::Aborted)) = Outcome::read(&home)
+            && let Err(error) = end_leftovers(&home)
+        {
+            tracing::error!(
+                event = "restore_not_ended",
+                why = with_causes(&error),
+                "cannot end a restore that was not committed"
+            );
         }
     }
 }

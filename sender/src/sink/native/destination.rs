@@ -8,7 +8,7 @@ use pageferry_common::needed_files::NeededFile;
 use pageferry_common::wire::{
     FrameReader, FrameWriter, Incoming, Message, PIECE_MAX, SharedPhase, WireError,
 };
-use pageferry_common::{Claim, StateName};
+use pageferry_common::{Claim, ReceiverId, StateName};
 use rustls::ClientConfig;
 use std::io::Read;
 use std::sync::Arc;
@@ -83,7 +83,11 @@ impl Destination for NativeSink {
             tls,
             ..
         } = self.connect.clone();
-        resolve(to, claim, stall, tls)
+        resolve(to, self.receiver, claim, stall, tls)
+    }
+
+    fn id(&self) -> ReceiverId {
+        self.receiver
     }
 
     fn disconnect(&mut self) {
@@ -91,12 +95,13 @@ impl Destination for NativeSink {
     }
 }
 
-/// Asks a receiver for the outcome of a migration, retrying for `patience`.
+/// Asks a receiver for the outcome of a migration, retrying for `patience` while it cannot be reached.
 ///
 /// # Errors
 /// [`SinkError`] of the last attempt; the outcome is still in doubt then.
 pub fn resolve(
     to: String,
+    receiver: ReceiverId,
     claim: Claim,
     patience: Duration,
     tls: Option<Arc<ClientConfig>>,
@@ -105,12 +110,15 @@ pub fn resolve(
         let began = Instant::now();
         loop {
             match request_outcome(&to, claim, patience, tls.as_ref()).await {
-                Ok(outcome) => {
+                Ok((_, id)) if id != receiver => return Err(SinkError::AnotherReceiver),
+                Ok((outcome, _)) => {
                     // The caller below still waits for the reply.
                     let _ = replies_tx.send(outcome);
                     return Ok(());
                 }
-                Err(error) if began.elapsed() > patience => return Err(error),
+                Err(error) if !error.is_transient() || began.elapsed() > patience => {
+                    return Err(error);
+                }
                 Err(error) => tracing::debug!(why = %error, "no outcome yet, retrying"),
             }
             sleep(RETRY_DELAY).await;
@@ -119,13 +127,13 @@ pub fn resolve(
     Link::start(conversation)?.recv()
 }
 
-/// Connects and asks for the outcome once.
+/// Connects and asks for the outcome once. Returns it with the id of the receiver that answers.
 async fn request_outcome(
     to: &str,
     claim: Claim,
     stall: Duration,
     tls: Option<&Arc<ClientConfig>>,
-) -> Result<Outcome, SinkError> {
+) -> Result<(Outcome, ReceiverId), SinkError> {
     let (read, write) = split(dial(to, stall, stall, tls).await?);
     let phase = SharedPhase::default();
     let mut reader = FrameReader::new(read, phase.clone(), stall);
@@ -134,8 +142,13 @@ async fn request_outcome(
     loop {
         match reader.recv().await? {
             Incoming::Message(Message::Working) => {}
-            Incoming::Message(Message::Outcome { running: true }) => return Ok(Outcome::Running),
-            Incoming::Message(Message::Outcome { running: false }) => return Ok(Outcome::Aborted),
+            Incoming::Message(Message::Outcome { running, receiver }) => {
+                let outcome = match running {
+                    true => Outcome::Running,
+                    false => Outcome::Aborted,
+                };
+                return Ok((outcome, receiver));
+            }
             Incoming::Message(_) | Incoming::Chunk { .. } => {
                 return Err(SinkError::UnexpectedReply);
             }

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use conversation::{Conversation, Outgoing};
 use pageferry_common::digest::{RoundDigest, digest};
 use pageferry_common::wire::{self, Chunk, Entry, Message, RoundKind, StallLimit, Totals};
-use pageferry_common::{BufferPool, ImageId, MemfdName, with_causes};
+use pageferry_common::{BufferPool, ImageId, MemfdName, ReceiverId, with_causes};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -39,6 +39,8 @@ pub struct NativeSink {
     totals: Totals,
     digest: RoundDigest,
     directory: String,
+    /// Id of the receiver.
+    receiver: ReceiverId,
     /// Whether the receiver restores processes.
     restores: bool,
     connect: Connect,
@@ -73,6 +75,7 @@ impl NativeSink {
             totals: Totals::default(),
             digest: RoundDigest::default(),
             directory: String::new(),
+            receiver: ReceiverId([0; 16]),
             restores: false,
             connect,
         };
@@ -86,6 +89,7 @@ impl NativeSink {
     fn recv_welcome(&mut self) -> Result<u32, SinkError> {
         let Message::Welcome {
             directory,
+            receiver,
             features,
             rounds,
             ..
@@ -94,6 +98,7 @@ impl NativeSink {
             return Err(SinkError::UnexpectedReply);
         };
         self.directory = directory;
+        self.receiver = receiver;
         self.restores = features & wire::FEATURE_RESTORE != 0;
         if features & wire::FEATURE_ZSTD == 0 {
             self.compressor = None;
