@@ -231,6 +231,7 @@ impl<'a> Migration<'a, '_> {
             ..
         } = &mut self.parts;
         sink.prepare()?;
+        copier.survey_host();
         let priority = RealtimePriority::raise();
         let mut frozen = freezer.freeze(self.plan.root)?;
         let uptime = uptime::read().map_err(MigrateError::Uptime)?;
@@ -248,6 +249,7 @@ impl<'a> Migration<'a, '_> {
     fn final_round(&mut self, round: &mut Round) -> Result<Success, MigrateError> {
         let Plan { root, then, .. } = *self.plan;
         self.parts.sink.prepare()?;
+        self.parts.copier.survey_host();
         self.parts
             .with_frozen_timeout(|parts| send_final(parts, root, then, round))
     }
@@ -256,6 +258,7 @@ impl<'a> Migration<'a, '_> {
     fn hand_over(&mut self, handover: &Handover, first: u32) -> Result<Success, MigrateError> {
         let root = self.plan.root;
         self.parts.sink.prepare()?;
+        self.parts.copier.survey_host();
         let done = self
             .parts
             .with_frozen_timeout(|parts| handover.run(root, first, parts));

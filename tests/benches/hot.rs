@@ -1,6 +1,9 @@
 //! Micro-benchmarks of the code that every page passes through: `cargo bench -p pageferry-tests`.
 
-use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{
+    BatchSize, BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main,
+};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use pageferry_common::digest::digest;
 use pageferry_common::wire::{
@@ -15,6 +18,7 @@ use pageferry_sender::copy::source::{PageSource, ProcessSource};
 use pageferry_sender::sink::DEFAULT_LEVEL;
 use pageferry_sender::sys::pagemap::{self, PRESENT, Query, Region, SWAPPED, WRITTEN};
 use pageferry_sender::target::process::{Process, namespace_depth};
+use pageferry_sender::target::sharing::{Forks, Sharing};
 use pageferry_tests::Victim;
 use pageferry_tests::random::XorShift64;
 use std::fs::File;
@@ -73,25 +77,58 @@ fn memory(criterion: &mut Criterion) {
             });
         });
     }
+    // All pages, and then every tenth.
+    let all: Vec<_> = chunks_of(whole, 1).collect();
+    let scattered: Vec<_> = chunks_of(whole, 10).collect();
+    bench_read(&mut group, "read", pid, &all);
+    // With a child, every page is shared.
+    let answer = victim.ask("fork");
+    assert!(answer.starts_with("ok"), "{answer}");
+    bench_read(&mut group, "read shared", pid, &all);
+    victim.ask("reap");
+    group.throughput(Throughput::Bytes(whole.bytes() / 10));
+    bench_read(&mut group, "read scattered", pid, &scattered);
+    group.finish();
+}
+
+/// Lists every `step`th page of a range, a chunk at a time.
+fn chunks_of(whole: PageRange, step: usize) -> impl Iterator<Item = Vec<PageRange>> {
+    let mut rest = Some(whole);
+    std::iter::from_fn(move || {
+        let (now, later) = rest?.split_at((CHUNK_PAGES * step) as u64);
+        rest = later;
+        let pages = |range: PageRange| (range.start()..range.end()).step_by(step << 12);
+        now.map(|range| match step {
+            1 => vec![range],
+            _ => pages(range)
+                .filter_map(|at| PageRange::new(at, 1).ok())
+                .collect(),
+        })
+    })
+}
+
+/// Reads chunks of the memory of a process.
+fn bench_read(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: &str,
+    pid: i32,
+    chunks: &[Vec<PageRange>],
+) {
     let depth = namespace_depth(pid).expect("it lives");
     let task = Process::open(pid, pid, depth).expect("it lives");
-    let mut buffer = vec![0; CHUNK_SIZE];
-    group.bench_function("read", |bencher| {
-        let mut source = ProcessSource::new(&task);
-        let mut arrived = Vec::new();
+    let mut sharing = Sharing::default();
+    sharing.survey();
+    let mut source = ProcessSource::new(&task, &mut sharing, Forks::Possible);
+    let (mut buffer, mut arrived) = (vec![0; CHUNK_SIZE], Vec::new());
+    group.bench_function(name, |bencher| {
         bencher.iter(|| {
-            let mut rest = Some(whole);
-            while let Some(range) = rest {
-                let (now, later) = range.split_at(CHUNK_PAGES as u64);
-                let now = now.expect("a range is not empty");
+            for wanted in chunks {
                 arrived.clear();
-                let room = &mut buffer[..now.bytes() as usize];
-                source.read(&[now], room, &mut arrived).expect("it lives");
-                rest = later;
+                let read = source.read(wanted, &mut buffer, &mut arrived);
+                read.expect("it lives");
             }
         });
     });
-    group.finish();
 }
 
 /// Computations over every chunk.

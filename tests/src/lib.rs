@@ -22,6 +22,7 @@ pub mod host;
 pub mod huge;
 pub mod images;
 pub mod kills;
+pub mod ksm;
 pub mod link;
 pub mod log;
 pub mod memory;

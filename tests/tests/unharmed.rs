@@ -1,12 +1,21 @@
-//! Whatever happens to Pageferry, the target runs on, unharmed, and the receiver has complete rounds or none.
+//! Whatever happens to Pageferry, the target runs on, unharmed, and the receiver has complete rounds or none. Pages
+//! that processes share, copy on write, are shared afterwards as before: the target takes no more memory.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use pageferry_tests::criu::{Criu, skip};
+use pageferry_tests::daemon::{answered, until};
+use pageferry_tests::huge::HugePages;
 use pageferry_tests::kills::{kills, spread};
+use pageferry_tests::ksm::{Ksm, merged_pages};
+use pageferry_tests::memory::lives;
+use pageferry_tests::pair::Sent;
 use pageferry_tests::scenario::{
-    assert_arrived_unharmed, assert_verified, migrations, the_migration,
+    assert_arrived_unharmed, assert_verified, has_tracker, migrations, the_migration,
 };
-use pageferry_tests::{Pair, Victim};
+use pageferry_tests::servers::{Postgres, Redis};
+use pageferry_tests::usage::memory_of_tree;
+use pageferry_tests::{Pair, Receiver, Send, Victim};
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -99,7 +108,7 @@ fn restarted_receiver_discards_the_incomplete_round() {
             .filter(|n| n.to_string_lossy().ends_with(".tmp"))
             .count()
     };
-    let next = pageferry_tests::Receiver::start(pair.dir(), &[]);
+    let next = Receiver::start(pair.dir(), &[]);
     drop(next);
     assert_eq!(incomplete(&migration), 0);
     assert!(migration.join("3").is_dir());
@@ -206,7 +215,7 @@ fn tree_changes_between_rounds_are_followed() {
         if let Ok(answer) = victim.try_ask(command) {
             assert!(answer.starts_with("ok"), "{command}: {answer}");
         }
-        if !pageferry_tests::memory::lives(send.program().pid()) {
+        if !lives(send.program().pid()) {
             break;
         }
     }
@@ -233,6 +242,220 @@ fn killed_tree_is_gone_when_send_exits() {
     let tree = victim.tree();
     let sent = pair.send(victim.pid(), &["--then", "kill"]);
     let _ = sent.expect_report();
-    assert!(tree.iter().all(|&pid| !pageferry_tests::memory::lives(pid)));
+    assert!(tree.iter().all(|&pid| !lives(pid)));
     victim.await_end();
+}
+
+/// A process with memory that it filled before it forked, and its children, which never write to it.
+const PREFORKED: &str = "heap=24 text=2 children=6";
+
+/// Asserts that the tree under `root` takes as much memory after `action` as before, within 5 %.
+fn assert_stays_shared<T>(root: i32, what: &str, action: impl FnOnce() -> T) -> T {
+    let before = memory_of_tree(root);
+    let result = action();
+    let after = memory_of_tree(root);
+    assert!(
+        after <= before + before / 20,
+        "{what}: {before} KiB before, {after} KiB after"
+    );
+    result
+}
+
+#[test]
+fn copies_leave_memory_shared_with_each_tracker() {
+    let precopy = ["--rounds", "2"];
+    let to_the_end = ["--max-downtime", "0ms", "--max-rounds", "2"];
+    let comparing = ["--skip-unchanged", "--rounds", "2"];
+    let mut tested = 0;
+    for tracker in ["uffd", "soft-dirty", "hash"] {
+        if !has_tracker(tracker) {
+            continue;
+        }
+        for options in [&precopy[..], &to_the_end, &comparing] {
+            let mut victim = Victim::start(&format!("{PREFORKED} shared=4"));
+            let pair = Pair::start(&[]);
+            let what = format!("{tracker} {options:?}");
+            assert_stays_shared(victim.pid(), &what, || {
+                let options = [&["--tracker", tracker], options].concat();
+                let _ = pair.send(victim.pid(), &options).expect_report();
+            });
+            victim.assert_unharmed();
+        }
+        tested += 1;
+    }
+    assert!(tested >= 1, "no tracker works here");
+}
+
+/// A child that is sent alone shares pages with its parent, which is not part of the target.
+#[test]
+fn copy_of_one_child_leaves_its_memory_shared() {
+    let mut victim = Victim::start(PREFORKED);
+    let pair = Pair::start(&[]);
+    let child = victim.tree()[1];
+    assert_stays_shared(victim.pid(), "a child", || {
+        let _ = pair.send(child, &[]).expect_report();
+    });
+    victim.assert_unharmed();
+}
+
+#[test]
+fn child_forked_in_the_middle_of_a_round_shares_memory() {
+    let mut victim = Victim::start("heap=48");
+    let pair = Pair::start(&[]);
+    // The highest compression level takes seconds for incompressible memory.
+    let options = ["--rounds", "1", "--compress", "zstd:19"];
+    let mut send = pair.start_send(victim.pid(), &options);
+    let migration = the_migration(pair.dir());
+    until("the round is under way", || {
+        let rounds = fs::read_dir(&migration).unwrap().flatten();
+        let files = rounds.flat_map(|round| fs::read_dir(round.path()).into_iter().flatten());
+        let bytes = files.flatten().filter_map(|file| file.metadata().ok());
+        match bytes.map(|it| it.len()).sum::<u64>() > 1 << 20 {
+            true => Ok(()),
+            false => Err("too little has arrived".to_owned()),
+        }
+    });
+    let answer = victim.ask("fork");
+    assert!(answer.starts_with("ok"), "{answer}");
+    let tree = victim.tree();
+    assert!(tree.len() == 2 && lives(send.program().pid()));
+    assert_stays_shared(victim.pid(), "a fork", || {
+        let _ = send.finish().expect_report();
+    });
+    assert_eq!(victim.tree(), tree);
+    victim.assert_unharmed();
+}
+
+/// Moves a tree to a receiver on the same host, where its PIDs are taken.
+fn move_in_vain(criu: &Criu, pid: i32) -> Sent {
+    let dir = tempfile::tempdir().unwrap();
+    let criu = criu.path().to_str().unwrap();
+    let receiver = Receiver::start(dir.path(), &["--restore", "--criu", criu]);
+    let options = ["--migrate", "--criu", criu, "--reconnect-for", "0"];
+    Send::start(receiver.address(), pid, &options).finish()
+}
+
+#[test]
+fn move_that_criu_refuses_leaves_memory_shared() {
+    let Some(criu) = Criu::stable("a move that CRIU refuses") else {
+        return;
+    };
+    // CRIU refuses a process with a pipe that it shares with an outside process.
+    let mut victim = Victim::start(PREFORKED);
+    assert_stays_shared(victim.pid(), "a refused move", || {
+        let sent = move_in_vain(&criu, victim.pid());
+        sent.assert_failed(1, &["CRIU cannot dump"]);
+    });
+    victim.assert_unharmed();
+}
+
+#[test]
+fn move_whose_restore_fails_leaves_memory_shared() {
+    let Some(criu) = Criu::stable("a move whose restore fails") else {
+        return;
+    };
+    let mut victim = Victim::detached(PREFORKED);
+    assert_stays_shared(victim.pid(), "a move in vain", || {
+        let sent = move_in_vain(&criu, victim.pid());
+        assert!(!sent.status.success(), "{}", sent.stderr);
+        assert!(
+            sent.stderr.contains("CRIU cannot restore"),
+            "{}",
+            sent.stderr
+        );
+    });
+    victim.check().unwrap();
+}
+
+#[test]
+fn redis_shares_its_memory_with_the_child_that_saves_it() {
+    let redis = Redis::start();
+    redis.fill(20_000);
+    // A background save takes minutes with this delay, µs for each key.
+    redis
+        .cli(&["config", "set", "rdb-key-save-delay", "10000"])
+        .unwrap();
+    redis.cli(&["bgsave"]).unwrap();
+    let saving = || {
+        let state = redis.cli(&["info", "persistence"]).unwrap();
+        assert!(state.contains("rdb_bgsave_in_progress:1"), "{state}");
+    };
+    saving();
+    assert_stays_shared(redis.pid(), "redis", || {
+        let pair = Pair::start(&[]);
+        let _ = pair.send(redis.pid(), &["--rounds", "2"]).expect_report();
+        let _ = pair.send(redis.pid(), &[]).expect_report();
+    });
+    saving();
+}
+
+#[test]
+fn postgresql_takes_no_more_memory() {
+    let postgres = Postgres::start();
+    // A worker that comes or goes would count.
+    postgres.sql("alter system set autovacuum = off").unwrap();
+    postgres.sql("select pg_reload_conf()").unwrap();
+    let workers = "select count(*) from pg_stat_activity where backend_type = 'autovacuum worker'";
+    until("no table is vacuumed", || {
+        answered(postgres.sql(workers), "0")
+    });
+    let pair = Pair::start(&[]);
+    assert_stays_shared(postgres.pid(), "PostgreSQL", || {
+        let _ = pair
+            .send(postgres.pid(), &["--rounds", "2"])
+            .expect_report();
+        let _ = pair.send(postgres.pid(), &[]).expect_report();
+    });
+    assert_eq!(postgres.sql("select 1").unwrap().trim(), "1");
+}
+
+/// Huge pages (hugetlb) are limited: a child whose copy of one is missing is killed.
+#[test]
+fn huge_pages_stay_shared() {
+    let _pages = HugePages::reserve(4);
+    let free = || {
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+        let line = meminfo
+            .lines()
+            .find(|line| line.starts_with("HugePages_Free:"));
+        line.unwrap().to_owned()
+    };
+    let mut victim = Victim::start("hugefork=4 heap=1 children=2");
+    if !victim.skipped().is_empty() {
+        skip("hugetlb pages shared by fork", &victim.skipped().join(", "));
+        return;
+    }
+    let (pair, before) = (Pair::start(&[]), free());
+    let _ = pair.send(victim.pid(), &["--rounds", "1"]).expect_report();
+    let _ = pair.send(victim.pid(), &[]).expect_report();
+    assert_eq!(free(), before);
+    victim.assert_unharmed();
+}
+
+#[test]
+fn pages_merged_by_the_kernel_stay_merged() {
+    /// Most of the pages of 8 MiB; the kernel cannot merge one that is in use for a moment.
+    const PAGES: u64 = 1500;
+    let Some(ksm) = Ksm::start() else {
+        skip("merged pages", "the kernel has no KSM");
+        return;
+    };
+    // Victims with the same seed have the same memory.
+    let mut victim = Victim::start("mergeable=8");
+    let _twin = Victim::start("mergeable=8");
+    until("the pages are merged", || {
+        match merged_pages(victim.pid()) {
+            PAGES.. => Ok(()),
+            pages => Err(format!("{pages} are")),
+        }
+    });
+    // Pages that are separated from now on stay so.
+    drop(ksm);
+    let pair = Pair::start(&[]);
+    assert_stays_shared(victim.pid(), "merged pages", || {
+        for options in [&["--rounds", "2"][..], &["--tracker", "hash"]] {
+            let _ = pair.send(victim.pid(), options).expect_report();
+        }
+    });
+    victim.assert_unharmed();
 }

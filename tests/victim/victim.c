@@ -662,23 +662,33 @@ static void f_dontfork(const char *a) { advised("dontfork", a, MADV_DONTFORK); }
 static void f_dontdump(const char *a) { advised("dontdump", a, MADV_DONTDUMP); }
 static void f_mergeable(const char *a) { advised("mergeable", a, MADV_MERGEABLE); }
 
-static void huge(const char *kind, const char *a, bool shared)
+static struct region *huge(const char *kind, const char *a, bool shared)
 {
 	size_t bytes = (size_t)count_of(a) * HUGE;
 	void *at = map(bytes, MAP_ANONYMOUS | MAP_HUGETLB | (shared ? MAP_SHARED : MAP_PRIVATE), -1);
 	if (!at) {
 		skip(kind);
-		return;
+		return NULL;
 	}
 	struct region *r = add(kind, at, bytes / PAGE, shared);
 	r->huge = true;
 	r->keep_out = !shared; /* a child that cannot get its copy would be killed */
 	r->inode = shared ? inode_at(at) : 0;
 	publish(r);
+	return r;
 }
 
 static void f_hugetlb(const char *a) { huge("hugetlb", a, false); }
 static void f_hugeshared(const char *a) { huge("hugeshared", a, true); }
+
+static void f_hugefork(const char *a)
+{
+	struct region *r = huge("hugefork", a, false);
+	if (r) {
+		r->keep_out = false;
+		r->gap = 1; /* nothing is written again, so no child needs a copy */
+	}
+}
 
 static void f_shared(const char *a)
 {
@@ -1927,6 +1937,7 @@ static const struct feature {
 	{1, "thp", f_thp},
 	{1, "hugetlb", f_hugetlb},
 	{1, "hugeshared", f_hugeshared},
+	{1, "hugefork", f_hugefork},
 	{1, "shared", f_shared},
 	{1, "memfd", f_memfd},
 	{1, "memfd_unmapped", f_memfd_unmapped},

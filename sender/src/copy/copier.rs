@@ -9,6 +9,7 @@ use crate::freeze::{Frozen, FrozenProcess};
 use crate::sink::PageSink;
 use crate::target::process::Process;
 use crate::target::segment::{Segment, SegmentKey};
+use crate::target::sharing::Sharing;
 use crate::target::tree::{ListError, Tree};
 use crate::target::vma::Vma;
 use pageferry_common::{BufferPool, PageSet};
@@ -52,6 +53,8 @@ pub enum WrittenPages {
 pub struct Copier {
     written_pages: WrittenPages,
     tree: Tree,
+    /// Which processes may share private pages.
+    sharing: Sharing,
     /// Baselines of the processes in `tree`, by PID.
     processes: BTreeMap<i32, Baseline>,
     /// Baselines of the segments in `tree`.
@@ -72,11 +75,18 @@ impl Copier {
         Ok(Self {
             written_pages,
             tree: Tree::new(root)?,
+            sharing: Sharing::default(),
             processes: BTreeMap::new(),
             segments: BTreeMap::new(),
             untracked_sent: 0,
             runs: Vec::with_capacity(1 << 16),
         })
+    }
+
+    /// Looks through all processes of the host for those that may share private memory with the target. Called
+    /// before each freeze, because it takes a few microseconds for each process.
+    pub fn survey_host(&mut self) {
+        self.sharing.survey();
     }
 
     /// Lists the mappings of the frozen target, ends the tracker's epoch and begins the next. The cost does
@@ -192,6 +202,7 @@ impl Copier {
             },
             sink,
             pool,
+            sharing: &mut self.sharing,
             scanned: Scanned::default(),
         };
         for (pid, process) in &self.tree.processes {

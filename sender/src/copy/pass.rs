@@ -9,6 +9,7 @@ use crate::sink::PageSink;
 use crate::target::is_gone;
 use crate::target::process::Process;
 use crate::target::segment::{Segment, SegmentKey};
+use crate::target::sharing::{Forks, Sharing};
 use crate::target::vma::{Class, Part, Vma};
 use pageferry_common::wire::{EntryKind, RoundKind};
 use pageferry_common::{BufferPool, ImageId, PAGE_SIZE, PageRange, PageSet};
@@ -93,6 +94,8 @@ pub(super) struct ImageSender<'a> {
     pub(super) scan: Scan<'a>,
     pub(super) sink: &'a mut dyn PageSink,
     pub(super) pool: &'a BufferPool,
+    /// Which processes may share private pages.
+    pub(super) sharing: &'a mut Sharing,
     /// What was scanned of the images that were sent completely, apart from [`Scan::time`].
     pub(super) scanned: Scanned,
 }
@@ -115,7 +118,11 @@ impl ImageSender<'_> {
             false => ScanKind::Destructive,
         };
         let copy = self.sink.supports_copy().then_some(EntryKind::Copy);
-        let mut source = ProcessSource::new(process);
+        let forks = match self.scan.pass {
+            Pass::PreCopy => Forks::Possible,
+            Pass::Final | Pass::DuringDump | Pass::AfterDump => Forks::Impossible,
+        };
+        let mut source = ProcessSource::new(process, self.sharing, forks);
         let mut stream =
             ImageStream::new(&mut *self.sink, self.pool, &mut source, baseline, scan_kind);
         let result = self.scan.process(process, copy, &mut stream);

@@ -4,6 +4,7 @@
 //! content without gaps.
 
 use crate::target::process::Process;
+use crate::target::sharing::{Forks, PinCheck, Sharing};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use pageferry_common::{PAGE_SIZE, PageRange};
@@ -28,19 +29,21 @@ pub trait PageSource {
 }
 
 /// Private memory of a process: read with one `process_vm_readv` for all pages of a chunk, and through
-/// `/proc/PID/mem` where the process itself may not read.
+/// `/proc/PID/mem` where the process itself may not read, or shares the pages with another process.
 #[derive(Debug)]
 pub struct ProcessSource<'a> {
     process: &'a Process,
+    pin_check: PinCheck<'a>,
     remote: Vec<RemoteIoVec>,
 }
 
 impl<'a> ProcessSource<'a> {
     /// Creates the source for a process.
     #[must_use]
-    pub fn new(process: &'a Process) -> Self {
+    pub fn new(process: &'a Process, sharing: &'a mut Sharing, forks: Forks) -> Self {
         Self {
             process,
+            pin_check: PinCheck::new(sharing, process, forks),
             remote: Vec::new(),
         }
     }
@@ -81,10 +84,12 @@ impl PageSource for ProcessSource<'_> {
     ) -> io::Result<()> {
         let mut filled = 0;
         let mut rest = Rest::new(wanted);
+        let may_pin = self.pin_check.may_pin(self.process, wanted);
         while !rest.is_empty() {
-            let room = &mut buffer[filled..];
-            let fast = self.read_fast(rest.ranges(), room)?;
-            filled += rest.advance(fast, |range| arrived.push(range));
+            if may_pin {
+                let fast = self.read_fast(rest.ranges(), &mut buffer[filled..])?;
+                filled += rest.advance(fast, |range| arrived.push(range));
+            }
             // The fast read stops at a hole, or at memory that only the forced read can access.
             if let Some(next) = rest.first() {
                 let forced = self.read_forced(next, &mut buffer[filled..]);
@@ -215,7 +220,8 @@ mod tests {
         let hole = PageRange::new(0x1000, 3).unwrap();
         let mut arrived = Vec::new();
         let mut buffer = vec![0; 8 * 4096];
-        let mut source = ProcessSource::new(&process);
+        let mut sharing = Sharing::default();
+        let mut source = ProcessSource::new(&process, &mut sharing, Forks::Possible);
         for wanted in [vec![hole, good], vec![good, hole], vec![good, hole, good]] {
             arrived.clear();
             source.read(&wanted, &mut buffer, &mut arrived).unwrap();

@@ -200,6 +200,39 @@ fn is_protected(pagemap: &File, address: u64) -> io::Result<bool> {
     Ok(u64::from_le_bytes(entry) & UFFD_WP != 0)
 }
 
+/// Returns whether no anonymous page in memory, and no page in swap, of `range` is mapped by another process,
+/// too. The shared page of zeros counts as such a page. `buffer` is scratch space, 8 bytes a page.
+///
+/// # Errors
+/// Errors of reading the pagemap.
+pub fn is_exclusive(pagemap: &File, range: PageRange, buffer: &mut Vec<u8>) -> io::Result<bool> {
+    /// Bits of a pagemap entry.
+    const EXCLUSIVE: u64 = 1 << 56;
+    const FILE_OR_SHARED: u64 = 1 << 61;
+    const SWAPPED: u64 = 1 << 62;
+    const PRESENT: u64 = 1 << 63;
+    const ENTRY: usize = size_of::<u64>();
+    buffer.resize(range.pages() as usize * ENTRY, 0);
+    let start = range.start() / PAGE_SIZE * ENTRY as u64;
+    let mut filled = 0;
+    // The pagemap ends where user space does.
+    while filled < buffer.len() {
+        match pagemap.read_at(&mut buffer[filled..], start + filled as u64) {
+            Ok(0) => break,
+            Ok(bytes) => filled += bytes,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let mut entries = buffer[..filled].chunks_exact(ENTRY);
+    Ok(entries.all(|entry| {
+        let entry = u64::from_le_bytes(entry.try_into().expect("8 bytes"));
+        let is_own = entry & FILE_OR_SHARED == 0 && entry & (PRESENT | SWAPPED) != 0;
+        // The kernel reports no page in swap as exclusive.
+        !is_own || entry & EXCLUSIVE != 0
+    }))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -207,6 +240,24 @@ mod tests {
     use crate::sys::uffd::Uffd;
     use pageferry_common::PageSet;
     use std::fs::OpenOptions;
+
+    #[test]
+    fn own_pages_holes_and_shared_memory_are_exclusive() {
+        let memory = vec![1u8; 8 << 12];
+        let start = (memory.as_ptr() as u64).next_multiple_of(PAGE_SIZE);
+        let range = PageRange::new(start, 7).unwrap();
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let mut buffer = Vec::new();
+        assert!(is_exclusive(&pagemap, range, &mut buffer).unwrap());
+        // Nothing is mapped there.
+        let hole = PageRange::new(0x1000, 3).unwrap();
+        assert!(is_exclusive(&pagemap, hole, &mut buffer).unwrap());
+        let shared = Mapping::shared(PAGE_SIZE as usize).unwrap();
+        let own = OpenOptions::new().write(true).open("/proc/self/mem");
+        own.unwrap().write_all_at(&[1], shared.start()).unwrap();
+        assert!(is_exclusive(&pagemap, shared.range(), &mut buffer).unwrap());
+        drop(memory);
+    }
 
     #[test]
     fn unprotected_pages_are_listed_with_and_without_page_table() {

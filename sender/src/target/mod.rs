@@ -4,6 +4,7 @@ pub mod descriptors;
 pub mod files;
 pub mod process;
 pub mod segment;
+pub mod sharing;
 pub mod smaps;
 pub mod tree;
 pub mod vma;
