@@ -6,15 +6,17 @@
 //! a full disk, another directory. At most [`HandOver::faults`] of them happen. [`Rule`]s are the parts of the
 //! protocol that keep its promises: without any one of them, the checker finds a violation.
 
+mod ends;
 mod faults;
 mod state;
 mod steps;
 
+pub use ends::{At, End, Halted, Moment, Prediction, Retries};
 pub use faults::Fault;
 pub use state::{
     Answer, Copy, Dir, Lock, Outcome, Request, Resolver, Restore, Sender, Session, State, Stranger,
 };
-pub use steps::Step;
+pub use steps::{Party, Step};
 
 use stateright::{Checker, CheckerVisitor, Model, Path, Property};
 use std::collections::{BTreeSet, HashMap, HashSet};

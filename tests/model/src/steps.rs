@@ -138,7 +138,79 @@ steps! {
     FillerIsDone => "receiver/src/restore/filler/mod.rs fill",
 }
 
+/// What does a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Party {
+    /// `send`.
+    Send,
+    /// `send --resolve`, or another `send`.
+    Resolve,
+    /// `receive`.
+    Receive,
+    /// CRIU at the destination.
+    Criu,
+    /// The processes that fill in memory.
+    Filler,
+}
+
 impl Step {
+    /// What does this step.
+    #[must_use]
+    pub fn party(self) -> Party {
+        match self {
+            Self::SendHearsRestored
+            | Self::SendGivesUp
+            | Self::SendRecords
+            | Self::SendHolds
+            | Self::SendCommits
+            | Self::SendFindsCriuDead
+            | Self::SendHearsRunning
+            | Self::SendHearsRefuse
+            | Self::SendLosesAnswer
+            | Self::SendLearnsRunning
+            | Self::SendLearnsAborted
+            | Self::SendExitsInDoubt
+            | Self::SendKills
+            | Self::SendIsDone
+            | Self::SendReleases
+            | Self::SendFails
+            | Self::SendTriesAgain => Party::Send,
+            Self::RetryElsewhere
+            | Self::Resolve0
+            | Self::Resolve1
+            | Self::Resolve0LearnsRunning
+            | Self::Resolve1LearnsRunning
+            | Self::Resolve0LearnsAborted
+            | Self::Resolve1LearnsAborted
+            | Self::Resolve0Kills
+            | Self::Resolve1Kills
+            | Self::Resolve0Releases
+            | Self::Resolve1Releases
+            | Self::Resolve0IsDone
+            | Self::Resolve1IsDone
+            | Self::Resolve0Fails
+            | Self::Resolve1Fails => Party::Resolve,
+            Self::SessionFails
+            | Self::SessionAborts
+            | Self::SessionCommits
+            | Self::CommittedIsDurable
+            | Self::SessionContinues
+            | Self::SessionReleases
+            | Self::SessionIsDone
+            | Self::RunningIsDurable
+            | Self::SessionRestoresAgain
+            | Self::SessionFindsItRunning
+            | Self::SessionKillsIt
+            | Self::ReceiveStarts
+            | Self::ReceiveEndsLeftovers
+            | Self::FinishRestores
+            | Self::FinishFindsItRan
+            | Self::FinishEndsCriu => Party::Receive,
+            Self::CriuHolds | Self::CriuCatches | Self::CriuReleases => Party::Criu,
+            Self::FillerIsReplaced | Self::FillerIsDone => Party::Filler,
+        }
+    }
+
     /// The state after this step, if it can be done.
     #[must_use]
     pub fn apply(self, model: &HandOver, state: &State) -> Option<State> {
