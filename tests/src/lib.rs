@@ -18,6 +18,7 @@ pub mod copies;
 pub mod criu;
 pub mod daemon;
 pub mod fuzz;
+pub mod gate;
 pub mod host;
 pub mod huge;
 pub mod images;

@@ -440,7 +440,7 @@ pub fn namespaced_pids(pid: i32) -> io::Result<Vec<u32>> {
         .ok_or_else(|| malformed(pid, "NSpid"))
 }
 
-fn threads(pid: i32) -> Vec<i32> {
+pub(crate) fn threads(pid: i32) -> Vec<i32> {
     let entries = fs::read_dir(format!("/proc/{pid}/task"))
         .into_iter()
         .flatten();
