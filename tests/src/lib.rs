@@ -19,6 +19,7 @@ pub mod criu;
 pub mod daemon;
 pub mod fuzz;
 pub mod gate;
+pub mod history;
 pub mod host;
 pub mod huge;
 pub mod images;

@@ -23,7 +23,7 @@ pub struct Victim {
     pipes: Option<(ChildStdin, Lines)>,
     report: ReportFile,
     skipped: Vec<String>,
-    _dir: TempDir,
+    dir: TempDir,
 }
 
 /// Errors that threads of the victim detected, and counts of interrupted system calls.
@@ -79,7 +79,7 @@ impl Victim {
             pipes: Some((stdin, lines)),
             report: ReportFile::new(dir.path().join("report")),
             skipped: Vec::new(),
-            _dir: dir,
+            dir,
         };
         victim.await_ready();
         victim
@@ -110,7 +110,7 @@ impl Victim {
             pipes: None,
             report: ReportFile::new(dir.path().join("report")),
             skipped: Vec::new(),
-            _dir: dir,
+            dir,
         };
         victim.await_ready();
         victim
@@ -147,6 +147,12 @@ impl Victim {
     #[must_use]
     pub fn tree(&self) -> Vec<i32> {
         memory::tree(self.pid())
+    }
+
+    /// Returns its directory, in which its files are.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
     }
 
     /// Stops the whole tree with SIGSTOP.

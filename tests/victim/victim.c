@@ -68,6 +68,7 @@ enum {
 	BATCH = 256, /* pages that a check reads before it releases the lock */
 	TICK_MS = 10,
 	STRIPE = 16, /* adjacent pages of a shared region that belong to the same process */
+	STEPS = 1 << 20, /* length of a history */
 };
 
 /* ---- Random bits ---- */
@@ -155,7 +156,8 @@ static struct {
 	size_t auxes;
 	double dirty;
 	uint64_t dirty64;
-	bool chaos, boxed;
+	bool chaos, boxed, history;
+	_Atomic uint32_t steps; /* of its history that are done */
 	int grandchildren;
 	int up_in, up_out;
 	struct board *board;
@@ -1764,17 +1766,54 @@ static void end_kids(void)
 	}
 }
 
-static void start_dirty(void)
+/* Does one step after another. The number of steps is private memory, and moves along; the file is one for all
+ * copies on this machine. So a step that is done already was done by another copy, or the number is an old one. */
+static void *history_thread(void *file)
+{
+	_Atomic uint32_t *host = file;
+	for (uint32_t n = atomic_load(&g.steps); n < STEPS; n = atomic_load(&g.steps)) {
+		struct stat namespace;
+		if (stat("/proc/self/ns/pid", &namespace))
+			die("namespace");
+		uint32_t none = 0;
+		if (!atomic_compare_exchange_strong(&host[n], &none, (uint32_t)namespace.st_ino)) {
+			error("step %u of process %u was done before, on host %u", n, g.slot, none);
+			return NULL;
+		}
+		atomic_store(&g.steps, n + 1);
+		nanosleep(&(struct timespec){0, 1000000}, NULL);
+	}
+	return NULL;
+}
+
+static void start_history(void)
+{
+	char path[300];
+	snprintf(path, sizeof path, "%s/history-%u", g.dir, g.slot);
+	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+	if (fd < 0 || ftruncate(fd, STEPS * sizeof(uint32_t)))
+		die("%s", path);
+	void *file = mmap(NULL, STEPS * sizeof(uint32_t), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (file == MAP_FAILED)
+		die("%s", path);
+	close(fd);
+	atomic_store(&g.steps, 0); /* a child has inherited its parent's */
+	start(history_thread, file, "history");
+}
+
+static void start_writers(void)
 {
 	if (g.dirty > 0 || g.dirty64 > 0)
 		start(dirty_thread, NULL, "dirty");
+	if (g.history)
+		start_history();
 }
 
 static void begin_grandchild(void)
 {
 	f_heap("256K");
 	change(16, false);
-	start_dirty();
+	start_writers();
 }
 
 static void begin_child(void)
@@ -1784,7 +1823,7 @@ static void begin_child(void)
 	for (int i = 0; i < g.grandchildren; i++)
 		if (add_kid(begin_grandchild) < 0)
 			_exit(1);
-	start_dirty();
+	start_writers();
 }
 
 static void f_children(const char *a)
@@ -1919,6 +1958,7 @@ static void f_stopped(const char *a)
 }
 
 static void f_dirty(const char *a) { g.dirty = a ? atof(a) : 10; }
+static void f_history(const char *a) { (void)a; g.history = true; }
 static void f_dirty64(const char *a) { g.dirty64 = a ? strtoull(a, NULL, 0) : 1000; }
 
 /* Memory first, so that children inherit it; then children, so that they inherit no threads. */
@@ -1958,6 +1998,7 @@ static const struct feature {
 	{1, "lock", f_lock},
 	{1, "dirty", f_dirty},
 	{1, "dirty64", f_dirty64},
+	{1, "history", f_history},
 	{2, "children", f_children},
 	{2, "grandchildren", f_grandchildren},
 	{2, "seccomp", f_seccomp},
@@ -2330,7 +2371,7 @@ int main(int argc, char **argv)
 	g.rng = mix(g.seed);
 	for (int phase = 0; phase <= 3; phase++)
 		make_features(list, phase);
-	start_dirty();
+	start_writers();
 	answer("ready pid=%d", getpid());
 	serve_root(&open_mask);
 }
