@@ -48,6 +48,17 @@ impl Host {
         Self { unshare, init }
     }
 
+    /// Gives the host the boot id in this file, so that its programs find that it was started again.
+    ///
+    /// # Panics
+    /// If the file cannot be mounted over the kernel's.
+    pub fn set_boot_id(&self, file: &Path) {
+        let mut mount = self.enter();
+        mount.args(["mount", "--bind"]).arg(file);
+        let mounted = mount.arg("/proc/sys/kernel/random/boot_id").status();
+        assert!(mounted.expect("mount is there").success());
+    }
+
     /// Starts a receiver in the namespace.
     ///
     /// # Panics

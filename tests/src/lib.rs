@@ -13,10 +13,12 @@
 //! ```
 #![forbid(unsafe_code)]
 
+pub mod actors;
 pub mod certs;
 pub mod copies;
 pub mod criu;
 pub mod daemon;
+pub mod disk;
 pub mod fuzz;
 pub mod gate;
 pub mod history;
@@ -38,6 +40,7 @@ pub mod random;
 pub mod scenario;
 pub mod servers;
 pub mod service;
+pub mod trial;
 pub mod usage;
 pub mod victim;
 

@@ -199,6 +199,16 @@ impl Program {
         while let Ok(Some(_)) = self.stderr.next(now) {}
     }
 
+    /// Returns the standard error received so far.
+    pub fn log(&mut self) -> &str {
+        let now = Instant::now();
+        while let Ok(Some(line)) = self.stderr.next(now) {
+            self.log.push_str(&line);
+            self.log.push('\n');
+        }
+        &self.log
+    }
+
     /// Waits until the program exits.
     ///
     /// # Panics

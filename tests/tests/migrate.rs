@@ -1,15 +1,15 @@
-//! `send --migrate`: the process continues at the receiver with its data intact, and whichever step fails,
-//! exactly one copy of it runs.
+//! `send --migrate`: the process continues at the receiver with its data intact. `faults` has a fault at every
+//! step.
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pageferry_tests::copies::{has_record, one_copy_with_stopped, the_only_copy};
-use pageferry_tests::criu::{Criu, free_address};
+use pageferry_tests::copies::{one_copy_with_stopped, the_only_copy};
+use pageferry_tests::criu::Criu;
 use pageferry_tests::daemon::{Daemon, until};
 use pageferry_tests::host::Host;
 use pageferry_tests::huge::HugePages;
 use pageferry_tests::images;
-use pageferry_tests::link::{Link, Step};
+use pageferry_tests::link::Link;
 use pageferry_tests::memory;
 use pageferry_tests::pair::{receive_command, send_command};
 use pageferry_tests::program::Finished;
@@ -166,40 +166,8 @@ fn memory_is_filled_while_mappings_change() {
     }
 }
 
-/// Fault injected at a step.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fault {
-    /// Permanently.
-    Cut,
-    /// The sender can reconnect at once.
-    CutOnce,
-    KillSend,
-    KillReceive,
-}
-
 /// After one round of a running tree comes one during CRIU's dump, then the last.
-const DURING: u32 = 2;
 const LAST: u32 = 3;
-
-const STEPS: [Step; 12] = [
-    (
-        "the beginning of the round during the dump",
-        3,
-        false,
-        DURING,
-    ),
-    ("the end of the round during the dump", 6, false, DURING),
-    ("the ack of the round during the dump", 7, true, DURING),
-    ("the last round's end", 6, false, LAST),
-    ("the last round's ack", 7, true, LAST),
-    ("a state image", 13, false, LAST),
-    ("restore", 14, false, LAST),
-    ("restored", 15, true, LAST),
-    ("commit", 16, false, LAST),
-    ("running", 17, true, LAST),
-    ("finish", 8, false, LAST),
-    ("goodbye", 9, true, LAST),
-];
 
 fn kill_receive(receiver: &mut Receiver) {
     // The program under test is a child of nsenter.
@@ -216,98 +184,6 @@ fn resolve_within(pid: i32, time: &str) -> Finished {
     let mut send = send_command();
     send.args(["--resolve", &pid.to_string(), "--timeout", time]);
     Program::start(&mut send).finish()
-}
-
-/// Injects one fault. Returns whether the process moved.
-fn assert_one_copy(criu: &Criu, step: Step, after: bool, fault: Fault) -> bool {
-    let name = step.0;
-    let what = format!(
-        "{fault:?} {} {name}",
-        if after { "after" } else { "before" }
-    );
-    let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
-    let address = free_address();
-    let port = address.port().to_string();
-    let mut receiver = restoring(&host, criu, &port, dir.path());
-    let mut victim = Victim::detached("heap=8 children=1 dirty=20");
-    let (pid, tree) = (victim.pid(), victim.tree());
-    let link = Link::start(address, step, after);
-    let patience = match fault {
-        Fault::CutOnce => "60s",
-        Fault::Cut | Fault::KillSend | Fault::KillReceive => "0",
-    };
-    let options = ["--max-rounds", "1", "--reconnect-for", patience];
-    let mut send = migrate(criu, link.address, pid, &options);
-    link.await_step();
-    match fault {
-        Fault::Cut | Fault::CutOnce => {}
-        Fault::KillSend => send.program().kill(),
-        Fault::KillReceive => {
-            kill_receive(&mut receiver);
-            receiver = restoring(&host, criu, &port, dir.path());
-        }
-    }
-    // A killed program receives no more frames.
-    link.cut();
-    let sent = send.finish();
-    if sent.status.code() != Some(0) && has_record(pid) {
-        let resolved = resolve(pid);
-        let words = (&sent.stderr, &resolved.stderr);
-        assert!(resolved.status.success(), "{what}: {words:?}");
-    }
-    assert!(!has_record(pid), "{what}: {}", sent.stderr);
-    let copy = the_only_copy(&tree);
-    let moved = copy != pid;
-    if moved {
-        victim.await_end();
-    }
-    let verdict = victim.report().verdict(copy);
-    verdict.unwrap_or_else(|error| panic!("{what}: {error}: {}", sent.stderr));
-    drop(receiver);
-    moved
-}
-
-fn fault_at_every_step(fault: Fault) {
-    let Some(criu) = Criu::stable("faults of a hand-over") else {
-        return;
-    };
-    for step in STEPS {
-        for after in [false, true] {
-            let moved = assert_one_copy(&criu, step, after, fault);
-            eprintln!(
-                "{fault:?} {} {}: moved {moved}",
-                if after { "after" } else { "before" },
-                step.0
-            );
-            // Before the commit it never moves, unless send may retry; after the answer it always has.
-            match step.1 {
-                _ if fault == Fault::CutOnce => assert!(moved, "{step:?} {after}"),
-                16 => {}
-                17 | 8 | 9 => assert!(moved, "{step:?} {after}"),
-                _ => assert!(!moved, "{step:?} {after}"),
-            }
-        }
-    }
-}
-
-#[test]
-fn link_cut_at_any_step_leaves_one_copy_running() {
-    fault_at_every_step(Fault::Cut);
-}
-
-#[test]
-fn link_cut_once_at_any_step_does_not_prevent_the_move() {
-    fault_at_every_step(Fault::CutOnce);
-}
-
-#[test]
-fn sender_killed_at_any_step_leaves_one_copy_running() {
-    fault_at_every_step(Fault::KillSend);
-}
-
-#[test]
-fn receiver_killed_at_any_step_leaves_one_copy_running() {
-    fault_at_every_step(Fault::KillReceive);
 }
 
 #[test]
