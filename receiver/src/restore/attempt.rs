@@ -88,6 +88,10 @@ pub fn end_leftovers(home: &Path) -> Result<(), FileError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         text => text.map_err(failed("read", &path))?,
     };
+    // The file is replaced as a whole, but not synced: a host that lost its power leaves it empty, and no process.
+    if text.iter().all(|&byte| byte == 0) {
+        return remove(&path);
+    }
     let attempt: Attempt =
         serde_json::from_slice(&text).map_err(|error| failed("parse", &path)(error.into()))?;
     if attempt.boot_id != boot_id() {
@@ -141,6 +145,19 @@ mod tests {
         assert!(!home.path().join(FILE_NAME).exists());
         criu.wait().unwrap();
         root.wait().unwrap();
+    }
+
+    #[test]
+    fn file_without_content_names_no_process() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join(FILE_NAME);
+        for bytes in [&b""[..], &[0; 100]] {
+            fs::write(&path, bytes).unwrap();
+            end_leftovers(home.path()).unwrap();
+            assert!(!path.exists());
+        }
+        fs::write(&path, "damaged").unwrap();
+        end_leftovers(home.path()).unwrap_err();
     }
 
     #[test]
