@@ -344,7 +344,7 @@ fn send_final(
     drop(priority);
     sink.begin(round.number, RoundKind::Final, uptime)?;
     copier.survey_descriptors()?;
-    let sent = copier.send(Pass::Final, *tracker, *sink, pool);
+    let sent = copier.send_frozen(&mut frozen, *tracker, *sink, pool);
     if let Some(pid) = exited_process(copier, sent.as_ref().err()) {
         return Err(MigrateError::TargetGone(pid));
     }

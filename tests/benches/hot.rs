@@ -14,11 +14,11 @@ use pageferry_common::{
 };
 use pageferry_receiver::image::DirName;
 use pageferry_receiver::image::writer::DirWriter;
-use pageferry_sender::copy::source::{PageSource, ProcessSource};
+use pageferry_sender::copy::source::{Access, PageSource, ProcessSource};
 use pageferry_sender::sink::DEFAULT_LEVEL;
 use pageferry_sender::sys::pagemap::{self, PRESENT, Query, Region, SWAPPED, WRITTEN};
 use pageferry_sender::target::process::{Process, namespace_depth};
-use pageferry_sender::target::sharing::{Forks, Sharing};
+use pageferry_sender::target::sharing::Sharing;
 use pageferry_tests::Victim;
 use pageferry_tests::random::XorShift64;
 use std::fs::File;
@@ -118,7 +118,7 @@ fn bench_read(
     let task = Process::open(pid, pid, depth).expect("it lives");
     let mut sharing = Sharing::default();
     sharing.survey();
-    let mut source = ProcessSource::new(&task, &mut sharing, Forks::Possible);
+    let mut source = ProcessSource::new(&task, &mut sharing, Access::Running);
     let (mut buffer, mut arrived) = (vec![0; CHUNK_SIZE], Vec::new());
     group.bench_function(name, |bencher| {
         bencher.iter(|| {

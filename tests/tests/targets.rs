@@ -575,3 +575,50 @@ fn too_few_descriptors_refuse_a_round_or_the_start() {
     }
     assert!(refused > 0 && done == 1, "{refused} {done}");
 }
+
+/// Returns the command of a `send` whose kernel lets only a tracer read memory that the process itself may not read.
+fn send_where_only_tracers_read() -> Command {
+    let mut send = send_command();
+    send.env("LD_PRELOAD", env!("PAGEFERRY_FORCE_PTRACE_BUILT"));
+    send
+}
+
+fn send_to(pair: &mut Pair, mut send: Command, pid: i32, options: &[&str]) -> Sent {
+    send.arg("--to").arg(pair.receiver().address().to_string());
+    send.arg("--json").args(options).arg(pid.to_string());
+    Program::start(&mut send).finish().into()
+}
+
+#[test]
+fn pages_that_only_a_tracer_may_read_arrive() {
+    let mut victim = Victim::start("heap=2 protnone=3 guard=1 children=1 dirty=20");
+    let mut pair = Pair::start(&[]);
+    let options = [&MANY_ROUNDS[..], &["--then", "stop"]].concat();
+    let sent = send_to(
+        &mut pair,
+        send_where_only_tracers_read(),
+        victim.pid(),
+        &options,
+    );
+    let unreadable = sent
+        .stderr
+        .lines()
+        .any(|line| log::event(line) == Some("pages_unreadable"));
+    assert!(unreadable, "{}", sent.stderr);
+    assert_arrived_unharmed(&mut victim, &sent.expect_report());
+}
+
+#[test]
+fn page_that_nobody_may_read_fails_the_final_round_by_name() {
+    let mut victim = Victim::start("heap=2 protnone=1 dirty=20");
+    let mut pair = Pair::start(&[]);
+    let mut send = send_where_only_tracers_read();
+    send.env("PAGEFERRY_NO_FORCE", "1");
+    let sent = send_to(&mut pair, send, victim.pid(), &[]);
+    let process = format!("of process {}", victim.pid());
+    sent.assert_failed(
+        1,
+        &["cannot read the page at 0x", &process, "the target runs"],
+    );
+    victim.assert_unharmed();
+}

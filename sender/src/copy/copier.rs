@@ -184,10 +184,36 @@ impl Copier {
     /// Sends every image of the round.
     ///
     /// # Errors
-    /// [`SendError`]. In a pre-dump round, a process that exits is not an error.
+    /// [`SendError`]. In a pre-dump round, a process that exits is not an error, and neither is a page that
+    /// cannot be read.
     pub fn send(
         &mut self,
         pass: Pass,
+        tracker: &mut dyn DirtyTracker,
+        sink: &mut dyn PageSink,
+        pool: &BufferPool,
+    ) -> Result<Scanned, SendError> {
+        self.send_images(pass, None, tracker, sink, pool)
+    }
+
+    /// Sends every image of the final round, while the freezer keeps the target frozen.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub fn send_frozen(
+        &mut self,
+        frozen: &mut Frozen<'_>,
+        tracker: &mut dyn DirtyTracker,
+        sink: &mut dyn PageSink,
+        pool: &BufferPool,
+    ) -> Result<Scanned, SendError> {
+        self.send_images(Pass::Final, Some(frozen), tracker, sink, pool)
+    }
+
+    fn send_images(
+        &mut self,
+        pass: Pass,
+        frozen: Option<&mut Frozen<'_>>,
         tracker: &mut dyn DirtyTracker,
         sink: &mut dyn PageSink,
         pool: &BufferPool,
@@ -203,6 +229,7 @@ impl Copier {
             sink,
             pool,
             sharing: &mut self.sharing,
+            frozen,
             scanned: Scanned::default(),
         };
         for (pid, process) in &self.tree.processes {

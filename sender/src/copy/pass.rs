@@ -2,14 +2,15 @@
 
 use crate::baseline::Baseline;
 use crate::copy::populated::Populated;
-use crate::copy::source::{PageSource, ProcessSource, SegmentSource};
+use crate::copy::source::{Access, PageSource, ProcessSource, SegmentSource};
 use crate::copy::stream::{ImageStream, Outcome, ScanKind, StreamError};
 use crate::dirty::{DirtyTracker, Run};
+use crate::freeze::Frozen;
 use crate::sink::PageSink;
 use crate::target::is_gone;
 use crate::target::process::Process;
 use crate::target::segment::{Segment, SegmentKey};
-use crate::target::sharing::{Forks, Sharing};
+use crate::target::sharing::Sharing;
 use crate::target::vma::{Class, Part, Vma};
 use pageferry_common::wire::{EntryKind, RoundKind};
 use pageferry_common::{BufferPool, ImageId, PAGE_SIZE, PageRange, PageSet};
@@ -90,17 +91,19 @@ impl Scanned {
 }
 
 /// Sends the images of one round.
-pub(super) struct ImageSender<'a> {
+pub(super) struct ImageSender<'a, 'f> {
     pub(super) scan: Scan<'a>,
     pub(super) sink: &'a mut dyn PageSink,
     pub(super) pool: &'a BufferPool,
     /// Which processes may share private pages.
     pub(super) sharing: &'a mut Sharing,
+    /// The freezer's guard, if the freezer keeps the target stopped.
+    pub(super) frozen: Option<&'a mut Frozen<'f>>,
     /// What was scanned of the images that were sent completely, apart from [`Scan::time`].
     pub(super) scanned: Scanned,
 }
 
-impl ImageSender<'_> {
+impl ImageSender<'_, '_> {
     /// Sends the image of one process. Returns the number of pages that were dirty.
     ///
     /// # Errors
@@ -118,16 +121,28 @@ impl ImageSender<'_> {
             false => ScanKind::Destructive,
         };
         let copy = self.sink.supports_copy().then_some(EntryKind::Copy);
-        let forks = match self.scan.pass {
-            Pass::PreCopy => Forks::Possible,
-            Pass::Final | Pass::DuringDump | Pass::AfterDump => Forks::Impossible,
+        let access = match (self.scan.pass, &mut self.frozen) {
+            (Pass::PreCopy, _) => Access::Running,
+            (Pass::Final | Pass::DuringDump | Pass::AfterDump, Some(frozen)) => {
+                Access::Traced(frozen)
+            }
+            (Pass::Final | Pass::DuringDump | Pass::AfterDump, None) => Access::Stopped,
         };
-        let mut source = ProcessSource::new(process, self.sharing, forks);
+        let mut source = ProcessSource::new(process, self.sharing, access);
         let mut stream =
             ImageStream::new(&mut *self.sink, self.pool, &mut source, baseline, scan_kind);
         let result = self.scan.process(process, copy, &mut stream);
         let result = result.and_then(|()| stream.flush());
         let mut outcome = stream.into_outcome();
+        let unreadable_pages = source.unreadable_pages();
+        if unreadable_pages > 0 {
+            tracing::warn!(
+                event = "pages_unreadable",
+                process.pid,
+                unreadable_pages,
+                "pages that this kernel lets only a tracer read: only a final round sends them"
+            );
+        }
         match result {
             Ok(()) => {
                 self.scanned.add(&outcome);

@@ -3,6 +3,8 @@
 //! Pages may disappear while they are read. So a source reports the ranges that it has read, and packs their
 //! content without gaps.
 
+use crate::freeze::Frozen;
+use crate::sys::pagemap;
 use crate::target::process::Process;
 use crate::target::sharing::{Forks, PinCheck, Sharing};
 use nix::sys::uio::{RemoteIoVec, process_vm_readv};
@@ -18,8 +20,8 @@ pub trait PageSource {
     /// appends the ranges that were read to `arrived`, in order. The buffer has no gaps between them.
     ///
     /// # Errors
-    /// Errors that end the whole image: `ESRCH` when the process is gone, `EPERM`. A page that cannot be read
-    /// is not an error.
+    /// Errors that end the whole image: `ESRCH` when the process is gone, `EPERM`; for a stopped process or a
+    /// segment, a page that exists and cannot be read. A page that does not exist any more is not an error.
     fn read(
         &mut self,
         wanted: &[PageRange],
@@ -28,24 +30,58 @@ pub trait PageSource {
     ) -> io::Result<()>;
 }
 
+/// What keeps a process stopped while it is read.
+#[derive(Debug)]
+pub enum Access<'a, 'f> {
+    /// Nothing: pages can disappear, and what cannot be read now is left to the final round.
+    Running,
+    /// The freezer, which traces it.
+    Traced(&'a mut Frozen<'f>),
+    /// Something else. It can neither give pages back nor fork.
+    Stopped,
+}
+
+/// A page that exists and cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot read the page at {address:#x} of process {pid}")]
+struct Unreadable {
+    pid: i32,
+    address: u64,
+    source: io::Error,
+}
+
 /// Private memory of a process: read with one `process_vm_readv` for all pages of a chunk, and through
 /// `/proc/PID/mem` where the process itself may not read, or shares the pages with another process.
 #[derive(Debug)]
-pub struct ProcessSource<'a> {
+pub struct ProcessSource<'a, 'f> {
     process: &'a Process,
     pin_check: PinCheck<'a>,
+    access: Access<'a, 'f>,
     remote: Vec<RemoteIoVec>,
+    unreadable_pages: u64,
 }
 
-impl<'a> ProcessSource<'a> {
+impl<'a, 'f> ProcessSource<'a, 'f> {
     /// Creates the source for a process.
     #[must_use]
-    pub fn new(process: &'a Process, sharing: &'a mut Sharing, forks: Forks) -> Self {
+    pub fn new(process: &'a Process, sharing: &'a mut Sharing, access: Access<'a, 'f>) -> Self {
+        let forks = match access {
+            Access::Running => Forks::Possible,
+            Access::Traced(_) | Access::Stopped => Forks::Impossible,
+        };
         Self {
             process,
             pin_check: PinCheck::new(sharing, process, forks),
+            access,
             remote: Vec::new(),
+            unreadable_pages: 0,
         }
+    }
+
+    /// Returns the number of pages of the running process that exist and could not be read.
+    #[must_use]
+    pub fn unreadable_pages(&self) -> u64 {
+        self.unreadable_pages
     }
 
     /// Reads a prefix of `wanted` in one call. Returns its length in bytes, 0 if the first page cannot be
@@ -65,17 +101,52 @@ impl<'a> ProcessSource<'a> {
     }
 
     /// Reads a prefix of one range through `/proc/PID/mem`, which ignores the protection of the mapping.
-    /// Returns its length in bytes.
-    fn read_forced(&self, wanted: PageRange, buffer: &mut [u8]) -> usize {
-        let bytes = wanted.bytes() as usize;
-        self.process
-            .memory
-            .read_at(&mut buffer[..bytes], wanted.start())
-            .unwrap_or(0)
+    /// Returns its length in bytes, 0 if the first page does not exist any more.
+    fn read_forced(&mut self, wanted: PageRange, buffer: &mut [u8]) -> io::Result<usize> {
+        let buffer = &mut buffer[..wanted.bytes() as usize];
+        let address = wanted.start();
+        let source = loop {
+            match self.process.memory.read_at(buffer, address) {
+                // The memory is gone.
+                Ok(0) => return Err(io::Error::from_raw_os_error(libc::ESRCH)),
+                Ok(bytes) => return Ok(bytes),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => break error,
+            }
+        };
+        // The kernel reports EIO for a page that is gone, and for one that it cannot or will not read.
+        match pagemap::is_populated(&self.process.pagemap, address) {
+            Ok(true) => {}
+            Ok(false) => return Ok(0),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                return Err(io::Error::from_raw_os_error(libc::ESRCH));
+            }
+            Err(error) => return Err(error),
+        }
+        let pid = self.process.pid;
+        match &mut self.access {
+            Access::Running => {
+                self.unreadable_pages += 1;
+                return Ok(0);
+            }
+            Access::Traced(frozen) => {
+                let bytes = frozen.read(pid, wanted, buffer);
+                let bytes = bytes.map_err(io::Error::other)?;
+                if bytes > 0 {
+                    return Ok(bytes);
+                }
+            }
+            Access::Stopped => {}
+        }
+        Err(io::Error::other(Unreadable {
+            pid,
+            address,
+            source,
+        }))
     }
 }
 
-impl PageSource for ProcessSource<'_> {
+impl PageSource for ProcessSource<'_, '_> {
     fn read(
         &mut self,
         wanted: &[PageRange],
@@ -92,7 +163,7 @@ impl PageSource for ProcessSource<'_> {
             }
             // The fast read stops at a hole, or at memory that only the forced read can access.
             if let Some(next) = rest.first() {
-                let forced = self.read_forced(next, &mut buffer[filled..]);
+                let forced = self.read_forced(next, &mut buffer[filled..])?;
                 let pages = rest.advance(forced, |range| arrived.push(range));
                 filled += pages;
                 if pages == 0 {
@@ -131,11 +202,12 @@ impl PageSource for SegmentSource<'_> {
                     .file
                     .read_at(&mut room[got..], range.start() + got as u64)
                 {
+                    // The segment was truncated.
                     Ok(0) => break,
                     Ok(bytes) => got += bytes,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                    // The segment was truncated, or a page has a hardware error.
-                    Err(_) => break,
+                    // A page has a hardware error, or cannot come back from swap.
+                    Err(error) => return Err(error),
                 }
             }
             // The segment may end within its last page; the rest of that page reads as zero.
@@ -221,7 +293,7 @@ mod tests {
         let mut arrived = Vec::new();
         let mut buffer = vec![0; 8 * 4096];
         let mut sharing = Sharing::default();
-        let mut source = ProcessSource::new(&process, &mut sharing, Forks::Possible);
+        let mut source = ProcessSource::new(&process, &mut sharing, Access::Running);
         for wanted in [vec![hole, good], vec![good, hole], vec![good, hole, good]] {
             arrived.clear();
             source.read(&wanted, &mut buffer, &mut arrived).unwrap();

@@ -7,10 +7,12 @@ use crate::sys::sched::RealtimePriority;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use pageferry_common::PageRange;
 use pageferry_common::proc::process::{children, threads};
 use pageferry_common::sys::fdpass;
 use pageferry_common::sys::pidfd;
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -111,7 +113,7 @@ impl Freezer<'_> {
             if !self.is_readable()? {
                 continue;
             }
-            let Some((len, _)) = fdpass::recv(self.socket, &mut buffer)? else {
+            let Some((len, fd)) = fdpass::recv(self.socket, &mut buffer)? else {
                 return Ok(());
             };
             match serde_json::from_slice(&buffer[..len])? {
@@ -132,6 +134,12 @@ impl Freezer<'_> {
                     Ok(fd) => self.reply(&Reply::Userfaultfd, Some(fd.as_fd()))?,
                     Err(error) => self.reply(&Reply::NoUserfaultfd(error.to_string()), None)?,
                 },
+                Request::Read { pid, start, pages } => {
+                    let file = fd.map(File::from).ok_or(io::ErrorKind::InvalidInput)?;
+                    let range = PageRange::new(start, pages).map_err(io::Error::other)?;
+                    let bytes = self.read(pid, range, &file).unwrap_or(0);
+                    self.reply(&Reply::Read { bytes }, None)?;
+                }
                 Request::Thaw { then } => {
                     self.release(then);
                     let stopped_ns = self.frozen_since.elapsed().as_nanos() as u64;
@@ -427,6 +435,13 @@ impl Freezer<'_> {
             .stopped_thread_of(pid)
             .ok_or_else(|| io::Error::other("it has no stopped thread"))?;
         inject::userfaultfd(pid, tid)
+    }
+
+    /// Copies a prefix of `range` of the memory of a process to a file. Returns its length in bytes.
+    fn read(&self, pid: i32, range: PageRange, file: &File) -> io::Result<usize> {
+        let stopped = self.stopped_thread_of(pid);
+        let tid = stopped.or_else(|| self.thread_in_vfork_of(pid));
+        procs::copy_memory(tid.ok_or(io::ErrorKind::NotFound)?, range, file)
     }
 
     /// Waits until a traced thread changes its state. Without a limit, also returns when a request arrives or

@@ -14,10 +14,14 @@ pub use procs::{
     TreeError, are_trace_stopped, check_signal_permission, has_live_thread, process_list,
 };
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use pageferry_common::sys::fdpass;
+use pageferry_common::{PAGE_SIZE, PageRange};
 use serde::{Deserialize, Serialize};
+use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -57,6 +61,8 @@ enum Request {
     Sigstop,
     /// Create a userfaultfd in this frozen process, and send it to the sender.
     Userfaultfd { pid: i32 },
+    /// Read memory of this frozen process to the attached file.
+    Read { pid: i32, start: u64, pages: u64 },
     /// Thaw the tree.
     Thaw { then: Then },
 }
@@ -73,6 +79,8 @@ enum Reply {
     Userfaultfd,
     /// The process cannot have a userfaultfd, for this reason.
     NoUserfaultfd(String),
+    /// So many bytes were read; 0 if the first page cannot be read.
+    Read { bytes: usize },
     /// The tree was thawed, after it was frozen for this many nanoseconds.
     Thawed { stopped_ns: u64 },
     /// The tree could not be stopped; it runs.
@@ -125,7 +133,7 @@ impl Freezer {
     /// # Errors
     /// [`FreezeError`]; the tree runs then.
     pub fn freeze(&mut self, root: i32) -> Result<Frozen<'_>, FreezeError> {
-        self.send(&Request::Freeze { root })?;
+        self.send(&Request::Freeze { root }, None)?;
         let mut processes = Vec::new();
         loop {
             match self.recv()?.0 {
@@ -142,9 +150,9 @@ impl Freezer {
         })
     }
 
-    fn send(&self, request: &Request) -> Result<(), FreezeError> {
+    fn send(&self, request: &Request, fd: Option<BorrowedFd<'_>>) -> Result<(), FreezeError> {
         let bytes = serde_json::to_vec(request).expect("requests have string keys only");
-        fdpass::send(self.socket(), &bytes, None).map_err(FreezeError::Freezer)
+        fdpass::send(self.socket(), &bytes, fd).map_err(FreezeError::Freezer)
     }
 
     fn recv(&self) -> Result<(Reply, Option<OwnedFd>), FreezeError> {
@@ -157,7 +165,7 @@ impl Freezer {
         recv().map_err(FreezeError::Freezer)
     }
 
-    fn socket(&self) -> std::os::fd::BorrowedFd<'_> {
+    fn socket(&self) -> BorrowedFd<'_> {
         self.socket
             .as_ref()
             .expect("the socket is only taken while being dropped")
@@ -200,7 +208,7 @@ impl Frozen<'_> {
     /// # Errors
     /// [`FreezeError`]; the tree runs then.
     pub fn sigstop(&mut self) -> Result<(), FreezeError> {
-        self.freezer.send(&Request::Sigstop)?;
+        self.freezer.send(&Request::Sigstop, None)?;
         match self.freezer.recv()?.0 {
             Reply::Sigstopped => Ok(()),
             Reply::Failed(why) => Err(why.into()),
@@ -214,11 +222,41 @@ impl Frozen<'_> {
     /// The inner error is the reason why this process cannot have a userfaultfd; the outer error is a failure
     /// of the freezer.
     pub fn userfaultfd(&mut self, pid: i32) -> Result<Result<OwnedFd, String>, FreezeError> {
-        self.freezer.send(&Request::Userfaultfd { pid })?;
+        self.freezer.send(&Request::Userfaultfd { pid }, None)?;
         match self.freezer.recv()? {
             (Reply::Userfaultfd, Some(fd)) => Ok(Ok(fd)),
             (Reply::NoUserfaultfd(why), None) => Ok(Err(why)),
             (other, _) => Err(unexpected(&other)),
+        }
+    }
+
+    /// Reads a prefix of `range` of the memory of `pid` in the freezer process, which may read more than this
+    /// program: some kernels let only the tracer read memory that the process itself may not
+    /// (`CONFIG_PROC_MEM_FORCE_PTRACE`). Returns the length of the prefix in bytes, 0 if nobody can read the
+    /// first page.
+    ///
+    /// # Errors
+    /// [`FreezeError::Freezer`].
+    pub fn read(
+        &mut self,
+        pid: i32,
+        range: PageRange,
+        buffer: &mut [u8],
+    ) -> Result<usize, FreezeError> {
+        let failed = FreezeError::Freezer;
+        let file = memfd_create("pageferry-read", MFdFlags::MFD_CLOEXEC);
+        let file = File::from(file.map_err(|error| failed(error.into()))?);
+        let pages = range.pages().min(buffer.len() as u64 / PAGE_SIZE);
+        let start = range.start();
+        let request = Request::Read { pid, start, pages };
+        self.freezer.send(&request, Some(file.as_fd()))?;
+        match self.freezer.recv()?.0 {
+            Reply::Read { bytes } if bytes as u64 <= pages * PAGE_SIZE => {
+                let read = file.read_exact_at(&mut buffer[..bytes], 0);
+                read.map_err(failed)?;
+                Ok(bytes)
+            }
+            other => Err(unexpected(&other)),
         }
     }
 
@@ -232,7 +270,7 @@ impl Frozen<'_> {
 
     fn release(&mut self, then: Then) -> Result<Duration, FreezeError> {
         self.thawed = true;
-        self.freezer.send(&Request::Thaw { then })?;
+        self.freezer.send(&Request::Thaw { then }, None)?;
         match self.freezer.recv()?.0 {
             Reply::Thawed { stopped_ns } => Ok(Duration::from_nanos(stopped_ns)),
             other => Err(unexpected(&other)),

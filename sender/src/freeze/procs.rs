@@ -4,9 +4,11 @@ use super::FrozenProcess;
 use pageferry_common::proc::process::{children, threads};
 use pageferry_common::proc::stat::Stat;
 use pageferry_common::proc::{read_lossy, status};
+use pageferry_common::{PAGE_SIZE, PageRange};
 use serde::{Deserialize, Serialize};
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
 
 /// Why a process tree cannot be stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -164,6 +166,22 @@ pub(super) fn untraceable_reason(pid: i32, tid: i32) -> Option<TreeError> {
             name: name.trim().to_owned(),
         }
     })
+}
+
+/// Copies a prefix of `range` of the memory of a thread to the front of a file. Returns its length in bytes.
+pub(super) fn copy_memory(tid: i32, range: PageRange, file: &File) -> io::Result<usize> {
+    let memory = File::open(format!("/proc/{tid}/mem"))?;
+    let mut page = [0; PAGE_SIZE as usize];
+    let mut bytes = 0;
+    while bytes < range.bytes() as usize {
+        let read = memory.read_exact_at(&mut page, range.start() + bytes as u64);
+        if read.is_err() {
+            break;
+        }
+        file.write_all_at(&page, bytes as u64)?;
+        bytes += page.len();
+    }
+    Ok(bytes)
 }
 
 #[cfg(test)]

@@ -95,6 +95,23 @@ impl Mapping {
         unsafe { (self.start as *mut u8).write_volatile(1) };
     }
 
+    /// Makes a guard region of the mapping (Linux 6.13): its content is lost, and an access is a fault.
+    ///
+    /// # Errors
+    /// Errors of `madvise`: `EINVAL` if the kernel has no guard regions.
+    pub fn make_guard(&self) -> io::Result<()> {
+        const MADV_GUARD_INSTALL: libc::c_int = 102;
+        // SAFETY: this call owns the mapping, and no reference to its memory exists.
+        let made = unsafe {
+            libc::madvise(
+                self.start as *mut libc::c_void,
+                self.bytes,
+                MADV_GUARD_INSTALL,
+            )
+        };
+        check(libc::c_long::from(made)).map(drop)
+    }
+
     /// Moves this mapping onto another one of the same length, which it replaces.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! written pages again in the same atomic step.
 
 use super::check;
+use super::mapping::Mapping;
 use pageferry_common::{PAGE_SIZE, PageRange};
 use std::fs::File;
 use std::io;
@@ -190,30 +191,67 @@ fn list_missing_tables(
     Ok(())
 }
 
+/// Bits of an entry of the pagemap.
+const ENTRY_EXCLUSIVE: u64 = 1 << 56;
+const ENTRY_UFFD_WP: u64 = 1 << 57;
+const ENTRY_GUARD: u64 = 1 << 58;
+const ENTRY_FILE_OR_SHARED: u64 = 1 << 61;
+const ENTRY_SWAPPED: u64 = 1 << 62;
+const ENTRY_PRESENT: u64 = 1 << 63;
+
+/// Size of an entry of the pagemap, in bytes.
+const ENTRY_BYTES: usize = size_of::<u64>();
+
+/// Reads the entry of one page.
+///
+/// # Errors
+/// Errors of reading; `UnexpectedEof` if the memory no longer exists.
+fn read_entry(pagemap: &File, address: u64) -> io::Result<u64> {
+    let mut entry = [0; ENTRY_BYTES];
+    pagemap.read_exact_at(&mut entry, address / PAGE_SIZE * ENTRY_BYTES as u64)?;
+    Ok(u64::from_le_bytes(entry))
+}
+
 /// Returns whether a page is write-protected, populated or not.
 fn is_protected(pagemap: &File, address: u64) -> io::Result<bool> {
-    /// Bit of a pagemap entry.
-    const UFFD_WP: u64 = 1 << 57;
-    let mut entry = [0; size_of::<u64>()];
-    let at = address / PAGE_SIZE * size_of::<u64>() as u64;
-    pagemap.read_exact_at(&mut entry, at)?;
-    Ok(u64::from_le_bytes(entry) & UFFD_WP != 0)
+    Ok(read_entry(pagemap, address)? & ENTRY_UFFD_WP != 0)
+}
+
+/// Returns whether a private page has content of its own, in memory or in swap. The page of zeros counts, a
+/// guard region does not.
+///
+/// # Errors
+/// Errors of reading the pagemap; `UnexpectedEof` if the memory no longer exists.
+pub fn is_populated(pagemap: &File, address: u64) -> io::Result<bool> {
+    let entry = read_entry(pagemap, address)?;
+    if entry & (ENTRY_FILE_OR_SHARED | ENTRY_GUARD) != 0 {
+        return Ok(false);
+    }
+    let may_be_guard = || entry & ENTRY_SWAPPED != 0 && !reports_guards().unwrap_or(false);
+    Ok(entry & ENTRY_PRESENT != 0 || entry & ENTRY_SWAPPED != 0 && !may_be_guard())
+}
+
+/// Returns whether the pagemap distinguishes guard regions from pages in swap, if the kernel has any: Linux
+/// 6.13 and 6.14 have them and do not.
+fn reports_guards() -> io::Result<bool> {
+    let page = Mapping::private_page()?;
+    match page.make_guard() {
+        Ok(()) => {
+            let pagemap = File::open("/proc/self/pagemap")?;
+            Ok(read_entry(&pagemap, page.start())? & ENTRY_GUARD != 0)
+        }
+        Err(_) => Ok(true),
+    }
 }
 
 /// Returns whether no anonymous page in memory, and no page in swap, of `range` is mapped by another process,
-/// too. The shared page of zeros counts as such a page. `buffer` is scratch space, 8 bytes a page.
+/// too. The page of zeros counts as such a page. `buffer` is scratch space, 8 bytes a page.
 ///
 /// # Errors
 /// Errors of reading the pagemap.
 pub fn is_exclusive(pagemap: &File, range: PageRange, buffer: &mut Vec<u8>) -> io::Result<bool> {
-    /// Bits of a pagemap entry.
-    const EXCLUSIVE: u64 = 1 << 56;
-    const FILE_OR_SHARED: u64 = 1 << 61;
-    const SWAPPED: u64 = 1 << 62;
-    const PRESENT: u64 = 1 << 63;
-    const ENTRY: usize = size_of::<u64>();
-    buffer.resize(range.pages() as usize * ENTRY, 0);
-    let start = range.start() / PAGE_SIZE * ENTRY as u64;
+    buffer.resize(range.pages() as usize * ENTRY_BYTES, 0);
+    let start = range.start() / PAGE_SIZE * ENTRY_BYTES as u64;
     let mut filled = 0;
     // The pagemap ends where user space does.
     while filled < buffer.len() {
@@ -224,19 +262,18 @@ pub fn is_exclusive(pagemap: &File, range: PageRange, buffer: &mut Vec<u8>) -> i
             Err(error) => return Err(error),
         }
     }
-    let mut entries = buffer[..filled].chunks_exact(ENTRY);
+    let mut entries = buffer[..filled].chunks_exact(ENTRY_BYTES);
     Ok(entries.all(|entry| {
         let entry = u64::from_le_bytes(entry.try_into().expect("8 bytes"));
-        let is_own = entry & FILE_OR_SHARED == 0 && entry & (PRESENT | SWAPPED) != 0;
+        let populated = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
         // The kernel reports no page in swap as exclusive.
-        !is_own || entry & EXCLUSIVE != 0
+        !populated || entry & (ENTRY_FILE_OR_SHARED | ENTRY_EXCLUSIVE) != 0
     }))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::mapping::Mapping;
     use crate::sys::uffd::Uffd;
     use pageferry_common::PageSet;
     use std::fs::OpenOptions;
@@ -257,6 +294,18 @@ mod tests {
         own.unwrap().write_all_at(&[1], shared.start()).unwrap();
         assert!(is_exclusive(&pagemap, shared.range(), &mut buffer).unwrap());
         drop(memory);
+    }
+
+    #[test]
+    fn only_a_page_with_content_is_populated() {
+        let pagemap = File::open("/proc/self/pagemap").unwrap();
+        let mut page = Mapping::private_page().unwrap();
+        assert!(!is_populated(&pagemap, page.start()).unwrap());
+        page.touch();
+        assert!(is_populated(&pagemap, page.start()).unwrap());
+        if page.make_guard().is_ok() {
+            assert!(!is_populated(&pagemap, page.start()).unwrap());
+        }
     }
 
     #[test]

@@ -28,7 +28,12 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
         let path = entry.path();
-        let Ok(target) = fs::read_link(&path) else {
+        let target = match fs::read_link(&path) {
+            // The kernel does not report the path of a file if it is longer than a page.
+            Err(error) if error.raw_os_error() == Some(libc::ENAMETOOLONG) => Ok("/".into()),
+            other => other,
+        };
+        let Some(target) = unless_closed(target)? else {
             continue;
         };
         let target = target.as_os_str().as_encoded_bytes();
@@ -37,8 +42,8 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
         } else if target.starts_with(b"/") || target == b"anon_inode:[io_uring]" {
             let info = entry.file_name();
             let info = info.to_string_lossy();
-            let info = read_lossy(format!("/proc/{pid}/fdinfo/{info}")).unwrap_or_default();
-            found.direct_io |= does_direct_io(&info);
+            let info = unless_closed(read_lossy(format!("/proc/{pid}/fdinfo/{info}")))?;
+            found.direct_io |= info.is_some_and(|info| does_direct_io(&info));
         }
     }
     Ok(found)
@@ -48,7 +53,7 @@ pub fn descriptors(pid: i32, mounts: &KernelMounts) -> io::Result<Descriptors> {
 fn open_segment(path: &Path, mounts: &KernelMounts) -> io::Result<Option<(SegmentKey, File)>> {
     // The type is checked before it is opened: a FIFO can have the name of a memfd, and opening it would
     // block.
-    let Ok(metadata) = fs::metadata(path) else {
+    let Some(metadata) = unless_closed(fs::metadata(path))? else {
         return Ok(None);
     };
     let device = Device::from_raw(metadata.dev());
@@ -56,8 +61,14 @@ fn open_segment(path: &Path, mounts: &KernelMounts) -> io::Result<Option<(Segmen
         return Ok(None);
     }
     let inode = metadata.ino();
-    match File::open(path) {
-        Ok(file) => Ok(Some((SegmentKey { device, inode }, file))),
+    let file = unless_closed(File::open(path))?;
+    Ok(file.map(|file| (SegmentKey { device, inode }, file)))
+}
+
+/// Returns `None` for the error that the kernel reports for a descriptor that was closed.
+fn unless_closed<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(found) => Ok(Some(found)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
@@ -92,6 +103,25 @@ mod tests {
         assert!(!does_direct_io("pos:\t0\nflags:\t0100002\n"));
         assert!(does_direct_io("UserFiles:\t0\nUserBufs:\t3\n"));
         assert!(!does_direct_io("UserBufs:\t0\n"));
+    }
+
+    #[test]
+    fn file_with_a_path_longer_than_a_page_is_no_error() {
+        use nix::fcntl::{OFlag, open, openat};
+        use nix::sys::stat::{Mode, mkdirat};
+        let root = std::env::temp_dir().join(format!("pageferry-long-{}", std::process::id()));
+        fs::create_dir(&root).unwrap();
+        let mut dir = open(&root, OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+        for _ in 0..17 {
+            let name = "d".repeat(250);
+            mkdirat(&dir, name.as_str(), Mode::S_IRWXU).unwrap();
+            dir = openat(&dir, name.as_str(), OFlag::O_DIRECTORY, Mode::empty()).unwrap();
+        }
+        let mounts = KernelMounts::probe().unwrap();
+        let found = descriptors(std::process::id() as i32, &mounts);
+        drop(dir);
+        fs::remove_dir_all(&root).unwrap();
+        found.unwrap();
     }
 
     #[test]

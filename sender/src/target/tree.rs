@@ -5,7 +5,7 @@ use crate::target::descriptors::descriptors;
 use crate::target::is_gone;
 use crate::target::process::{Process, namespace_depth};
 use crate::target::segment::{Mapping, Segment, SegmentKey};
-use crate::target::vma::{Class, KernelMounts, list};
+use crate::target::vma::{Class, KernelMounts, Vma, list};
 use pageferry_common::proc::meminfo::MemInfo;
 use pageferry_common::proc::process::{children, threads};
 use std::collections::btree_map::Entry;
@@ -293,6 +293,14 @@ impl Tree {
     }
 }
 
+/// Returns whether a process still has a mapping at these addresses.
+fn maps(tid: i32, vma: &Vma) -> bool {
+    let text = fs::read(format!("/proc/{tid}/maps")).unwrap_or_default();
+    let range = format!("{:08x}-{:08x} ", vma.range.start(), vma.range.end());
+    text.split(|&byte| byte == b'\n')
+        .any(|line| line.starts_with(range.as_bytes()))
+}
+
 /// Records where a process maps segments, and opens those that are new.
 fn list_segments(
     process: &mut Process,
@@ -317,7 +325,8 @@ fn list_segments(
         if let Entry::Vacant(unknown) = segments.entry(key) {
             match Segment::open_mapped(process.tid, vma) {
                 Ok(file) => drop(unknown.insert(Segment::new(file))),
-                Err(error) if is_gone(&error) => {}
+                // The kernel reports the same for a mapping that it cannot open.
+                Err(error) if is_gone(&error) && !maps(process.tid, vma) => {}
                 Err(source) => {
                     let inode = vma.inode;
                     return Err(ListError::Segment { pid, inode, source });
