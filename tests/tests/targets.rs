@@ -3,7 +3,7 @@
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use pageferry_tests::criu::Criu;
+use pageferry_tests::criu::{Criu, skip};
 use pageferry_tests::daemon::until;
 use pageferry_tests::host::Host;
 use pageferry_tests::log;
@@ -11,7 +11,8 @@ use pageferry_tests::memory;
 use pageferry_tests::pair::{Sent, receive_command, send_command};
 use pageferry_tests::privileges::{DAEMON, NOBODY, Public, as_user, open_to_all};
 use pageferry_tests::scenario::{
-    assert_arrived, assert_arrived_unharmed, assert_sent, assert_verified, resume, the_migration,
+    assert_arrived, assert_arrived_unharmed, assert_sent, assert_verified, has_tracker, resume,
+    the_migration,
 };
 use pageferry_tests::{Pair, Program, Receiver, Victim};
 use std::fs;
@@ -621,4 +622,29 @@ fn page_that_nobody_may_read_fails_the_final_round_by_name() {
         &["cannot read the page at 0x", &process, "the target runs"],
     );
     victim.assert_unharmed();
+}
+
+/// The kernel admits one userfaultfd for a mapping.
+#[test]
+fn mapping_with_a_userfaultfd_of_the_target_is_compared_by_content() {
+    if !has_tracker("uffd") {
+        return;
+    }
+    let mut victim = Victim::start("uffd=16 heap=2 dirty=5");
+    if !victim.skipped().is_empty() {
+        skip("a userfaultfd of the target", &victim.skipped().join(", "));
+        return;
+    }
+    let pair = Pair::start(&[]);
+    let options = ["--tracker", "uffd", "--max-rounds", "5", "--then", "stop"];
+    let sent = pair.send(victim.pid(), &options);
+    let events: Vec<_> = sent.stderr.lines().filter_map(log::event).collect();
+    let reported = events.iter().filter(|&&event| event == "pages_untracked");
+    assert_eq!(reported.count(), 1, "{}", sent.stderr);
+    assert!(!events.contains(&"not_converged"), "{}", sent.stderr);
+    let report = sent.expect_report();
+    for round in &report.rounds[1..] {
+        assert!(round.sent_pages < 1000, "{round:?}");
+    }
+    assert_arrived_unharmed(&mut victim, &report);
 }

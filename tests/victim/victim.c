@@ -20,6 +20,7 @@
 #include <linux/filter.h>
 #include <linux/futex.h>
 #include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -35,6 +36,7 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/shm.h>
@@ -803,6 +805,22 @@ static void f_mlock(const char *a)
 	publish(r);
 	if (mlock(r->addr, r->pages * PAGE))
 		skip("mlock");
+}
+
+/* Memory for whose missing pages the process itself has a userfaultfd; none is missing. */
+static void f_uffd(const char *a)
+{
+	struct region *r = add_plain("uffd", bytes_of(a));
+	r->plain = false;
+	publish(r);
+	struct uffdio_api api = {.api = UFFD_API};
+	struct uffdio_register missing = {
+		.range = {(uintptr_t)r->addr, r->pages * PAGE},
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+	int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &missing))
+		skip("uffd");
 }
 
 static void f_brk(const char *a)
@@ -1990,6 +2008,7 @@ static const struct feature {
 	{1, "guard", f_guard},
 	{1, "readzero", f_readzero},
 	{1, "mlock", f_mlock},
+	{1, "uffd", f_uffd},
 	{1, "wipeonfork", f_wipeonfork},
 	{1, "dontfork", f_dontfork},
 	{1, "dontdump", f_dontdump},

@@ -59,8 +59,8 @@ pub struct Copier {
     processes: BTreeMap<i32, Baseline>,
     /// Baselines of the segments in `tree`.
     segments: BTreeMap<SegmentKey, Baseline>,
-    /// Number of pages sent in the last round of images whose writes are not tracked: the best estimate of
-    /// how many of them will be dirty in the next.
+    /// Number of pages sent in the last round whose writes are not tracked: the best estimate of how many of
+    /// them will be dirty in the next.
     untracked_sent: u64,
     /// Scratch space for scans.
     runs: Vec<Run>,
@@ -158,7 +158,8 @@ impl Copier {
                 hashes.compare_everything();
             } else {
                 let doubtful = process.vmas.iter().filter(|vma| vma.is_doubtful());
-                hashes.compare_only(doubtful.map(|vma| vma.range));
+                let untracked = tracker.untracked_mappings(pid).iter().copied();
+                hashes.compare_only(doubtful.map(|vma| vma.range).chain(untracked));
             }
         }
     }
@@ -235,10 +236,7 @@ impl Copier {
         for (pid, process) in &self.tree.processes {
             let baseline = self.processes.get_mut(pid);
             let baseline = baseline.expect("every listed process has a baseline");
-            let sent = images.process(process, baseline)?;
-            if baseline.hashes().compares_everything() {
-                self.untracked_sent += sent;
-            }
+            self.untracked_sent += images.process(process, baseline)?;
         }
         if pass == Pass::PreCopy {
             self.tree.check_outside_mappings();
@@ -296,7 +294,7 @@ impl Copier {
     }
 
     /// Returns the number of pages that would have to be sent now: those that the tracker reports, and for
-    /// untracked images as many as the last round sent.
+    /// untracked memory as many as the last round sent.
     #[must_use]
     pub fn pending_pages(&self, tracker: &mut dyn DirtyTracker) -> u64 {
         let mut pages = self.untracked_sent;

@@ -3,7 +3,7 @@
 use crate::baseline::Baseline;
 use crate::copy::populated::Populated;
 use crate::copy::source::{Access, PageSource, ProcessSource, SegmentSource};
-use crate::copy::stream::{ImageStream, Outcome, ScanKind, StreamError};
+use crate::copy::stream::{Comparison, ImageStream, Outcome, ScanKind, StreamError};
 use crate::dirty::{DirtyTracker, Run};
 use crate::freeze::Frozen;
 use crate::sink::PageSink;
@@ -104,7 +104,8 @@ pub(super) struct ImageSender<'a, 'f> {
 }
 
 impl ImageSender<'_, '_> {
-    /// Sends the image of one process. Returns the number of pages that were dirty.
+    /// Sends the image of one process. Returns the number of dirty pages among those whose writes are not
+    /// tracked.
     ///
     /// # Errors
     /// [`StreamError`]. In a pre-dump round, a process that exits is not an error.
@@ -147,7 +148,7 @@ impl ImageSender<'_, '_> {
             Ok(()) => {
                 self.scanned.add(&outcome);
                 baseline.sent(outcome.announced, outcome.changed);
-                Ok(outcome.sent_pages)
+                Ok(outcome.untracked_pages)
             }
             // It exited, or called exec: its image ends here, and none of its pages becomes an in-parent
             // entry.
@@ -321,6 +322,11 @@ impl Scan<'_> {
         stream: &mut ImageStream<'_>,
     ) -> Result<(), StreamError> {
         // While the target runs, a doubt resolves itself: the next round sees the write that is under way.
+        let untracked = self.tracker.untracked_mappings(process.pid);
+        stream.compare(match untracked.binary_search(&vma.range) {
+            Ok(_) => Comparison::Always,
+            Err(_) => Comparison::OfDoubtful,
+        })?;
         let last = self.pass != Pass::PreCopy;
         let suspect = process.direct_io || last && vma.is_doubtful();
         let mut rest = Some(vma.range);

@@ -42,6 +42,15 @@ pub enum ScanKind {
     Repeatable,
 }
 
+/// Whether pages are read only to compare them, in every round.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Comparison {
+    /// No page, or those that look unchanged and may not be.
+    OfDoubtful,
+    /// All pages, because their writes are not tracked.
+    Always,
+}
+
 /// Sends one image of a round.
 pub struct ImageStream<'a> {
     sink: &'a mut dyn PageSink,
@@ -50,6 +59,7 @@ pub struct ImageStream<'a> {
     /// Pages that the receiver holds from the previous round.
     held: &'a PageSet,
     hashes: &'a mut ContentHashes,
+    comparison: Comparison,
     scan: ScanKind,
     /// Entry kind for unchanged pages of the current chunk; `None` if they must be sent again.
     kept_kind: Option<EntryKind>,
@@ -73,6 +83,8 @@ pub struct Outcome {
     pub scanned_pages: u64,
     /// Number of pages that were sent because the receiver does not hold them as they are.
     pub sent_pages: u64,
+    /// Number of those whose writes are not tracked.
+    pub untracked_pages: u64,
     /// Number of pages that were read only to find out whether they changed.
     pub compared_pages: u64,
     /// Time spent on reading and comparing pages only to find out whether they changed. A round of the frozen
@@ -95,6 +107,7 @@ impl<'a> ImageStream<'a> {
             pool,
             source,
             held,
+            comparison: comparison_of(hashes, Comparison::OfDoubtful),
             hashes,
             scan,
             kept_kind: Some(EntryKind::Parent),
@@ -120,6 +133,19 @@ impl<'a> ImageStream<'a> {
     /// Records pages as changed before they are compared. Called before the first run.
     pub fn assume_changed(&mut self, pages: PageSet) {
         self.outcome.changed = pages;
+    }
+
+    /// Sets whether pages are read only to compare them, for the runs that follow.
+    ///
+    /// # Errors
+    /// [`StreamError`].
+    pub fn compare(&mut self, comparison: Comparison) -> Result<(), StreamError> {
+        let comparison = comparison_of(self.hashes, comparison);
+        if self.comparison != comparison {
+            self.flush()?;
+            self.comparison = comparison;
+        }
+        Ok(())
     }
 
     /// Adds a run of populated pages, behind all earlier ones. Pages that were not written and that the
@@ -207,6 +233,9 @@ impl<'a> ImageStream<'a> {
         let is_sent = |entry: &&Entry| matches!(entry.kind, EntryKind::Data | EntryKind::Zero);
         for entry in entries.iter().filter(is_sent) {
             outcome.sent_pages += entry.range.pages();
+            if self.comparison == Comparison::Always {
+                outcome.untracked_pages += entry.range.pages();
+            }
             outcome.changed.insert(entry.range);
         }
         self.sink.put(entries, pages)?;
@@ -225,7 +254,7 @@ impl<'a> ImageStream<'a> {
         self.wanted.clear();
         self.wanted_pages = 0;
         let len = self.classify(&mut buffer, entries);
-        if self.hashes.compares_everything() {
+        if self.comparison == Comparison::Always {
             let outcome = &mut self.outcome;
             outcome.compared_pages += self.arrived.iter().map(|range| range.pages()).sum::<u64>();
             outcome.compare_time += begun.elapsed();
@@ -279,6 +308,14 @@ impl<'a> ImageStream<'a> {
     #[must_use]
     pub fn into_outcome(self) -> Outcome {
         self.outcome
+    }
+}
+
+/// Returns `comparison`, or [`Comparison::Always`] for an image that is compared as a whole.
+fn comparison_of(hashes: &ContentHashes, comparison: Comparison) -> Comparison {
+    match hashes.compares_everything() {
+        true => Comparison::Always,
+        false => comparison,
     }
 }
 

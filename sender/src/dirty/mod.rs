@@ -66,6 +66,12 @@ pub trait DirtyTracker {
     /// after the first rearm of the process.
     fn untracked(&self, pid: i32) -> bool;
 
+    /// Returns those mappings of a tracked process whose pages all count as written, so that contents must be
+    /// compared, in ascending order. Valid after the first rearm of the process.
+    fn untracked_mappings(&self, _pid: i32) -> &[PageRange] {
+        &[]
+    }
+
     /// Ends an epoch and begins the next for one process of the frozen target.
     ///
     /// # Errors
@@ -98,8 +104,8 @@ pub trait DirtyTracker {
         Ok(mappings.iter().map(|&(_, range)| vec![range]).collect())
     }
 
-    /// Returns the number of pages of a mapping that were written so far in the current epoch; `None` if that
-    /// cannot be determined without ending the epoch.
+    /// Returns the number of pages of a mapping that were written so far in the current epoch; `None` if its
+    /// writes are not tracked.
     ///
     /// # Errors
     /// `ESRCH` if that memory is gone.

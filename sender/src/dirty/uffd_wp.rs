@@ -36,13 +36,15 @@ struct Armed {
     /// Mappings that cannot be tracked, because another userfaultfd has them or the kernel refused, in
     /// ascending order: all their pages count as written.
     untracked: Vec<PageRange>,
+    /// Number of their pages that another userfaultfd has.
+    taken_pages: u64,
 }
 
 impl Armed {
     /// Registers every mapping that can be tracked; registering one again takes almost no time. Returns
     /// `None` if the memory that the userfaultfd belongs to is gone.
     fn new(uffd: Uffd, process: &Process) -> Option<Self> {
-        let mut untracked = Vec::new();
+        let (mut untracked, mut taken_pages) = (Vec::new(), 0);
         let (mut tried, mut gone) = (0, 0);
         let shared = |vma: &Vma| process.shared.binary_search(&vma.range).is_ok();
         let tracked = |vma: &&Vma| vma.is_private() || shared(vma);
@@ -57,14 +59,31 @@ impl Armed {
             if let Err(error) = uffd.register(vma.range) {
                 tracing::debug!(process.pid, %vma.range, %error, "mapping not tracked");
                 untracked.push(vma.range);
-                gone += u32::from(matches!(
-                    error.raw_os_error(),
+                match error.raw_os_error() {
+                    Some(libc::EBUSY) => taken_pages += vma.range.pages(),
                     // The error depends on the version of the kernel.
-                    Some(libc::ESRCH | libc::ENOMEM)
-                ));
+                    Some(libc::ESRCH | libc::ENOMEM) => gone += 1,
+                    _ => {}
+                }
             }
         }
-        (tried == 0 || gone < tried).then_some(Self { uffd, untracked })
+        (tried == 0 || gone < tried).then_some(Self {
+            uffd,
+            untracked,
+            taken_pages,
+        })
+    }
+
+    /// Reports pages that another userfaultfd has, if they are more than before.
+    fn report_taken(&self, pid: i32, before: u64) {
+        if self.taken_pages > before {
+            tracing::warn!(
+                event = "pages_untracked",
+                pid,
+                pages = self.taken_pages,
+                "the process itself has a userfaultfd for these pages: every round compares them by content"
+            );
+        }
     }
 
     fn tracks(&self, part: PageRange) -> bool {
@@ -158,6 +177,7 @@ impl DirtyTracker for UffdWp {
         if let Some(before) = self.armed.remove(&process.pid)
             && let Some(armed) = Armed::new(before.uffd, process)
         {
+            armed.report_taken(process.pid, before.taken_pages);
             self.armed.insert(process.pid, armed);
             return Ok(());
         }
@@ -170,7 +190,10 @@ impl DirtyTracker for UffdWp {
             Armed::new(uffd, process).ok_or_else(|| "no mapping can be registered".to_owned())
         });
         match made {
-            Ok(armed) => drop(self.armed.insert(process.pid, armed)),
+            Ok(armed) => {
+                armed.report_taken(process.pid, 0);
+                self.armed.insert(process.pid, armed);
+            }
             Err(why) => {
                 tracing::warn!(
                     event = "process_untracked",
@@ -238,7 +261,9 @@ impl DirtyTracker for UffdWp {
     }
 
     fn pending(&mut self, process: &Process, vma: &Vma) -> io::Result<Option<u64>> {
-        let tracked = self.tracks(process.pid, vma.range);
+        if !self.tracks(process.pid, vma.range) {
+            return Ok(None);
+        }
         let report = WRITTEN | WPALLOWED;
         let mut pages = 0;
         self.scanner.own_pages(
@@ -247,7 +272,7 @@ impl DirtyTracker for UffdWp {
             report,
             ScanMode::Report,
             |range, bits| {
-                if !tracked || bits & report != WPALLOWED {
+                if bits & report != WPALLOWED {
                     pages += range.pages();
                 }
             },
@@ -257,6 +282,10 @@ impl DirtyTracker for UffdWp {
 
     fn untracked(&self, pid: i32) -> bool {
         self.untrackable.contains(&pid)
+    }
+
+    fn untracked_mappings(&self, pid: i32) -> &[PageRange] {
+        self.armed.get(&pid).map_or(&[], |armed| &armed.untracked)
     }
 
     fn forget(&mut self, pid: i32) {
