@@ -1,7 +1,7 @@
 //! Catalog of a migration: the index of every image of its newest round.
 
 use super::DirName;
-use super::chain::images;
+use super::chain::{images, levels};
 use super::index::{Generation, Index, Run};
 use crate::file_error::FileError;
 use pageferry_common::{ImageId, PageRange};
@@ -47,6 +47,23 @@ impl Catalog {
         self.images = next;
         self.rounds += 1;
         Ok(())
+    }
+
+    /// Loads the indexes of all processes of a round from its chain. The result has no round number.
+    ///
+    /// # Errors
+    /// [`FileError`].
+    pub fn load(round: &Path) -> Result<Self, FileError> {
+        let chain = levels(round)?;
+        let mut catalog = Self::default();
+        for image in images(round)? {
+            if let ImageId::Process(_) = image
+                && let Some(index) = Index::load(&chain, image)?
+            {
+                catalog.images.insert(image, index);
+            }
+        }
+        Ok(catalog)
     }
 
     /// Returns the number of the newest round.

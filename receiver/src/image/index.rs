@@ -302,6 +302,9 @@ mod tests {
             let read = Catalog::read(&mut &written[..]).unwrap();
             let (_, read) = read.into_images().next().unwrap();
             prop_assert_eq!(&loaded.runs, &read.runs);
+            let newest = home.path().join(rounds.len().to_string());
+            let whole = Catalog::load(&newest).unwrap();
+            prop_assert_eq!(&loaded.runs, &whole.get(IMAGE).unwrap().runs);
             let pages = Pages::open(&levels, IMAGE, read).unwrap();
             for (page, &content) in model.iter().enumerate() {
                 let mut buffer = vec![0xee; PAGE_SIZE as usize];
