@@ -2,7 +2,7 @@
 
 use crate::cli::{Cli, Command, RestoreHow, Serve, ServePages};
 use crate::quota::Bounds;
-use crate::restore::Restorer;
+use crate::restore::{Restorer, filler};
 use crate::server::tls::Secure;
 use crate::server::{self, Ended, ExitPolicy, Options};
 use crate::session::page_client::{ClientEnd, ServeError, Served};
@@ -315,7 +315,7 @@ fn restorer(how: RestoreHow, serve: &Serve) -> Result<Restorer, Fault> {
     }
     let lazy = match how {
         RestoreHow::Eager => false,
-        RestoreHow::Auto | RestoreHow::Lazy => criu.has_lazy_pages(),
+        RestoreHow::Auto | RestoreHow::Lazy => criu.has_lazy_pages() && filler::is_supported(),
     };
     if how == RestoreHow::Lazy && !lazy {
         let error = anyhow::anyhow!("CRIU or this kernel does not support a lazy restore");

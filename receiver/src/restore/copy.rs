@@ -122,12 +122,19 @@ pub(super) fn end_restore(criu: ProcessId, root: Option<ProcessId>) -> io::Resul
             }
         }
     }
-    if let Some(root) = root.filter(|root| root.is_alive()) {
-        kill_tree(root.pid, &mut killed);
+    if let Some(root) = root {
+        kill_copy(root, &mut killed);
     }
     send_signal(criu, Signal::SIGKILL)?;
     killed.push(criu);
     killed.into_iter().try_for_each(await_exit)
+}
+
+/// Kills the copy with this root if the root has not exited. Adds the killed processes to `killed`.
+pub(super) fn kill_copy(root: ProcessId, killed: &mut Vec<ProcessId>) {
+    if root.is_alive() {
+        kill_tree(root.pid, killed);
+    }
 }
 
 /// Kills a process and all its descendants. Each is stopped before its children are listed, so that it forks no

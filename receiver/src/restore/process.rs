@@ -243,11 +243,11 @@ impl Restore {
         let mut attempt = match attempt {
             Ok(attempt) => attempt,
             Err(error) => {
-                filler.iter_mut().for_each(FillerProcess::kill);
+                filler.into_iter().for_each(FillerProcess::kill);
                 return (Err(error), None);
             }
         };
-        let result = self.drive(session, filler.as_ref(), &mut attempt);
+        let result = self.drive(session, filler.as_mut(), &mut attempt);
         if result.is_err() && !self.resumed {
             // If CRIU was killed, it is unknown how far it came, and nothing may be left.
             if let Err(error) = attempt.end() {
@@ -257,8 +257,7 @@ impl Restore {
                     "cannot end a restore that failed"
                 );
             }
-            filler.iter_mut().for_each(FillerProcess::kill);
-            filler = None;
+            filler.take().into_iter().for_each(FillerProcess::kill);
         }
         (result, filler)
     }
@@ -267,7 +266,7 @@ impl Restore {
     fn drive(
         &mut self,
         mut session: CriuSession,
-        filler: Option<&FillerProcess>,
+        mut filler: Option<&mut FillerProcess>,
         attempt: &mut Attempt,
     ) -> io::Result<()> {
         if !self.images.segments.is_empty() {
@@ -297,7 +296,9 @@ impl Restore {
                 "post-restore" => {
                     self.check_segments()?;
                     // Fills memory while the tree is held back.
-                    filler.iter().for_each(|filler| filler.fill_all());
+                    if let Some(filler) = &mut filler {
+                        filler.fill_all(attempt.root())?;
+                    }
                     if !self.hold_back(&mut session, attempt)? {
                         session.detach();
                         return Ok(());
@@ -347,7 +348,7 @@ impl Restore {
     }
 }
 
-/// Waits until the filler process exits, and logs whether the memory of the process is complete.
+/// Waits until filling has ended, and logs whether the memory of the process is complete.
 fn report_filler(mut filler: FillerProcess, began: Instant) {
     match filler.wait() {
         Ok(true) => {
@@ -361,7 +362,7 @@ fn report_filler(mut filler: FillerProcess, began: Instant) {
         result => tracing::error!(
             event = "lazy_restore_failed",
             ?result,
-            "lazy restore failed: the memory of the process is incomplete"
+            "lazy restore failed: the memory of the process is incomplete, and it was killed"
         ),
     }
 }

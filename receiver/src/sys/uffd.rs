@@ -1,14 +1,17 @@
 //! userfaultfd as received from CRIU: a thread of a restored process that touches a missing page waits until
 //! the receiver has filled it.
 
+use super::shared::{self, Message};
 use nix::errno::Errno;
 use pageferry_common::sys::uffd::Userfaultfd;
 use pageferry_common::{PAGE_SIZE, PageRange};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 const UFFDIO_COPY: libc::c_ulong = 0xc028_aa03;
 const UFFDIO_ZEROPAGE: libc::c_ulong = 0xc020_aa04;
+const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xc018_aa06;
 
 const EVENT_PAGEFAULT: u8 = 0x12;
 const EVENT_FORK: u8 = 0x13;
@@ -19,8 +22,8 @@ const EVENT_UNMAP: u8 = 0x16;
 /// Size of `struct uffd_msg`, in bytes.
 const EVENT_BYTES: usize = 32;
 
-/// Maximum number of events read at once.
-const EVENTS_MAX: usize = 16;
+/// Number of pages at the bottom of the address space of which the kernel may keep some unmapped.
+const LOW_PAGES: u64 = 32;
 
 /// `struct uffdio_copy`.
 #[repr(C)]
@@ -42,18 +45,27 @@ struct UffdioZeropage {
     zeroed: i64,
 }
 
-/// The registered memory of a restored process.
+/// `struct uffdio_writeprotect`.
+#[repr(C)]
+struct UffdioWriteprotect {
+    start: u64,
+    len: u64,
+    mode: u64,
+}
+
+/// The registered memory of a restored process. Its descriptor is in a table that processes share
+/// ([`super::shared`]), so it stays open until [`Uffd::close`].
 #[derive(Debug)]
-pub struct Uffd(Userfaultfd);
+pub struct Uffd(ManuallyDrop<Userfaultfd>);
 
 /// Change to the registered memory. Except for a fault, the thread that caused it continues once the event
 /// was read.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Event {
     /// A thread waits for the page at this address.
     Fault(u64),
-    /// The process forked. The child has memory of its own, registered in the same way.
-    Fork(Uffd),
+    /// The process forked. The child has memory of its own, registered in the same way, with this descriptor.
+    Fork(RawFd),
     /// A mapping was moved.
     Remap {
         /// Old address.
@@ -72,56 +84,96 @@ pub enum Event {
     },
 }
 
-impl Uffd {
-    /// Wraps a userfaultfd whose creator has done the handshake with the kernel.
-    #[must_use]
-    pub fn after_handshake(fd: OwnedFd) -> Self {
-        Self(Userfaultfd::after_handshake(fd))
-    }
-
-    /// Returns the events since the last call, without blocking.
+impl Event {
+    /// Parses the `struct uffd_msg` of [`Uffd::read`].
     ///
     /// # Errors
-    /// Errors of `read`, and an event of an unknown kind.
-    pub fn events(&self) -> io::Result<Vec<Event>> {
-        let mut events = Vec::new();
-        let mut buffer = [0; EVENT_BYTES * EVENTS_MAX];
-        let len = match nix::unistd::read(&self.0, &mut buffer) {
-            Ok(len) => len,
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => return Ok(events),
-            Err(error) => return Err(error.into()),
-        };
-        let (messages, _) = buffer[..len].as_chunks::<EVENT_BYTES>();
-        for message in messages {
-            let word = |at: usize| {
-                let bytes = message[at..at + 8].try_into().expect("eight bytes");
-                u64::from_ne_bytes(bytes)
-            };
-            let event = match message[0] {
-                EVENT_PAGEFAULT => Event::Fault(word(16) & !(PAGE_SIZE - 1)),
-                EVENT_FORK => {
-                    let fd = i32::from_ne_bytes(message[8..12].try_into().expect("four bytes"));
-                    // SAFETY: reading the event has created this descriptor, and nothing else owns it.
-                    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-                    Event::Fork(Self::after_handshake(fd))
-                }
-                EVENT_REMAP => Event::Remap {
-                    from: word(8),
-                    to: word(16),
-                    len: word(24),
-                },
-                EVENT_REMOVE | EVENT_UNMAP => Event::Gone {
-                    start: word(8),
-                    end: word(16),
-                },
-                other => {
-                    let what = format!("unexpected userfaultfd event {other:#x}");
-                    return Err(io::Error::other(what));
-                }
-            };
-            events.push(event);
+    /// An event of an unknown kind.
+    pub fn parse(message: [u64; 4]) -> io::Result<Self> {
+        let [kind, one, two, three] = message;
+        match kind.to_ne_bytes()[0] {
+            EVENT_PAGEFAULT => Ok(Self::Fault(two & !(PAGE_SIZE - 1))),
+            EVENT_FORK => {
+                let bytes = one.to_ne_bytes();
+                let fd = RawFd::from_ne_bytes(bytes[..4].try_into().expect("four bytes"));
+                Ok(Self::Fork(fd))
+            }
+            EVENT_REMAP => Ok(Self::Remap {
+                from: one,
+                to: two,
+                len: three,
+            }),
+            EVENT_REMOVE | EVENT_UNMAP => Ok(Self::Gone {
+                start: one,
+                end: two,
+            }),
+            other => {
+                let what = format!("unexpected userfaultfd event {other:#x}");
+                Err(io::Error::other(what))
+            }
         }
-        Ok(events)
+    }
+}
+
+impl Uffd {
+    /// Wraps a userfaultfd in the shared table, whose creator has done the handshake with the kernel.
+    #[must_use]
+    pub fn held(fd: RawFd) -> Self {
+        // SAFETY: it is never dropped, only closed by `close`.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        Self(ManuallyDrop::new(Userfaultfd::after_handshake(fd)))
+    }
+
+    /// Closes it, for all processes that share the table. The last close of a userfaultfd unregisters the
+    /// memory.
+    pub fn close(self) {
+        drop(ManuallyDrop::into_inner(self.0));
+    }
+
+    /// Returns the number of its descriptor.
+    #[must_use]
+    pub fn number(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+
+    /// Reads the next event straight to shared memory, without blocking: it is there even if this process
+    /// dies at once. Returns the number of bytes.
+    ///
+    /// # Errors
+    /// Those of `read(2)`; `EAGAIN` if there is no event.
+    pub fn read(&self, to: &Message) -> io::Result<usize> {
+        shared::read(self.0.as_fd(), to, EVENT_BYTES)
+    }
+
+    /// Wakes all threads that wait for a page: each faults again, and its event can be read again.
+    pub fn wake_all(&self) {
+        // The kernel refuses a range that exceeds the address space at either end, whose limits differ. Each
+        // of these ranges is inside or outside of it.
+        let low = (1..LOW_PAGES).map(|page| (page * PAGE_SIZE, 1));
+        let high = (LOW_PAGES.ilog2()..49).map(|bits| ((1 << bits) - 1, 1 << bits));
+        let high = high.map(|(page, pages): (u64, u64)| (page * PAGE_SIZE, pages));
+        for range in low.chain(high).map(|(at, pages)| PageRange::new(at, pages)) {
+            // Outside.
+            let _ = range.map(|range| self.wake(range));
+        }
+    }
+
+    /// Returns whether the memory still exists: the process has neither exited nor executed a program.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        // Lifts a write protection that no page has, at an address that every kernel accepts.
+        let mut protect = UffdioWriteprotect {
+            start: 1 << 40,
+            len: PAGE_SIZE,
+            mode: 0,
+        };
+        // SAFETY: UFFDIO_WRITEPROTECT reads one uffdio_writeprotect, which has the layout of
+        // UffdioWriteprotect. The memory is registered for missing pages only, so nothing is protected.
+        let result = Errno::result(unsafe {
+            libc::ioctl(self.number(), UFFDIO_WRITEPROTECT, &raw mut protect)
+        });
+        // While a mapping changes, the result is EAGAIN.
+        result != Err(Errno::ESRCH)
     }
 
     /// Copies pages to a range of missing pages. Returns the number of bytes copied, also if there was an

@@ -157,7 +157,6 @@ impl State {
     fn receive_dies(&mut self, model: &HandOver) {
         self.receive = false;
         self.session_ends();
-        self.receive_holds = false;
         self.cut();
         if model.has(Rule::SocketKept) {
             return;
@@ -197,7 +196,6 @@ impl State {
         self.copy = [Copy::Absent; 2];
         self.missing = false;
         self.holders = 0;
-        self.receive_holds = false;
         self.cached = self.durable;
         self.this_boot = false;
         true

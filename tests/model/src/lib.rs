@@ -56,7 +56,7 @@ pub enum Rule {
 }
 
 impl Rule {
-    /// Whether the programs keep it. Those that are missing are listed in `docs/design/commit-protocol.md`.
+    /// Whether the programs keep it.
     #[must_use]
     pub fn is_implemented(self) -> bool {
         match self {
@@ -72,8 +72,8 @@ impl Rule {
             | Self::SocketKept
             | Self::GoneHasRun
             | Self::Resync
-            | Self::DirectoryIdentity => true,
-            Self::SeveralHolders => false,
+            | Self::DirectoryIdentity
+            | Self::SeveralHolders => true,
         }
     }
 

@@ -232,12 +232,10 @@ pub struct State {
     pub destination_lost: bool,
     /// A copy of the directory is served by another host, where the migration runs, too.
     pub twin_runs: bool,
-    /// Memory of the copy is missing, and the processes that hold its userfaultfd.
+    /// Memory of the copy is missing.
     pub missing: bool,
-    /// Processes beside `receive` that hold the userfaultfd.
+    /// Processes that hold the userfaultfd.
     pub holders: u8,
-    /// `receive` holds the userfaultfd as well.
-    pub receive_holds: bool,
     /// The copy ran on zero pages.
     pub zero_pages: bool,
 }

@@ -133,7 +133,7 @@ steps! {
     /// The CRIU that an earlier `receive` left at pre-resume is ended, and the copy runs.
     FinishEndsCriu => "receiver/src/restore/copy.rs kill_criu",
     /// A filler starts in the place of one that died.
-    FillerIsReplaced => "",
+    FillerIsReplaced => "receiver/src/restore/filler/group.rs replace",
     /// All memory is filled in.
     FillerIsDone => "receiver/src/restore/filler/mod.rs fill",
 }
@@ -283,8 +283,8 @@ macro_rules! when {
     }};
 }
 
-/// Number of processes beside `receive` that hold a userfaultfd: the filler and two keepers.
-pub(crate) const HOLDERS: u8 = 3;
+/// Number of processes that hold a userfaultfd: the filler and three keepers.
+pub(crate) const HOLDERS: u8 = 4;
 
 impl State {
     /// CRIU has dumped the tree, and the receiver begins to restore: where a hand-over begins to matter.
@@ -323,7 +323,6 @@ impl State {
             twin_runs: false,
             missing: false,
             holders: 0,
-            receive_holds: false,
             zero_pages: false,
         }
     }
@@ -335,7 +334,7 @@ impl State {
         if self.source_runs() {
             self.ran_on = true;
         }
-        if self.missing && self.copy_runs() && self.holders == 0 && !self.receive_holds {
+        if self.missing && self.copy_runs() && self.holders == 0 {
             self.zero_pages = true;
         }
         if self.missing
@@ -345,7 +344,6 @@ impl State {
         {
             self.missing = false;
             self.holders = 0;
-            self.receive_holds = false;
         }
     }
 
@@ -720,7 +718,6 @@ impl State {
             self.released += 1;
             self.missing = true;
             self.holders = 0;
-            self.receive_holds = self.receive;
         }
         true
     }
@@ -736,7 +733,6 @@ impl State {
         if self.missing && self.copy_runs() {
             let several = model.has(Rule::SeveralHolders);
             self.holders = if several { HOLDERS } else { 1 };
-            self.receive_holds &= several;
         }
     }
 
@@ -871,7 +867,7 @@ impl State {
     }
 
     fn filler_is_replaced(&mut self, model: &HandOver) -> bool {
-        let some_left = self.holders > 0 || self.receive_holds;
+        let some_left = self.holders > 0;
         let several = model.has(Rule::SeveralHolders);
         when!(self.missing && self.copy_runs() && several && some_left && self.holders < HOLDERS => {
             self.holders = HOLDERS;
@@ -882,7 +878,6 @@ impl State {
         when!(self.missing && self.copy_runs() && self.holders > 0 && !self.zero_pages => {
             self.missing = false;
             self.holders = 0;
-            self.receive_holds = false;
         })
     }
 }

@@ -1,5 +1,6 @@
 //! Address space of one restored process: which pages it misses, and filling them.
 
+use super::journal::{Entry, Journal, Source};
 use super::missing::Missing;
 use super::{CHUNK, FillError, RETRY_DELAY, report};
 use crate::image::index::Pages;
@@ -8,7 +9,7 @@ use crate::sys::uffd::{Event, Uffd};
 use pageferry_common::{PAGE_SIZE, PageRange};
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::rc::Rc;
 use std::thread::sleep;
 
@@ -18,6 +19,9 @@ const FAULT_AHEAD: u64 = 8;
 /// Address space of one process.
 pub(super) struct AddressSpace {
     uffd: Uffd,
+    journal: &'static Journal,
+    /// PID in the name of its image.
+    image: i32,
     pages: Rc<Pages>,
     missing: Missing,
     /// Ranges to fill next. Not all of their pages need be missing.
@@ -40,12 +44,32 @@ enum Filled {
 }
 
 impl AddressSpace {
-    /// Address space of a process that CRIU has restored.
-    pub(super) fn new(uffd: Uffd, pending: &PendingPages) -> Self {
+    /// Address space of a process that CRIU has restored from the image of `pid`.
+    pub(super) fn new(
+        uffd: RawFd,
+        journal: &'static Journal,
+        pid: i32,
+        pending: &PendingPages,
+    ) -> Self {
         Self {
-            uffd,
-            pages: Rc::clone(&pending.pages),
             missing: Missing::new(&pending.missing),
+            ..Self::filled(uffd, journal, pid, pending)
+        }
+    }
+
+    /// Address space that misses no pages, until they are added with [`AddressSpace::add_missing`].
+    pub(super) fn filled(
+        uffd: RawFd,
+        journal: &'static Journal,
+        pid: i32,
+        pending: &PendingPages,
+    ) -> Self {
+        Self {
+            uffd: Uffd::held(uffd),
+            journal,
+            image: pid,
+            pages: Rc::clone(&pending.pages),
+            missing: Missing::default(),
             queue: VecDeque::new(),
             later: Box::new(Rc::clone(&pending.pages).newest_first()),
             faults: Vec::new(),
@@ -54,9 +78,11 @@ impl AddressSpace {
     }
 
     /// Address space of a forked child, which misses the same pages.
-    fn child(&self, uffd: Uffd) -> Self {
+    fn child(&self, uffd: RawFd) -> Self {
         Self {
-            uffd,
+            uffd: Uffd::held(uffd),
+            journal: self.journal,
+            image: self.image,
             pages: Rc::clone(&self.pages),
             missing: self.missing.clone(),
             queue: VecDeque::new(),
@@ -64,6 +90,40 @@ impl AddressSpace {
             faults: Vec::new(),
             gone: false,
         }
+    }
+
+    /// Adds missing pages; `image` is the address of the first one in the images.
+    pub(super) fn add_missing(&mut self, range: PageRange, image: u64) {
+        self.missing.insert(range, image);
+    }
+
+    /// Removes pages that an earlier filler process has filled.
+    pub(super) fn remove_missing(&mut self, range: PageRange) {
+        self.missing.remove(range);
+    }
+
+    /// Returns the entries of a journal that describe it.
+    pub(super) fn entries(&self) -> impl Iterator<Item = Entry> + '_ {
+        let fd = self.uffd.number();
+        let first = Entry {
+            source: Source::Space(fd),
+            message: [u64::from(self.image.cast_unsigned()), 0, 0, 0],
+        };
+        let pieces = self.missing.pieces().map(move |(range, image)| Entry {
+            source: Source::Piece(fd),
+            message: [range.start(), range.end(), image, 0],
+        });
+        std::iter::once(first).chain(pieces)
+    }
+
+    /// Returns its userfaultfd.
+    pub(super) fn uffd(&self) -> &Uffd {
+        &self.uffd
+    }
+
+    /// Returns its userfaultfd, to be closed.
+    pub(super) fn into_uffd(self) -> Uffd {
+        self.uffd
     }
 
     /// Returns whether nothing remains to be filled.
@@ -81,27 +141,24 @@ impl AddressSpace {
         !self.faults.is_empty()
     }
 
-    /// Takes the events since the last call. Returns the address spaces of forked children.
-    pub(super) fn take_events(&mut self) -> Result<Vec<Self>, FillError> {
-        let mut children = Vec::new();
-        for event in self.uffd.events()? {
-            match event {
-                Event::Fault(address) => self.faults.push(address),
-                Event::Fork(uffd) => children.push(self.child(uffd)),
-                Event::Remap { from, to, len } => {
-                    let range = |start| PageRange::from_bounds(start, start.checked_add(len)?);
-                    if let (Some(from), Some(to)) = (range(from), range(to)) {
-                        self.missing.remap(from, to);
-                    }
+    /// Follows an event. Returns the address space of a forked child.
+    pub(super) fn apply(&mut self, event: Event) -> Option<Self> {
+        match event {
+            Event::Fault(address) => self.faults.push(address),
+            Event::Fork(uffd) => return Some(self.child(uffd)),
+            Event::Remap { from, to, len } => {
+                let range = |start| PageRange::from_bounds(start, start.checked_add(len)?);
+                if let (Some(from), Some(to)) = (range(from), range(to)) {
+                    self.missing.remap(from, to);
                 }
-                Event::Gone { start, end } => {
-                    if let Some(range) = PageRange::from_bounds(start, end) {
-                        self.missing.remove(range);
-                    }
+            }
+            Event::Gone { start, end } => {
+                if let Some(range) = PageRange::from_bounds(start, end) {
+                    self.missing.remove(range);
                 }
             }
         }
-        Ok(children)
+        None
     }
 
     /// Fills the pages that threads wait for. Faults that cannot be resolved yet are kept.
@@ -227,6 +284,10 @@ impl AddressSpace {
         let Some(filled) = PageRange::from_bounds(range.start(), range.start() + done) else {
             return Ok(Filled::Nothing);
         };
+        self.journal.append(Entry {
+            source: Source::Filled(self.uffd.number()),
+            message: [filled.start(), filled.end(), 0, 0],
+        });
         self.missing.remove(filled);
         Ok(Filled::Some)
     }

@@ -26,7 +26,7 @@ impl Missing {
     }
 
     /// Adds pages that are not in the set. `image` is the address of the first one in the images.
-    fn insert(&mut self, range: PageRange, image: u64) {
+    pub(super) fn insert(&mut self, range: PageRange, image: u64) {
         let start = match self.pieces.range(..=range.start()).next_back() {
             Some((&start, &(end, before)))
                 if end == range.start() && before + (end - start) == image =>
@@ -94,8 +94,16 @@ impl Missing {
 
     /// Returns the missing pages, in ascending order.
     pub(super) fn iter(&self) -> impl Iterator<Item = PageRange> + '_ {
-        let ranges = self.pieces.iter();
-        ranges.filter_map(|(&start, &(end, _))| PageRange::from_bounds(start, end))
+        self.pieces().map(|(range, _)| range)
+    }
+
+    /// Returns the missing pages, in ascending order, and the address of the first one in the images for each
+    /// range. [`Missing::insert`] makes the same set of them.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = (PageRange, u64)> + '_ {
+        let pieces = self.pieces.iter();
+        pieces.filter_map(|(&start, &(end, image))| {
+            Some((PageRange::from_bounds(start, end)?, image))
+        })
     }
 
     /// Returns whether no page is missing.
@@ -174,6 +182,9 @@ mod tests {
                 }
                 prop_assert_eq!(&pages(&missing), &model);
             }
+            let mut again = Missing::default();
+            missing.pieces().for_each(|(range, image)| again.insert(range, image));
+            prop_assert_eq!(&pages(&again), &model);
         }
     }
 }

@@ -4,28 +4,39 @@
 //! Pages that a process has faulted on are filled first, then those that were written last, then all others.
 //! When all memory is filled, the descriptors are closed, and nothing depends on the filler process any more.
 //! Until then the restored processes need it. So it is a process of its own, in a session of its own, and
-//! outlives the receiver.
+//! outlives the receiver; and it is one of a [`group`] that holds the descriptors, so that another filler
+//! process takes over if it dies, with what its [`journal`] has. If that is impossible, the restored
+//! processes are killed, and the descriptors are held until they are gone.
 
 use crate::file_error::{FileError, failed};
 use crate::image::catalog::Catalog;
+use crate::restore::copy::kill_copy;
 use crate::restore::lazy::{PendingPages, pending_pages};
-use crate::sys::uffd::Uffd;
+use crate::sys::shared::{self, received_fd};
+use crate::sys::uffd::{Event, Uffd};
 use crate::with_causes;
 use address_space::AddressSpace;
+use group::Group;
+use journal::{CANCEL, CriuReport, Entry, Received, Source};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use pageferry_common::PAGE_SIZE;
-use pageferry_common::sys::fdpass;
+use pageferry_common::PageRange;
+use pageferry_common::cli::start_log;
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 mod address_space;
+mod group;
 pub(crate) mod handle;
+mod journal;
 mod missing;
 
 /// Hidden first argument of `receive` that makes it a filler process. Two more follow: the round that has the
@@ -35,14 +46,36 @@ pub const ARG: &str = "__fill";
 /// Name of the socket that CRIU connects to, in the directory that it restores from.
 const SOCKET: &str = "lazy-pages.socket";
 
-/// CRIU's message that all processes are restored.
-const FINISHED: i32 = 0x5253_5446;
+/// Byte to the receiver: CRIU can connect.
+const LISTENING: u8 = b'L';
+/// Byte to the receiver: several processes hold what the restored processes depend on.
+const READY: u8 = b'R';
+/// Byte to the receiver: all memory is filled.
+const DONE: u8 = b'D';
+
+/// Length of a message from the receiver: three words.
+const RECEIVER_MESSAGE_BYTES: usize = 24;
 
 /// Most pages filled at once, 256 KiB: a fault on another page waits that long.
 const CHUNK: u64 = 64;
 
+/// Most events of one process that are read at once.
+const EVENTS_MAX: usize = 16;
+
+/// Most filler processes that take over from one another. One that dies of what it does would do so for ever.
+const MAX_FILLERS: u64 = 100;
+
+/// Number of entries that the journal may grow by before it is rewritten, beside a multiple of what it had.
+const JOURNAL_GROWTH: u64 = 1000;
+
 /// Delay before reading again what could not be read, or filling again what there was no memory for.
 const RETRY_DELAY: Duration = Duration::from_millis(200);
+
+/// Interval of checks whether the keepers are alive.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Interval of checks whether killed processes are gone, ms.
+const GONE_POLL_MS: u16 = 50;
 
 /// Reason why memory cannot be filled.
 #[derive(Debug, thiserror::Error)]
@@ -56,17 +89,44 @@ pub enum FillError {
     /// The images are of a kind that cannot be restored lazily.
     #[error("cannot find the stacks in CRIU's images")]
     NoStacks,
+    /// Filler processes have died again and again.
+    #[error("too many filler processes have died")]
+    TooManyDeaths,
+    /// The filler process panicked.
+    #[error("the filler process panicked")]
+    Panicked,
+}
+
+/// Returns whether this kernel can tell a process of the death of another (Linux 5.3).
+#[must_use]
+pub fn is_supported() -> bool {
+    shared::own_pidfd().map(shared::close).is_ok()
 }
 
 /// Runs the filler process to its exit code.
 #[must_use]
 pub fn main(round: &Path, restored: &Path) -> ExitCode {
-    match run(round, restored) {
-        Ok(()) => ExitCode::SUCCESS,
+    start_log(0, || Lossy(io::stderr()));
+    match listen(round, restored) {
+        Ok(group) => ExitCode::from(fill(group) as u8),
         Err(error) => {
             report(&error);
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Standard error, of which it does not matter whether it is still open.
+struct Lossy(io::Stderr);
+
+impl Write for Lossy {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let _ = self.0.write_all(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -75,47 +135,172 @@ fn report(error: &dyn std::error::Error) {
     let _ = writeln!(io::stderr(), "receive: {}", with_causes(error));
 }
 
-/// Fills the memory of what CRIU restores from the directory `restored`, from the images in `round`.
+/// Waits for CRIU, which restores from the directory `restored`, to connect, and makes this process the
+/// filler of a group.
 ///
-/// Writes a line to standard output when CRIU can connect. Reads the [`Catalog`] of the round from standard
-/// input. One more byte there lets it fill all pages; before, it fills only those that a process has faulted
-/// on.
-///
-/// # Errors
-/// [`FillError`]: what CRIU restores is then useless.
-fn run(round: &Path, restored: &Path) -> Result<(), FillError> {
-    // A hang-up of the terminal must not end it. This fails in a session leader, which does not need it.
-    let _ = nix::unistd::setsid();
-    // The last process to be killed when memory runs out. This needs a privilege.
+/// Writes [`LISTENING`] to standard output, a socket that leads to the receiver, when CRIU can connect.
+fn listen(round: &Path, restored: &Path) -> Result<&'static Group, FillError> {
+    group::set_session();
+    // The last processes to be killed when memory runs out. This needs a privilege.
     let _ = fs::write("/proc/self/oom_score_adj", "-1000");
     let dir = File::open(restored).map_err(failed("open", restored))?;
     // By descriptor: the path of a socket has at most 107 bytes.
     let socket = format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd());
     let listener = UnixListener::bind(socket)?;
-    writeln!(io::stdout(), "listening")?;
-    io::stdout().flush()?;
-    let catalog = Catalog::read(&mut io::stdin().lock())?;
-    let images = pending_pages(round, catalog)?.ok_or(FillError::NoStacks)?;
+    let mut receiver = UnixStream::from(io::stdout().as_fd().try_clone_to_owned()?);
+    receiver.write_all(&[LISTENING])?;
     let (criu, _) = listener.accept()?;
-    Filler::new(images, &criu).fill()
+    Ok(Group::start(criu, receiver, round.to_owned())?)
+}
+
+/// Fills all memory, from where an earlier filler process of the group has died, or kills what cannot be
+/// filled. Returns the exit code.
+fn fill(group: &'static Group) -> i32 {
+    if group.is_over() {
+        return 0;
+    }
+    let number = group.begin_filling();
+    // The keepers run: from now on nothing is lost with this process. The receiver may be dead.
+    let _ = (&group.receiver).write_all(&[READY]);
+    let filled = catch_unwind(AssertUnwindSafe(|| try_fill(group, number)));
+    let filled = filled.unwrap_or(Err(FillError::Panicked));
+    let code = match filled {
+        Ok(Filled::All) => {
+            let _ = (&group.receiver).write_all(&[DONE]);
+            0
+        }
+        Ok(Filled::Cancelled) => {
+            end_copy(group);
+            1
+        }
+        Err(error) => {
+            tracing::error!(
+                event = "filler_failed",
+                error = with_causes(&error),
+                "memory cannot be filled: killing the restored process"
+            );
+            end_copy(group);
+            1
+        }
+    };
+    group.end();
+    // At once, and not when the last keeper exits: the kernel makes a process wait that changes its mappings.
+    let holdings = group.journal.holdings().unwrap_or_default();
+    holdings
+        .uffds
+        .into_iter()
+        .for_each(|fd| Uffd::held(fd).close());
+    code
+}
+
+/// How filling ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Filled {
+    /// All memory is filled, or CRIU has given up.
+    All,
+    /// The receiver has cancelled it.
+    Cancelled,
+}
+
+/// Fills all memory. `number` counts the filler processes of the group, from 1.
+fn try_fill(group: &'static Group, number: u64) -> Result<Filled, FillError> {
+    if number > MAX_FILLERS {
+        return Err(FillError::TooManyDeaths);
+    }
+    let catalog = match number {
+        // From the receiver: reading it from the images takes longer.
+        1 => Catalog::read(&mut io::stdin().lock())?,
+        _ => {
+            tracing::warn!(
+                event = "filler_replaced",
+                number,
+                "the filler process died: another one takes over"
+            );
+            // The receiver may still be writing it.
+            io::copy(&mut io::stdin().lock(), &mut io::sink())?;
+            group.close_images()?;
+            Catalog::load(&group.round)?
+        }
+    };
+    let images = pending_pages(&group.round, catalog)?.ok_or(FillError::NoStacks)?;
+    let mut filler = Filler::new(group, images);
+    for entry in group.journal.recover()? {
+        filler.apply(&entry)?;
+    }
+    if number > 1 {
+        // Of these faults only the dead filler process knew.
+        filler
+            .spaces
+            .iter()
+            .for_each(|space| space.uffd().wake_all());
+    }
+    filler.fill()
+}
+
+/// Kills the restored tree, and holds its userfaultfds until nothing is left that could read zeros. What is
+/// not a descendant of its root any more waits when it touches a missing page.
+fn end_copy(group: &Group) {
+    let (mut criu, mut receiver) = (Peer::Open, Peer::Open);
+    while let Err(error) = try_end_copy(group, &mut criu, &mut receiver) {
+        report(&error);
+        sleep(RETRY_DELAY);
+    }
+}
+
+fn try_end_copy(group: &Group, criu: &mut Peer, receiver: &mut Peer) -> io::Result<()> {
+    loop {
+        let holdings = group.journal.holdings()?;
+        if let Some(root) = holdings.root {
+            kill_copy(root, &mut Vec::new());
+        }
+        let lives = |&fd: &RawFd| Uffd::held(fd).is_alive();
+        if *criu == Peer::Closed && !holdings.uffds.iter().any(lives) {
+            return Ok(());
+        }
+        // CRIU may still send userfaultfds, and the receiver the root.
+        let mut fds = [
+            PollFd::new(group.criu.as_fd(), criu.events()),
+            PollFd::new(group.receiver.as_fd(), receiver.events()),
+        ];
+        poll(&mut fds, GONE_POLL_MS)?;
+        let [from_criu, from_receiver] = fds.map(|fd| fd.any() == Some(true));
+        if *criu == Peer::Open
+            && from_criu
+            && group.receive_from_criu(holdings.awaited)? == Received::End
+        {
+            *criu = Peer::Closed;
+        }
+        if *receiver == Peer::Open
+            && from_receiver
+            && group.receive_from_receiver()? == Received::End
+        {
+            *receiver = Peer::Closed;
+        }
+    }
 }
 
 /// State of the filler process.
-struct Filler<'a> {
+struct Filler {
+    group: &'static Group,
     images: BTreeMap<i32, PendingPages>,
-    criu: &'a UnixStream,
     /// State of the connection to CRIU.
     restoring: Peer,
-    /// State of the pipe from the receiver.
+    /// State of the connection to the receiver.
     receiver: Peer,
-    /// Whether pages may be filled that no process has faulted on.
-    may_fill: bool,
+    /// The receiver's message that pages may be filled that no process has faulted on.
+    start: Option<Entry>,
+    /// Whether the receiver has cancelled it.
+    is_cancelled: bool,
+    /// PID that CRIU has sent, and whose userfaultfd follows.
+    awaited: Option<i32>,
     /// Whether CRIU has reported that all processes are restored.
     finished: bool,
     spaces: Vec<AddressSpace>,
     /// Index of the address space that was filled last.
     turn: usize,
     buffer: Vec<u8>,
+    /// Length of the journal at which it is rewritten, entries.
+    rewrite_at: u64,
 }
 
 /// State of a peer.
@@ -138,73 +323,94 @@ impl Peer {
 /// Descriptors that are ready.
 struct Ready {
     criu: bool,
-    stdin: bool,
+    receiver: bool,
     /// One for each address space.
     spaces: Vec<bool>,
 }
 
-impl<'a> Filler<'a> {
-    fn new(images: BTreeMap<i32, PendingPages>, criu: &'a UnixStream) -> Self {
+impl Filler {
+    fn new(group: &'static Group, images: BTreeMap<i32, PendingPages>) -> Self {
         Self {
+            group,
             images,
-            criu,
             restoring: Peer::Open,
             receiver: Peer::Open,
-            may_fill: false,
+            start: None,
+            is_cancelled: false,
+            awaited: None,
             finished: false,
             spaces: Vec::new(),
             turn: 0,
             buffer: vec![0; (CHUNK * PAGE_SIZE) as usize],
+            rewrite_at: group.journal.len() + JOURNAL_GROWTH,
         }
     }
 
     /// Fills until all memory is complete, or CRIU gives up.
-    fn fill(&mut self) -> Result<(), FillError> {
+    fn fill(&mut self) -> Result<Filled, FillError> {
+        let mut checked = Instant::now();
         while !self.is_over() {
+            if checked.elapsed() >= CHECK_INTERVAL {
+                self.group.check_keepers();
+                checked = Instant::now();
+            }
             let Some(ready) = self.poll()? else {
                 continue;
             };
             self.take_events(&ready.spaces)?;
             if self.restoring == Peer::Open && ready.criu {
-                self.read_from_criu()?;
-            }
-            if self.receiver == Peer::Open && ready.stdin {
-                match io::stdin().lock().read(&mut [0])? {
-                    0 => self.receiver = Peer::Closed,
-                    _ => self.may_fill = true,
+                match self.group.receive_from_criu(self.awaited)? {
+                    Received::Message(entry) => self.apply(&entry)?,
+                    Received::Nothing => {}
+                    Received::End => self.restoring = Peer::Closed,
                 }
+            }
+            if self.receiver == Peer::Open && ready.receiver {
+                match self.group.receive_from_receiver()? {
+                    Received::Message(entry) => self.apply(&entry)?,
+                    Received::Nothing => {}
+                    Received::End => self.receiver = Peer::Closed,
+                }
+            }
+            if self.is_cancelled {
+                return Ok(Filled::Cancelled);
             }
             for space in &mut self.spaces {
                 space.resolve_faults(&mut self.buffer)?;
             }
-            if self.may_fill && !self.spaces.is_empty() {
+            if self.may_fill() && !self.spaces.is_empty() {
                 self.turn = (self.turn + 1) % self.spaces.len();
                 self.spaces[self.turn].fill_some(&mut self.buffer)?;
             }
-            self.spaces.retain(|space| !space.is_gone());
+            self.close_gone();
+            self.rewrite_journal()?;
         }
-        Ok(())
+        Ok(Filled::All)
+    }
+
+    /// Returns whether pages may be filled that no process has faulted on.
+    fn may_fill(&self) -> bool {
+        self.start.is_some() || self.finished
     }
 
     fn is_over(&self) -> bool {
         let closed = self.restoring == Peer::Closed;
         let restored = self.finished || closed;
         // If CRIU closes before anything may be filled, it has given up, and undoes what it has restored.
-        restored && self.spaces.iter().all(AddressSpace::is_complete) || closed && !self.may_fill
+        restored && self.spaces.iter().all(AddressSpace::is_complete) || closed && !self.may_fill()
     }
 
     /// Waits until there is something to do. Returns `None` if that was interrupted by a signal.
     fn poll(&self) -> io::Result<Option<Ready>> {
         let has_work =
-            |space: &AddressSpace| space.has_faults() || self.may_fill && !space.is_complete();
+            |space: &AddressSpace| space.has_faults() || self.may_fill() && !space.is_complete();
         let timeout = match self.spaces.iter().any(has_work) {
             true => PollTimeout::ZERO,
-            false => PollTimeout::NONE,
+            false => CHECK_INTERVAL.try_into().expect("it is short"),
         };
-        let stdin = io::stdin();
         let mut fds = vec![
-            PollFd::new(self.criu.as_fd(), self.restoring.events()),
-            PollFd::new(stdin.as_fd(), self.receiver.events()),
+            PollFd::new(self.group.criu.as_fd(), self.restoring.events()),
+            PollFd::new(self.group.receiver.as_fd(), self.receiver.events()),
         ];
         let uffds = self.spaces.iter().map(AsFd::as_fd);
         fds.extend(uffds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
@@ -215,49 +421,106 @@ impl<'a> Filler<'a> {
         let is_ready = |fd: &PollFd<'_>| fd.any() == Some(true);
         Ok(Some(Ready {
             criu: is_ready(&fds[0]),
-            stdin: is_ready(&fds[1]),
+            receiver: is_ready(&fds[1]),
             spaces: fds[2..].iter().map(is_ready).collect(),
         }))
     }
 
-    /// Takes the events of all address spaces that have some, and adds those of forked children.
+    /// Takes events of all address spaces that have some.
     fn take_events(&mut self, ready: &[bool]) -> Result<(), FillError> {
-        let mut children = Vec::new();
-        for (space, _) in self.spaces.iter_mut().zip(ready).filter(|it| *it.1) {
-            children.extend(space.take_events()?);
+        for number in (0..ready.len()).filter(|&number| ready[number]) {
+            for _ in 0..EVENTS_MAX {
+                let uffd = self.spaces[number].uffd();
+                let source = Source::Event(uffd.number());
+                match self.group.journal.receive(source, |to| uffd.read(to))? {
+                    Received::Message(entry) => self.apply(&entry)?,
+                    Received::Nothing | Received::End => break,
+                }
+            }
         }
-        self.spaces.extend(children);
         Ok(())
     }
 
-    /// Reads one message of CRIU's: the PID of a process, which its userfaultfd follows, or that all are
-    /// restored.
-    fn read_from_criu(&mut self) -> Result<(), FillError> {
-        let mut criu = self.criu;
-        let mut word = [0; 4];
-        if criu.read(&mut word[..1])? == 0 {
-            self.restoring = Peer::Closed;
+    /// Does what an entry of the journal says, whether it was received just now or by an earlier filler
+    /// process.
+    fn apply(&mut self, entry: &Entry) -> Result<(), FillError> {
+        let [one, two, three, _] = entry.message;
+        let damaged = || io::Error::other("the journal is damaged");
+        match entry.source {
+            Source::Criu => match entry.criu_report() {
+                CriuReport::Finished => self.finished = true,
+                CriuReport::Exited => {}
+                CriuReport::Process(pid) => self.awaited = Some(pid),
+            },
+            Source::CriuFd(pid) => {
+                self.awaited = None;
+                let missing = || io::Error::other("CRIU sent no userfaultfd");
+                let fd = received_fd(entry.message).ok_or_else(missing)?;
+                let space = AddressSpace::new(fd, &self.group.journal, pid, self.image(pid)?);
+                self.spaces.push(space);
+            }
+            Source::Receiver if one == CANCEL => self.is_cancelled = true,
+            Source::Receiver => self.start = Some(*entry),
+            Source::Event(fd) => {
+                let event = Event::parse(entry.message)?;
+                let child = self.space(fd)?.apply(event);
+                self.spaces.extend(child);
+            }
+            Source::Closed(fd) => self.spaces.retain(|space| space.uffd().number() != fd),
+            Source::Space(fd) => {
+                let pid = (one as u32).cast_signed();
+                let space = AddressSpace::filled(fd, &self.group.journal, pid, self.image(pid)?);
+                self.spaces.push(space);
+            }
+            Source::Piece(fd) => {
+                let range = PageRange::from_bounds(one, two).ok_or_else(damaged)?;
+                self.space(fd)?.add_missing(range, three);
+            }
+            Source::Filled(fd) => {
+                let range = PageRange::from_bounds(one, two).ok_or_else(damaged)?;
+                self.space(fd)?.remove_missing(range);
+            }
+        }
+        Ok(())
+    }
+
+    fn image(&self, pid: i32) -> io::Result<&PendingPages> {
+        let unknown = || format!("CRIU restores process {pid}, which has no image");
+        let image = self.images.get(&pid);
+        image.ok_or_else(|| io::Error::other(unknown()))
+    }
+
+    fn space(&mut self, fd: RawFd) -> io::Result<&mut AddressSpace> {
+        let mut spaces = self.spaces.iter_mut();
+        let space = spaces.find(|space| space.uffd().number() == fd);
+        space.ok_or_else(|| io::Error::other("the journal is damaged"))
+    }
+
+    /// Closes the userfaultfds of processes that have exited. The journal has it first: the number of a
+    /// closed descriptor is soon that of another.
+    fn close_gone(&mut self) {
+        for space in self.spaces.extract_if(.., |space| space.is_gone()) {
+            let source = Source::Closed(space.uffd().number());
+            let message = [0; 4];
+            self.group.journal.append(Entry { source, message });
+            space.into_uffd().close();
+        }
+    }
+
+    /// Rewrites the journal if it has become long: a process may change its mappings for as long as it likes.
+    fn rewrite_journal(&mut self) -> io::Result<()> {
+        let journal = &self.group.journal;
+        if journal.len() < self.rewrite_at {
             return Ok(());
         }
-        criu.read_exact(&mut word[1..])?;
-        let pid = match i32::from_le_bytes(word) {
-            FINISHED => {
-                (self.may_fill, self.finished) = (true, true);
-                return Ok(());
-            }
-            // A process that had exited, and has no memory.
-            ..=0 => return Ok(()),
-            pid => pid,
-        };
-        let received = fdpass::recv(criu.as_fd(), &mut [0])?;
-        let fd = received.and_then(|(_, fd)| fd);
-        let fd = fd.ok_or_else(|| io::Error::other("CRIU sent no userfaultfd"))?;
-        let Some(pending) = self.images.get(&pid) else {
-            let what = format!("CRIU restores process {pid}, which has no image");
-            return Err(io::Error::other(what).into());
-        };
-        self.spaces
-            .push(AddressSpace::new(Uffd::after_handshake(fd), pending));
+        let reports = [
+            self.awaited.map(CriuReport::Process),
+            self.finished.then_some(CriuReport::Finished),
+        ];
+        let reports = reports.into_iter().flatten().map(Entry::from_criu);
+        let spaces = self.spaces.iter().flat_map(AddressSpace::entries);
+        journal.replace(reports.chain(self.start).chain(spaces))?;
+        self.rewrite_at = 2 * journal.len() + JOURNAL_GROWTH;
         Ok(())
     }
 }
