@@ -3,7 +3,8 @@
 //! sender is also the page server of this dump, so the dump cannot succeed without the sender.
 //!
 //! CRIU finds pages in two ways, `PAGEMAP_SCAN` on the pagemap of a process and `SEEK_DATA` on a shared
-//! segment. Both return no pages here.
+//! segment. Both return no pages here. CRIU also finds guard regions with `PAGEMAP_SCAN`, which are state of the
+//! mappings: those are returned.
 //!
 //! The library also notifies the sender when the whole tree is stopped, that is, when CRIU opens the first
 //! `smaps`, before CRIU's own code is in any process. The sender then lists the mappings, and CRIU waits for
@@ -39,7 +40,10 @@ const IOCTL: c_long = 16;
 #[cfg(target_arch = "aarch64")]
 const IOCTL: c_long = 29;
 
-/// The first fields of `struct pm_scan_arg`.
+/// Category of pages in guard regions (Linux 6.15).
+const PAGE_IS_GUARD: u64 = 1 << 8;
+
+/// `struct pm_scan_arg`, without its last field.
 #[repr(C)]
 struct ScanArg {
     size: u64,
@@ -47,6 +51,19 @@ struct ScanArg {
     start: u64,
     end: u64,
     walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+}
+
+impl ScanArg {
+    /// Whether the scan is for guard regions.
+    fn wants_guards(&self) -> bool {
+        self.category_mask & !self.category_inverted & PAGE_IS_GUARD != 0
+    }
 }
 
 unsafe extern "C" {
@@ -178,7 +195,7 @@ pub unsafe extern "C" fn ioctl(fd: c_int, request: c_ulong, argument: *mut c_voi
         // SAFETY: with this request, the argument points to such a structure.
         let scan = unsafe { &mut *argument.cast::<ScanArg>() };
         // A scan of an empty range only checks whether the kernel supports the request.
-        if scan.start != scan.end {
+        if scan.start != scan.end && !scan.wants_guards() {
             scan.walk_end = scan.end;
             return 0;
         }

@@ -141,6 +141,11 @@ fn of_migration(error: &MigrateError) -> Advice {
         MigrateError::Sink(error) => of_sink(error),
         MigrateError::Handover(error) => of_handover(error),
         MigrateError::HandoversLost(_) => advice(Exit::Failed, RECEIVER_LOG),
+        MigrateError::Guards(_) => advice(
+            Exit::Failed,
+            "the target runs; use CRIU 4.2 or later here and at the receiver (`--criu PATH`)",
+        ),
+        MigrateError::NoGuards(error) => of_io(error, MAY_NOT_READ),
         MigrateError::Uptime(_) => advice(Exit::Failed, TARGET_RUNS),
     }
 }
@@ -596,10 +601,16 @@ mod tests {
         ] {
             assert_advised(vec![(MigrateError::Handover(error).into(), expected)]);
         }
-        assert_advised(vec![(
-            MigrateError::HandoversLost(5).into(),
-            (Exit::Failed, TARGET_RUNS),
-        )]);
+        assert_advised(vec![
+            (
+                MigrateError::Guards(7).into(),
+                (Exit::Failed, "CRIU 4.2 or later"),
+            ),
+            (
+                MigrateError::HandoversLost(5).into(),
+                (Exit::Failed, TARGET_RUNS),
+            ),
+        ]);
     }
 
     #[test]

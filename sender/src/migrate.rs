@@ -3,12 +3,13 @@
 use crate::converge::{self, Limits, Next, Why};
 use crate::copy::stream::StreamError;
 use crate::copy::{CollectError, Pass, SendError};
-use crate::freeze::{FreezeError, Then, check_signal_permission};
+use crate::freeze::{FreezeError, Then, check_signal_permission, process_list};
 use crate::handover::{Handover, HandoverError};
 use crate::recorder::{Recorder, Round};
 use crate::report::{Kind, Report};
 use crate::sink::{PageSink, Receipt, SinkError};
 use crate::sys::sched::RealtimePriority;
+use crate::target::guards::first_with_guards;
 use pageferry_common::proc::uptime;
 use pageferry_common::wire::RoundKind;
 use pageferry_common::with_causes;
@@ -45,6 +46,12 @@ pub enum MigrateError {
     /// The connection was lost in every hand-over.
     #[error("the connection was lost in {0} hand-overs")]
     HandoversLost(u32),
+    /// The target has guard regions, and CRIU is too old to keep them.
+    #[error("process {0} has guard regions, which CRIU before 4.2 loses")]
+    Guards(i32),
+    /// The target could not be searched for guard regions.
+    #[error("cannot look for guard regions")]
+    NoGuards(#[source] io::Error),
     /// The uptime of the host could not be read.
     #[error("cannot read /proc/uptime")]
     Uptime(#[source] io::Error),
@@ -95,6 +102,7 @@ pub fn migrate(plan: &Plan, parts: Parts<'_>, report: &mut Report) -> Result<(),
     let began = Instant::now();
     if let Some(handover) = &plan.handover {
         handover.check_files(plan.root, parts.sink)?;
+        check_guards(plan.root, handover)?;
     }
     let recorder = Recorder::new(report, parts.progress);
     let mut migration = Migration {
@@ -257,6 +265,7 @@ impl<'a> Migration<'a, '_> {
     /// Hands the target over, with the rounds that are sent while it is frozen.
     fn hand_over(&mut self, handover: &Handover, first: u32) -> Result<Success, MigrateError> {
         let root = self.plan.root;
+        check_guards(root, handover)?;
         self.parts.sink.prepare()?;
         self.parts.copier.survey_host();
         let done = self
@@ -309,6 +318,18 @@ impl<'a> Migration<'a, '_> {
         }
         self.recorder.observe(round, copier.pending_pages(*tracker));
         Ok(())
+    }
+}
+
+/// Checks that CRIU keeps the guard regions of the target, if it has any.
+fn check_guards(root: i32, handover: &Handover) -> Result<(), MigrateError> {
+    if handover.criu.keeps_guards() {
+        return Ok(());
+    }
+    let pids = process_list(root).into_iter().map(|process| process.pid);
+    match first_with_guards(pids).map_err(MigrateError::NoGuards)? {
+        Some(pid) => Err(MigrateError::Guards(pid)),
+        None => Ok(()),
     }
 }
 

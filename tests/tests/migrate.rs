@@ -4,7 +4,7 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_tests::copies::{one_copy_with_stopped, the_only_copy};
-use pageferry_tests::criu::Criu;
+use pageferry_tests::criu::{Criu, skip};
 use pageferry_tests::daemon::{Daemon, until};
 use pageferry_tests::host::Host;
 use pageferry_tests::huge::HugePages;
@@ -116,6 +116,31 @@ fn processes_of_every_kind_move() {
         for how in ["--restore=eager", "--restore=lazy"] {
             assert_moved(&criu, "hugetlb=4 heap=4 dirty=20", how, &[]);
         }
+    }
+}
+
+/// CRIU before 4.2 does not know guard regions.
+#[test]
+fn guard_regions_move_or_the_move_is_refused() {
+    const FEATURES: &str = "guard=1 heap=4 children=1 dirty=20";
+    for criu in Criu::all("guard regions") {
+        let mut victim = Victim::detached(FEATURES);
+        if !victim.skipped().is_empty() {
+            skip("guard regions", &victim.skipped().join(", "));
+            return;
+        }
+        if criu.version() >= (4, 2) {
+            drop(victim);
+            for how in ["--restore=eager", "--restore=lazy"] {
+                assert_moved(&criu, FEATURES, how, &[]);
+            }
+            continue;
+        }
+        let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
+        let receiver = restoring(&host, &criu, "0", dir.path());
+        let refused = migrate(&criu, receiver.address(), victim.pid(), &[]).finish();
+        refused.assert_failed(1, &["guard regions", "CRIU 4.2 or later"]);
+        victim.check().unwrap();
     }
 }
 

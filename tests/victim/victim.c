@@ -451,6 +451,19 @@ static bool look_at_hole(const struct region *r, size_t page)
 	return !r->shared && r->stride != 2 && (r->stride != 7 || page % 64 == 3);
 }
 
+/* An access to a guard region is a fault, which a system call reports. */
+static int guard_pipe[2];
+
+static bool is_guarded(const void *at)
+{
+	char byte;
+	if (write(guard_pipe[1], at, 1) == 1) {
+		(void)!read(guard_pipe[0], &byte, 1);
+		return false;
+	}
+	return errno == EFAULT;
+}
+
 static void check_region(struct region *r, struct reply *reply)
 {
 	uint64_t want[WORDS], got[WORDS];
@@ -461,6 +474,8 @@ static void check_region(struct region *r, struct reply *reply)
 			mprotect(r->addr, r->pages * PAGE, PROT_READ);
 		for (size_t n = 0; n < BATCH && page < r->pages; n++, page++) {
 			struct version v = r->model->page[page];
+			if (v.version == GUARD && !is_guarded(r->addr + page * PAGE))
+				mismatch(reply, r, page, 0);
 			if (v.version == GUARD || (!v.version && !v.patch && !look_at_hole(r, page)))
 				continue;
 			const void *at = r->addr ? r->addr + page * PAGE : (void *)got;
@@ -788,6 +803,8 @@ static void f_guard(const char *a)
 {
 	struct region *r = add_plain("guard", bytes_of(a));
 	r->plain = false;
+	if (pipe2(guard_pipe, O_CLOEXEC))
+		die("guard");
 	for (size_t page = 5; page < r->pages; page += 8) {
 		if (madvise(r->addr + page * PAGE, PAGE, MADV_GUARD_INSTALL)) {
 			skip("guard");

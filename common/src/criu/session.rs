@@ -30,6 +30,9 @@ use std::sync::Arc;
 /// Oldest supported version, major and minor.
 const OLDEST: (i32, i32) = (4, 1);
 
+/// Oldest version that dumps and restores guard regions, major and minor.
+const KEEPS_GUARDS: (i32, i32) = (4, 2);
+
 /// Longest time that CRIU may take to freeze a tree, s. Threads that it has stopped already stay stopped
 /// meanwhile.
 const FREEZE_TIMEOUT: u32 = 3;
@@ -44,6 +47,8 @@ const NETWORK_LOCK_NFTABLES: i32 = 2;
 #[derive(Debug, Clone)]
 pub struct Criu {
     path: PathBuf,
+    /// Its version, major and minor.
+    version: (i32, i32),
     /// How it locks TCP connections; `None` for its default.
     network_lock: Option<i32>,
     /// Memfd with its configuration file: the options that are passed through.
@@ -90,6 +95,7 @@ impl Criu {
         match query() {
             Ok(Version { major, minor }) if (major, minor) >= OLDEST => Ok(Self {
                 path,
+                version: (major, minor),
                 network_lock: None,
                 config: None,
             }),
@@ -99,6 +105,12 @@ impl Criu {
             }
             Err(source) => Err(CriuError::Unusable { path, source }),
         }
+    }
+
+    /// Returns whether CRIU dumps and restores guard regions (`MADV_GUARD_INSTALL`).
+    #[must_use]
+    pub fn keeps_guards(&self) -> bool {
+        self.version >= KEEPS_GUARDS
     }
 
     /// Returns whether CRIU and the kernel support a lazy restore.

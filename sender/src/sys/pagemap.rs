@@ -23,6 +23,8 @@ pub const SWAPPED: u64 = 1 << 4;
 pub const PFNZERO: u64 = 1 << 5;
 /// The page was written since the soft-dirty bits were last cleared.
 pub const SOFT_DIRTY: u64 = 1 << 7;
+/// The page is in a guard region (Linux 6.15).
+pub const GUARD: u64 = 1 << 8;
 
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -233,7 +235,10 @@ pub fn is_populated(pagemap: &File, address: u64) -> io::Result<bool> {
 
 /// Returns whether the pagemap distinguishes guard regions from pages in swap, if the kernel has any: Linux
 /// 6.13 and 6.14 have them and do not.
-fn reports_guards() -> io::Result<bool> {
+///
+/// # Errors
+/// Errors of mapping a page, and of reading the pagemap.
+pub fn reports_guards() -> io::Result<bool> {
     let page = Mapping::private_page()?;
     match page.make_guard() {
         Ok(()) => {

@@ -2,6 +2,7 @@
 
 pub mod descriptors;
 pub mod files;
+pub mod guards;
 pub mod process;
 pub mod segment;
 pub mod sharing;
