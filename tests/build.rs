@@ -1,5 +1,5 @@
-//! Compiles the victim, and a library that is preloaded into `send`: in C, because they must do what safe Rust
-//! cannot.
+//! Compiles the programs that tests send, and a library that is preloaded into `send`: in C, because they must do
+//! what safe Rust cannot.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,9 +10,11 @@ fn main() {
     let flags = ["-O2", "-g", "-Wall", "-Wextra"];
     let program = ["-std=c11", "-pthread"];
     // A static program starts faster and is identical on every machine where it is restored.
-    let built = compile("victim", &[&flags[..], &program, &["-static"]].concat())
-        || compile("victim", &[&flags[..], &program].concat());
-    assert!(built, "the C compiler cannot compile victim.c");
+    for name in ["victim", "hostile"] {
+        let built = compile(name, &[&flags[..], &program, &["-static"]].concat())
+            || compile(name, &[&flags[..], &program].concat());
+        assert!(built, "the C compiler cannot compile {name}.c");
+    }
     let library = compile(
         "force_ptrace",
         &[&flags[..], &["-shared", "-fPIC"]].concat(),

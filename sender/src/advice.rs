@@ -167,6 +167,7 @@ fn of_handover(error: &HandoverError) -> Advice {
             advice(Exit::InDoubt, "")
         }
         HandoverError::Hold(error) => of_hold(error),
+        HandoverError::Tree(error) => of_tree(error),
         HandoverError::CriuFinishedEarly => advice(Exit::Failed, CRIU_KILLED_TARGET),
         HandoverError::CannotFreeze(_)
         | HandoverError::CriuFailed(_)
@@ -212,6 +213,7 @@ fn of_resolve(error: &ResolveError) -> Advice {
 fn of_freeze(error: &FreezeError) -> Advice {
     match error {
         FreezeError::Freezer(_) => advice(Exit::Failed, TARGET_RUNS),
+        FreezeError::Interrupted => advice(Exit::Interrupted, TARGET_RUNS),
         FreezeError::Tree(error) => of_tree(error),
     }
 }
@@ -222,6 +224,10 @@ fn of_tree(error: &TreeError) -> Advice {
         TreeError::Traced { .. } => advice(
             Exit::Failed,
             "a process can have one tracer at a time: detach the other first",
+        ),
+        TreeError::Paused { .. } => advice(
+            Exit::Failed,
+            "resume it first (docker unpause, podman unpause, or write 0 to its cgroup.freeze)",
         ),
         TreeError::NotPermitted(_) => advice(Exit::NotPermitted, MAY_NOT_TRACE),
         TreeError::MayNotSignal(_) => advice(Exit::NotPermitted, MAY_NOT_SIGNAL),

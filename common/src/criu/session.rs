@@ -26,6 +26,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Oldest supported version, major and minor.
 const OLDEST: (i32, i32) = (4, 1);
@@ -350,6 +351,30 @@ impl CriuSession {
         self.socket.as_fd()
     }
 
+    /// Closes the connection: CRIU aborts what it is doing, and exits.
+    pub fn close(&self) {
+        // Also for the duplicate that outlives this program. It fails if CRIU has exited.
+        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+    }
+
+    /// Kills CRIU.
+    pub fn kill(&mut self) {
+        // It may have exited.
+        let _ = self.child.kill();
+    }
+
+    /// Waits for at most `timeout` until CRIU has exited. Returns whether it has.
+    #[must_use]
+    pub fn has_exited(&self, timeout: Duration) -> bool {
+        is_readable(self.pidfd.as_fd(), timeout)
+    }
+
+    /// Waits for at most `timeout` until [`CriuSession::event`] does not block. Returns whether that is so.
+    #[must_use]
+    pub fn has_event(&self, timeout: Duration) -> bool {
+        is_readable(self.fd(), timeout)
+    }
+
     /// Waits until CRIU has exited, without ending what it is doing.
     pub fn detach(mut self) {
         // An error means that it has exited.
@@ -436,11 +461,16 @@ impl CriuSession {
 
 impl Drop for CriuSession {
     fn drop(&mut self) {
-        // Also for the duplicate that outlives this program. It fails if CRIU has exited.
-        let _ = shutdown(self.socket.as_raw_fd(), Shutdown::Both);
+        self.close();
         // CRIU undoes what it has done, and exits.
         let _ = self.child.wait();
     }
+}
+
+/// Waits for at most `timeout` until a descriptor is readable. Returns whether it is.
+fn is_readable(fd: BorrowedFd<'_>, timeout: Duration) -> bool {
+    let timeout = PollTimeout::try_from(timeout).unwrap_or(PollTimeout::MAX);
+    poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout).is_ok_and(|ready| ready > 0)
 }
 
 #[cfg(test)]

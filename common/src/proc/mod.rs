@@ -6,6 +6,7 @@
 
 pub mod boot;
 pub mod capabilities;
+pub mod cgroup;
 pub mod maps;
 pub mod meminfo;
 pub mod process;

@@ -1,6 +1,7 @@
 //! The freezer process: the tracer, with a single thread, which takes requests over a socket.
 
 use super::procs::{self, TreeError};
+use super::stops::Stops;
 use super::{FrozenProcess, MESSAGE_MAX, Reply, Request, Then, inject};
 use crate::sys::ptrace::{self, Stop, Tid};
 use crate::sys::sched::RealtimePriority;
@@ -434,7 +435,11 @@ impl Freezer<'_> {
         let tid = self
             .stopped_thread_of(pid)
             .ok_or_else(|| io::Error::other("it has no stopped thread"))?;
-        inject::userfaultfd(pid, tid)
+        let stops = Stops {
+            signals: &self.signals,
+            socket: self.socket,
+        };
+        inject::userfaultfd(pid, tid, stops)
     }
 
     /// Copies a prefix of `range` of the memory of a process to a file. Returns its length in bytes.

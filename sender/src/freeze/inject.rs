@@ -4,23 +4,40 @@
 //! already has, in its vDSO. The registers are restored while the thread is in the same kind of stop as
 //! before, *inside the signal handling of the kernel*: only there does the kernel restart a system call that
 //! the stop interrupted.
+//!
+//! The thread is not trusted to execute what it was given: a process outside the tree may share its memory, and
+//! change its vDSO. At the entry of the call it is checked that it is the intended one, only then are seccomp
+//! filters suspended, and at its exit they apply again. Every wait has a deadline, at which the thread is
+//! interrupted and restored.
 
-use crate::sys::ptrace::{self, Stop, Tid};
+use super::stops::{OnDeadSender, Stops};
+use crate::sys::ptrace::{self, Seccomp, Stop, Tid};
 use pageferry_common::proc::maps;
 use pageferry_common::sys::pidfd;
 use pageferry_common::sys::uffd;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Maximum time for an injected system call. It does not block; only a thread that is kept from running, or
+/// executes something else, takes longer.
+const CALL_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Maximum time for an interrupted thread to stop, so that it can be restored.
+const RESTORE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The instruction `syscall`.
+const SYSCALL: [u8; 2] = [0x0f, 0x05];
 
 /// Creates a userfaultfd in process `pid` with its stopped thread `tid`, duplicates it into this process, and
 /// closes it in the target. Every thread of the process must be stopped, so that none sees the descriptor.
 ///
 /// # Errors
 /// The reason why this process cannot have a userfaultfd; the process is unchanged then.
-pub(super) fn userfaultfd(pid: i32, tid: Tid) -> io::Result<OwnedFd> {
+pub(super) fn userfaultfd(pid: i32, tid: Tid, stops: Stops<'_>) -> io::Result<OwnedFd> {
     let pidfd = pidfd::open(pid)?;
-    let mut thread = BorrowedThread::take(pid, tid)?;
+    let mut thread = BorrowedThread::take(pid, tid, stops)?;
     let created = thread
         .call(libc::SYS_userfaultfd, uffd::CREATE_FLAGS)
         .and_then(|fd| {
@@ -33,9 +50,12 @@ pub(super) fn userfaultfd(pid: i32, tid: Tid) -> io::Result<OwnedFd> {
 }
 
 /// A stopped thread whose registers and signal mask were saved. Restores them when dropped.
-struct BorrowedThread {
+struct BorrowedThread<'a> {
     pid: i32,
     tid: Tid,
+    stops: Stops<'a>,
+    at: At,
+    has_filter: bool,
     registers: libc::user_regs_struct,
     mask: u64,
     /// Address of a `syscall` instruction.
@@ -45,10 +65,21 @@ struct BorrowedThread {
     is_restored: bool,
 }
 
-impl BorrowedThread {
+/// Where a borrowed thread is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// Stopped.
+    Stop,
+    /// Stopped at the entry of a system call, which it makes when it is resumed.
+    Entry,
+    /// Resumed.
+    Running,
+}
+
+impl<'a> BorrowedThread<'a> {
     /// Saves the registers and the signal mask of a stopped thread, and blocks all signals.
     #[cfg(target_arch = "x86_64")]
-    fn take(pid: i32, tid: Tid) -> io::Result<Self> {
+    fn take(pid: i32, tid: Tid, stops: Stops<'a>) -> io::Result<Self> {
         const USER_CS: u64 = 0x33;
         let mut registers = ptrace::registers(tid)?;
         if registers.cs != USER_CS {
@@ -62,10 +93,11 @@ impl BorrowedThread {
             registers.rip = abort;
         }
         let seccomp = super::procs::status_number(tid, "Seccomp");
-        if seccomp.is_some_and(|mode| mode != 0) {
-            ptrace::suspend_seccomp(tid).map_err(|error| {
-                io::Error::other(format!("its seccomp filter cannot be suspended: {error}"))
-            })?;
+        let has_filter = seccomp.is_some_and(|mode| mode != 0);
+        if has_filter {
+            // Tried here, where nothing has to be undone if it is not permitted.
+            set_seccomp(tid, Seccomp::Suspended)?;
+            set_seccomp(tid, Seccomp::Applies)?;
         }
         let mask = ptrace::signal_mask(tid)?;
         // No signal handler may run with the changed registers.
@@ -73,6 +105,9 @@ impl BorrowedThread {
         Ok(Self {
             pid,
             tid,
+            stops,
+            at: At::Stop,
+            has_filter,
             registers,
             mask,
             syscall,
@@ -82,7 +117,7 @@ impl BorrowedThread {
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    fn take(_: i32, _: Tid) -> io::Result<Self> {
+    fn take(_: i32, _: Tid, _: Stops<'a>) -> io::Result<Self> {
         Err(io::Error::other(
             "system calls in the target are implemented for x86-64 only",
         ))
@@ -99,16 +134,40 @@ impl BorrowedThread {
             ..self.registers
         };
         ptrace::set_registers(self.tid, &registers)?;
-        for _entry_then_exit in 0..2 {
-            ptrace::resume_to_syscall(self.tid)?;
-            while self.next_stop()? != Stop::Syscall {
-                ptrace::resume_to_syscall(self.tid)?;
-            }
+        let deadline = Instant::now() + CALL_TIMEOUT;
+        self.run_to_syscall(deadline)?;
+        self.at = At::Entry;
+        let entered = ptrace::registers(self.tid)?;
+        let intended = (number as u64, argument, self.syscall + SYSCALL.len() as u64);
+        if (entered.orig_rax, entered.rdi, entered.rip) != intended {
+            return Err(io::Error::other("its code was changed while it was frozen"));
         }
+        self.set_seccomp(Seccomp::Suspended)?;
+        self.run_to_syscall(deadline)?;
+        self.set_seccomp(Seccomp::Applies)?;
         let result = ptrace::registers(self.tid)?.rax as i64;
         match result {
             -4095..=-1 => Err(io::Error::from_raw_os_error(-result as i32)),
             _ => Ok(result as u64),
+        }
+    }
+
+    /// Resumes the thread up to its next entry to, or exit from, a system call.
+    fn run_to_syscall(&mut self, deadline: Instant) -> io::Result<()> {
+        loop {
+            self.at = At::Running;
+            ptrace::resume_to_syscall(self.tid)?;
+            if self.next_stop(deadline, OnDeadSender::Fail)? == Stop::Syscall {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Suspends the seccomp filters of the thread, or applies them again.
+    fn set_seccomp(&self, seccomp: Seccomp) -> io::Result<()> {
+        match self.has_filter {
+            true => set_seccomp(self.tid, seccomp),
+            false => Ok(()),
         }
     }
 
@@ -119,16 +178,27 @@ impl BorrowedThread {
     /// Restores the registers and the signal mask.
     fn restore(&mut self) -> io::Result<()> {
         self.is_restored = true;
+        let deadline = Instant::now() + RESTORE_TIMEOUT;
         // The thread is stopped at the exit of the injected system call, where the kernel restarts no
         // interrupted call. With an interrupt pending, it stops again before its next instruction, in signal
-        // handling.
-        ptrace::interrupt(self.tid)?;
-        ptrace::resume(self.tid, 0)?;
-        while !matches!(self.next_stop()?, Stop::Event | Stop::Group) {
-            // Any other stop uses up the pending interrupt.
+        // handling. After an error it may be elsewhere, or run.
+        loop {
             ptrace::interrupt(self.tid)?;
-            ptrace::resume(self.tid, 0)?;
+            match self.at {
+                At::Running => {}
+                At::Stop => ptrace::resume(self.tid, 0)?,
+                At::Entry => {
+                    self.skip_call()?;
+                    ptrace::resume(self.tid, 0)?;
+                }
+            }
+            self.at = At::Running;
+            // Any other stop uses up the pending interrupt.
+            if let Stop::Event | Stop::Group = self.next_stop(deadline, OnDeadSender::GoOn)? {
+                break;
+            }
         }
+        self.set_seccomp(Seccomp::Applies)?;
         ptrace::set_registers(self.tid, &self.registers)?;
         ptrace::set_signal_mask(self.tid, self.mask)?;
         for signal in self.postponed.drain(..) {
@@ -137,9 +207,21 @@ impl BorrowedThread {
         Ok(())
     }
 
+    /// Makes the thread, which is at the entry of a system call, make none. A filter could kill it for that.
+    fn skip_call(&self) -> io::Result<()> {
+        self.set_seccomp(Seccomp::Suspended)?;
+        let registers = libc::user_regs_struct {
+            orig_rax: u64::MAX,
+            ..ptrace::registers(self.tid)?
+        };
+        ptrace::set_registers(self.tid, &registers)
+    }
+
     /// Waits for the next stop. Keeps the signal of a signal-delivery stop for later.
-    fn next_stop(&mut self) -> io::Result<Stop> {
-        match ptrace::wait(self.tid)? {
+    fn next_stop(&mut self, deadline: Instant, on_dead_sender: OnDeadSender) -> io::Result<Stop> {
+        let stop = self.stops.wait(self.tid, deadline, on_dead_sender)?;
+        self.at = At::Stop;
+        match stop {
             Stop::Gone => Err(io::Error::from_raw_os_error(libc::ESRCH)),
             Stop::Signal(signal) => {
                 self.postponed.push(signal);
@@ -150,7 +232,7 @@ impl BorrowedThread {
     }
 }
 
-impl Drop for BorrowedThread {
+impl Drop for BorrowedThread<'_> {
     fn drop(&mut self) {
         if !self.is_restored {
             // Reached after an error. It fails only if the thread has exited, which leaves nothing to
@@ -160,9 +242,14 @@ impl Drop for BorrowedThread {
     }
 }
 
+fn set_seccomp(tid: Tid, seccomp: Seccomp) -> io::Result<()> {
+    ptrace::set_seccomp(tid, seccomp).map_err(|error| {
+        io::Error::other(format!("its seccomp filter cannot be suspended: {error}"))
+    })
+}
+
 /// Returns the address of a `syscall` instruction in the vDSO of a process.
 fn syscall_instruction(tid: Tid) -> io::Result<u64> {
-    const SYSCALL: [u8; 2] = [0x0f, 0x05];
     const VDSO_MAX_BYTES: usize = 64 << 10;
     let not_found = || io::Error::other("it has no vDSO with a system call instruction");
     let maps = fs::read(format!("/proc/{tid}/maps"))?;
@@ -215,4 +302,86 @@ fn interrupted_rseq(tid: Tid, ip: u64) -> io::Result<Option<u64>> {
     };
     let (start, length, abort) = (field(8), field(16), field(24));
     Ok((ip.wrapping_sub(start) < length).then_some(abort))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::sys::signal::{SigSet, Signal};
+    use nix::sys::signalfd::{SfdFlags, SignalFd};
+    use pageferry_common::proc::cgroup::v2_mount;
+    use pageferry_common::sys::fdpass;
+    use std::path::{Path, PathBuf};
+    use std::process::{Child, Command};
+
+    /// A process in a cgroup of its own. Dropping it kills the process.
+    struct Pausable {
+        child: Child,
+        cgroup: PathBuf,
+    }
+
+    impl Pausable {
+        fn start() -> Option<Self> {
+            let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+            let name = format!("pageferry-inject-{}", std::process::id());
+            let cgroup = Path::new(v2_mount(&mounts)?).join(name);
+            fs::create_dir(&cgroup).ok()?;
+            let child = Command::new("sleep").arg("1000").spawn().unwrap();
+            let member = child.id().to_string();
+            fs::write(cgroup.join("cgroup.procs"), member).unwrap();
+            Some(Self { child, cgroup })
+        }
+
+        fn set_paused(&self, value: &str) {
+            fs::write(self.cgroup.join("cgroup.freeze"), value).unwrap();
+        }
+    }
+
+    impl Drop for Pausable {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+            let _ = fs::remove_dir(&self.cgroup);
+        }
+    }
+
+    /// It was paused after it was found not to be.
+    #[test]
+    fn call_in_a_paused_process_is_given_up_and_undone() {
+        let Some(process) = Pausable::start() else {
+            eprintln!("skipped: no cgroup can be made");
+            return;
+        };
+        let tid = process.child.id().cast_signed();
+        let mut signals = SigSet::empty();
+        signals.add(Signal::SIGCHLD);
+        signals.thread_block().unwrap();
+        let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_NONBLOCK).unwrap();
+        let (ours, _theirs) = fdpass::pair().unwrap();
+        let stops = Stops {
+            signals: &signals,
+            socket: ours.as_fd(),
+        };
+        let soon = || Instant::now() + RESTORE_TIMEOUT;
+        let stop = || {
+            ptrace::seize(tid).unwrap();
+            ptrace::interrupt(tid).unwrap();
+            let stop = stops.wait(tid, soon(), OnDeadSender::Fail).unwrap();
+            assert_eq!(stop, Stop::Event);
+        };
+        stop();
+        let before = ptrace::registers(tid).unwrap();
+
+        process.set_paused("1");
+        let error = userfaultfd(tid, tid, stops).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+        let after = ptrace::registers(tid).unwrap();
+        assert_eq!((after.rip, after.rsp), (before.rip, before.rsp));
+
+        ptrace::detach(tid).unwrap();
+        process.set_paused("0");
+        stop();
+        drop(userfaultfd(tid, tid, stops).unwrap());
+        ptrace::detach(tid).unwrap();
+    }
 }

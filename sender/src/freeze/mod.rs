@@ -8,14 +8,19 @@
 
 pub mod freezer;
 mod inject;
+mod paused;
 pub mod procs;
+mod stops;
 
+pub use paused::check_not_paused;
 pub use procs::{
     TreeError, are_trace_stopped, check_signal_permission, has_live_thread, process_list,
 };
 
+use crate::sys::signals;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use pageferry_common::sys::fdpass;
+use pageferry_common::sys::{fdpass, pidfd};
 use pageferry_common::{PAGE_SIZE, PageRange};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -24,13 +29,23 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Hidden first argument of `send` that starts the freezer instead of the sender.
 pub const FREEZER_ARG: &str = "__freezer";
 
 /// Maximum length of a message between sender and freezer, in bytes.
 const MESSAGE_MAX: usize = 4096;
+
+/// Maximum time for the freezer to reply. Longer than its own deadlines, at which it undoes what it has done: it
+/// is exceeded only if the kernel does not let it run.
+const REPLY_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Maximum time for the freezer to exit. It restores the target first.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(8);
+
+/// How often the sender checks for signals while it waits for the freezer.
+const POLL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What to do with the tree when it is thawed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -96,6 +111,9 @@ pub enum FreezeError {
     /// The freezer process failed; the kernel has detached the tree, which runs.
     #[error("the freezer process failed")]
     Freezer(#[source] io::Error),
+    /// The sender received SIGINT or SIGTERM.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 /// Handle of the freezer process.
@@ -133,6 +151,7 @@ impl Freezer {
     /// # Errors
     /// [`FreezeError`]; the tree runs then.
     pub fn freeze(&mut self, root: i32) -> Result<Frozen<'_>, FreezeError> {
+        check_not_paused(root)?;
         self.send(&Request::Freeze { root }, None)?;
         let mut processes = Vec::new();
         loop {
@@ -156,6 +175,15 @@ impl Freezer {
     }
 
     fn recv(&self) -> Result<(Reply, Option<OwnedFd>), FreezeError> {
+        let deadline = Instant::now() + REPLY_TIMEOUT;
+        while !is_readable(self.socket(), POLL_INTERVAL).map_err(FreezeError::Freezer)? {
+            if signals::is_interrupted() {
+                return Err(FreezeError::Interrupted);
+            }
+            if Instant::now() > deadline {
+                return Err(FreezeError::Freezer(io::ErrorKind::TimedOut.into()));
+            }
+        }
         let mut buffer = [0; MESSAGE_MAX];
         let mut recv = || {
             let (len, fd) = fdpass::recv(self.socket(), &mut buffer)?
@@ -180,8 +208,23 @@ fn unexpected(reply: &Reply) -> FreezeError {
 impl Drop for Freezer {
     fn drop(&mut self) {
         drop(self.socket.take());
-        // The freezer exits when the socket closes; it only has to be reaped.
+        // The freezer exits when the socket closes. If it does not, the kernel does not let it run: it must not
+        // outlive the sender.
+        let pidfd = pidfd::open(self.child.id().cast_signed());
+        if !pidfd.is_ok_and(|exit| is_readable(exit.as_fd(), EXIT_TIMEOUT).is_ok_and(|it| it)) {
+            let _ = self.child.kill();
+        }
         let _ = self.child.wait();
+    }
+}
+
+/// Waits for at most `timeout` until a descriptor is readable. Returns whether it is.
+fn is_readable(fd: BorrowedFd<'_>, timeout: Duration) -> io::Result<bool> {
+    let timeout = PollTimeout::try_from(timeout).expect("it is short");
+    match poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], timeout) {
+        Ok(ready) => Ok(ready > 0),
+        Err(nix::Error::EINTR) => Ok(false),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -35,6 +35,14 @@ pub enum TreeError {
     /// The tree contains the sender.
     #[error("the tree under process {0} contains this program")]
     OwnTree(i32),
+    /// A process is in a frozen cgroup, for example that of a paused container.
+    #[error("process {pid} is paused: cgroup {cgroup} is frozen")]
+    Paused {
+        /// PID of the process.
+        pid: i32,
+        /// Path of its cgroup.
+        cgroup: String,
+    },
     /// A thread did not stop in time.
     #[error("thread {tid} of process {pid} is in an uninterruptible wait and does not stop")]
     Stuck {

@@ -8,6 +8,7 @@ use super::HandoverError;
 use pageferry_common::PAGE_SIZE;
 use pageferry_common::criu::page_server::{Command, HeaderReader, PageLocation, Width};
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 
@@ -96,6 +97,12 @@ impl DiscardingPageServer {
             left -= now as u64;
         }
         Ok(())
+    }
+
+    /// Closes the connection: CRIU cannot block on it any more.
+    pub(super) fn close(&self) {
+        // It fails if CRIU has closed it.
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 
     /// Confirms all pages; CRIU completes the dump.

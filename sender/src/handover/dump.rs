@@ -5,7 +5,7 @@
 
 use super::discard::{DiscardingPageServer, Pages};
 use super::{Handover, HandoverError, StateDump};
-use crate::freeze::FrozenProcess;
+use crate::freeze::{FrozenProcess, has_live_thread};
 use crate::target::smaps::VmFlags;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
@@ -23,6 +23,13 @@ use std::time::{Duration, Instant};
 
 /// How often the sender checks whether the dump was cancelled.
 pub(super) const CANCEL_POLL_INTERVAL: Duration = Duration::from_millis(100);
+
+/// How long CRIU may take to notice that the target is gone. CRIU 4.1 waits for ever if a process dies while
+/// CRIU's code runs in it.
+const GONE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// When to say that CRIU takes long to undo a dump.
+const LATE: Duration = Duration::from_secs(10);
 
 /// Name of the socket on which the library in CRIU reports that the target has stopped
 /// (`common/preload/dump.rs`), in the directory of images.
@@ -54,7 +61,7 @@ enum Awaited {
 
 /// A dump under way. If it is dropped, CRIU undoes it and the target runs again.
 pub(super) struct Dump {
-    /// Dropped before `session`: that waits for CRIU, which may be blocked writing pages.
+    root: i32,
     pages: DiscardingPageServer,
     /// Listens for the library in CRIU; `None` once the target has stopped.
     stopped: Option<OwnedFd>,
@@ -96,6 +103,7 @@ impl Dump {
             &handover.options,
         )?;
         Ok(Self {
+            root,
             pages: DiscardingPageServer::new(ours),
             stopped,
             flags,
@@ -121,9 +129,15 @@ impl Dump {
         &mut self,
         check: &mut dyn FnMut() -> Result<(), HandoverError>,
     ) -> Result<Next, HandoverError> {
+        let mut gone_since = None;
         loop {
             check()?;
             let ready = self.wait()?;
+            if has_live_thread(self.root, self.root) {
+                gone_since = None;
+            } else if gone_since.get_or_insert_with(Instant::now).elapsed() > GONE_PATIENCE {
+                return Err(HandoverError::TargetGone(self.root));
+            }
             if ready.pages && self.pages.recv()? == Pages::Complete {
                 self.awaited = Awaited::PagesStatus;
                 let at = Instant::now();
@@ -230,12 +244,42 @@ impl Dump {
             Awaited::PagesStatus => self.pages.reject(),
         };
         let undone = replied.and_then(|()| {
-            while let Event::Stage { .. } = self.session.event_or_abort()? {}
-            Ok(())
+            loop {
+                self.await_event();
+                let Event::Stage { .. } = self.session.event_or_abort()? else {
+                    return Ok(());
+                };
+            }
         });
         if let Err(why) = undone {
             // The kernel ends the traces of a CRIU that has exited.
             tracing::debug!(%why, "CRIU exited before it reported that the dump is undone");
+        }
+    }
+
+    /// Waits until CRIU has reported something, or has exited.
+    fn await_event(&mut self) {
+        self.await_criu(|session| {
+            session.has_event(CANCEL_POLL_INTERVAL) || session.has_exited(Duration::ZERO)
+        });
+    }
+
+    /// Waits for CRIU until `done`. If the target is gone, CRIU may wait for it for ever: it is killed, for it
+    /// has nothing to undo.
+    fn await_criu(&mut self, done: impl Fn(&CriuSession) -> bool) {
+        let began = Instant::now();
+        let mut is_late = false;
+        while !done(&self.session) {
+            if !has_live_thread(self.root, self.root) && began.elapsed() > GONE_PATIENCE {
+                self.session.kill();
+            }
+            if !is_late && began.elapsed() > LATE {
+                is_late = true;
+                tracing::warn!(
+                    event = "criu_late",
+                    "CRIU has not undone its dump yet: waiting for it (is the target paused?)"
+                );
+            }
         }
     }
 
@@ -249,6 +293,7 @@ impl Dump {
     /// Lets CRIU kill the target, which ends the dump. Fails if CRIU does not report success.
     pub(super) fn finish(mut self) -> io::Result<()> {
         self.session.reply(Reply::Continue)?;
+        self.await_event();
         match self.session.event()? {
             Event::Done => Ok(()),
             other => Err(io::Error::other(format!("CRIU reported {other:?}"))),
@@ -265,6 +310,14 @@ impl Dump {
             true => reason.to_owned(),
             false => format!("{reason}: {errors}"),
         })
+    }
+}
+
+impl Drop for Dump {
+    fn drop(&mut self) {
+        self.pages.close();
+        self.session.close();
+        self.await_criu(|session| session.has_exited(CANCEL_POLL_INTERVAL));
     }
 }
 

@@ -3,6 +3,7 @@
 use super::RecordError;
 use super::hold::HoldError;
 use crate::copy::{CollectError, SendError};
+use crate::freeze::TreeError;
 use crate::sink::SinkError;
 use pageferry_common::criu::page_server::UnknownCommand;
 use std::io;
@@ -18,6 +19,9 @@ pub enum HandoverError {
         /// One description for each file.
         lacks: Vec<String>,
     },
+    /// The target cannot be stopped.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
     /// CRIU could not stop a thread. It waits in vain for a thread whose stop was consumed by a signal.
     #[error("CRIU cannot freeze the target: {0}")]
     CannotFreeze(String),

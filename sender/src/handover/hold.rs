@@ -7,6 +7,7 @@
 use crate::freeze::process_list;
 use crate::sys::cgroup::mount_v2;
 use pageferry_common::MigrationId;
+use pageferry_common::proc::cgroup;
 use pageferry_common::proc::process::ProcessId;
 use pageferry_common::proc::read_lossy;
 use serde::{Deserialize, Serialize};
@@ -51,7 +52,7 @@ impl Hierarchy {
     /// # Errors
     /// [`HoldError`], for example if the kernel has no cgroup v2.
     pub fn open() -> Result<Self, HoldError> {
-        let open = || match mount_point(&read_lossy("/proc/self/mountinfo")?) {
+        let open = || match cgroup::v2_mount(&read_lossy("/proc/self/mountinfo")?) {
             Some(path) => Ok(File::open(path)?.into()),
             None => mount_v2(),
         };
@@ -294,24 +295,10 @@ pub fn probe(migration: MigrationId, root: i32) -> Result<Hierarchy, HoldError> 
     Ok(hierarchy)
 }
 
-/// Returns where the whole cgroup v2 hierarchy is mounted, by `/proc/self/mountinfo`.
-fn mount_point(mountinfo: &str) -> Option<&str> {
-    mountinfo.lines().find_map(|line| {
-        let (mount, kind) = line.split_once(" - ")?;
-        let mut fields = mount.split(' ').skip(3);
-        let (root, point) = (fields.next()?, fields.next()?);
-        let writable = fields.next()?.split(',').any(|option| option == "rw");
-        // Characters that would have to be unescaped are not used for it.
-        let plain = root == "/" && writable && !point.contains('\\');
-        (kind.starts_with("cgroup2 ") && plain).then_some(point)
-    })
-}
-
 /// Returns the path of a process in the cgroup v2 hierarchy.
 fn cgroup_of(pid: i32) -> io::Result<String> {
     let cgroups = read_lossy(format!("/proc/{pid}/cgroup"))?;
-    let path = cgroups.lines().find_map(|line| line.strip_prefix("0::"));
-    match path {
+    match cgroup::v2_path(&cgroups) {
         Some(path) if !path.starts_with("/..") => Ok(path.to_owned()),
         Some(_) => Err(io::Error::other(
             "it is outside this program's cgroup namespace",
@@ -360,18 +347,6 @@ mod tests {
         child.wait().unwrap();
         hold.remove(&hierarchy);
         assert!(!hierarchy.path(&held, "").exists());
-    }
-
-    #[test]
-    fn mounted_hierarchy_is_found() {
-        let found = mount_point(
-            "30 25 0:26 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n\
-             31 25 0:27 /a /mnt/a rw - cgroup2 cgroup2 rw\n\
-             32 25 0:27 / /mnt/b ro,nosuid - cgroup2 cgroup2 rw\n\
-             33 25 0:27 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n",
-        );
-        assert_eq!(found, Some("/sys/fs/cgroup/unified"));
-        assert_eq!(mount_point("30 25 0:26 / /proc rw - proc proc rw\n"), None);
     }
 
     #[test]

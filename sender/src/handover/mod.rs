@@ -28,7 +28,9 @@ pub use resolve::{Found, ResolveError, Resolved, Verdict, resolve};
 
 use crate::copy::stream::StreamError;
 use crate::copy::{Pass, Scanned, SendError};
-use crate::freeze::{FrozenProcess, are_trace_stopped, has_live_thread, process_list};
+use crate::freeze::{
+    FrozenProcess, are_trace_stopped, check_not_paused, has_live_thread, process_list,
+};
 use crate::parts::{Parts, exited_process};
 use crate::report::Downtime;
 use crate::sink::{Destination, PageSink, Receipt, SinkError};
@@ -200,6 +202,8 @@ struct Attempt<'a, 'b> {
 impl Attempt<'_, '_> {
     fn run(&mut self) -> Result<(), HandoverError> {
         let images = image_dir()?;
+        // CRIU would wait for a paused process for ever.
+        check_not_paused(self.root)?;
         let mut dump = Dump::start(self.handover, self.root, images.path())?;
         // The first hardware breakpoint on a machine is slow. CRIU sets breakpoints while the target is frozen.
         let _warm = perf::TaskEvents::keep();

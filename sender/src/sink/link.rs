@@ -1,6 +1,7 @@
 //! Connection to the receiver: the network thread with the socket, and the two channels to it.
 
 use super::{Compression, SinkError};
+use crate::sys::signals;
 use nix::sys::socket::{setsockopt, sockopt};
 use pageferry_common::wire::WireError;
 use pageferry_common::{Claim, tls};
@@ -142,10 +143,12 @@ fn run_network(conversation: impl Future<Output = Result<(), SinkError>>) -> Res
         let mut terminate = signal(SignalKind::terminate()).map_err(SinkError::Io)?;
         // A frame may be half sent, so no abort message is sent; the receiver sees the connection close.
         tokio::select! {
-            result = conversation => result,
-            _ = interrupt.recv() => Err(SinkError::Interrupted),
-            _ = terminate.recv() => Err(SinkError::Interrupted),
+            result = conversation => return result,
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
         }
+        signals::interrupt();
+        Err(SinkError::Interrupted)
     })
 }
 

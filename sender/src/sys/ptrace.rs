@@ -37,12 +37,26 @@ pub fn seize(tid: Tid) -> io::Result<()> {
         .map(drop)
 }
 
-/// Suspends the seccomp filters of a stopped thread while it is traced.
+/// Whether the seccomp filters of a traced thread apply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seccomp {
+    /// They do.
+    Applies,
+    /// They do not.
+    Suspended,
+}
+
+/// Suspends the seccomp filters of a stopped thread, or applies them again. They also apply again when it is
+/// detached.
 ///
 /// # Errors
 /// `EPERM` without `CAP_SYS_ADMIN` or if the tracer itself has a seccomp filter.
-pub fn suspend_seccomp(tid: Tid) -> io::Result<()> {
-    let options = libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_SUSPEND_SECCOMP;
+pub fn set_seccomp(tid: Tid, seccomp: Seccomp) -> io::Result<()> {
+    let options = libc::PTRACE_O_TRACESYSGOOD
+        | match seccomp {
+            Seccomp::Applies => 0,
+            Seccomp::Suspended => libc::PTRACE_O_SUSPEND_SECCOMP,
+        };
     // SAFETY: PTRACE_SETOPTIONS takes no pointers; the options are passed by value.
     check(unsafe {
         libc::ptrace(
@@ -55,7 +69,7 @@ pub fn suspend_seccomp(tid: Tid) -> io::Result<()> {
     .map(drop)
 }
 
-/// Asks a seized thread to stop. [`wait`] and [`poll`] report the stop.
+/// Asks a seized thread to stop. [`poll`] reports the stop.
 ///
 /// # Errors
 /// `ESRCH` if it has exited.
@@ -241,25 +255,6 @@ pub fn poll(tid: Tid) -> io::Result<Option<Stop>> {
         Ok(_) => Ok(Some(decode(status))),
         Err(error) if error.raw_os_error() == Some(libc::ECHILD) => Ok(Some(Stop::Gone)),
         Err(error) => Err(error),
-    }
-}
-
-/// Waits until a traced thread stops or exits. Blocks without a time limit, so the thread must be about to
-/// stop.
-///
-/// # Errors
-/// As [`poll`].
-pub fn wait(tid: Tid) -> io::Result<Stop> {
-    loop {
-        let mut status = 0;
-        // SAFETY: waitpid writes one int, to a live int.
-        let result = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL) };
-        match check(libc::c_long::from(result)) {
-            Ok(_) => return Ok(decode(status)),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) if error.raw_os_error() == Some(libc::ECHILD) => return Ok(Stop::Gone),
-            Err(error) => return Err(error),
-        }
     }
 }
 

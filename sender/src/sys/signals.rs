@@ -3,6 +3,22 @@
 use super::check;
 use nix::sys::signal::{SigHandler, Signal, signal};
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Whether the sender has received SIGINT or SIGTERM.
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Notes that the sender has received SIGINT or SIGTERM. The network thread, which receives them, ends its
+/// conversation; other waits look here.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+/// Returns whether the sender has received SIGINT or SIGTERM.
+#[must_use]
+pub fn is_interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
 
 /// Sets the disposition of a signal to "ignore".
 ///
