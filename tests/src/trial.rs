@@ -12,6 +12,7 @@ use crate::pair::{Sent, send_command};
 use crate::program::{Finished, Program};
 use crate::{Receiver, Send, Victim, memory};
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::time::Duration;
 use tempfile::TempDir;
@@ -278,25 +279,29 @@ impl<'a> Trial<'a> {
     /// # Panics
     /// If not.
     pub fn settle(mut self, may_be_lost: bool) -> Place {
-        let send = self.send.take().map(Send::finish);
-        let sent = self.sent.take().or(send).expect("it was started");
-        let resolved = self.resolve_record(&sent, may_be_lost);
-        let said = format!(
-            "send: {}\n{}\nresolve: {}\nreceive: {}",
-            sent.status,
-            sent.stderr,
-            resolved.map_or(String::new(), |resolved| resolved.stderr),
-            last_lines(self.receiver.program().log()),
-        );
-        let settled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let mut said = String::new();
+        let settled = catch_unwind(AssertUnwindSafe(|| {
+            let send = self.send.take().map(Send::finish);
+            let sent = self.sent.take().or(send).expect("it was started");
+            said = format!("send: {}\n{}", sent.status, sent.stderr);
+            if let Some(resolved) = self.resolve_record(&sent, may_be_lost) {
+                said += &format!("resolve: {}\n{}", resolved.status, resolved.stderr);
+            }
             self.assert_settled(may_be_lost)
         }));
-        settled.unwrap_or_else(|why| panic!("{}\n{said}", panic_text(&*why)))
+        settled.unwrap_or_else(|why| {
+            let log = last_lines(self.receiver.program().log());
+            panic!("{}\n{said}receive: {log}", panic_text(&*why))
+        })
     }
 
     fn resolve_record(&mut self, sent: &Sent, may_be_lost: bool) -> Option<Finished> {
         if sent.status.success() || !has_record(self.victim.pid()) {
             return None;
+        }
+        // It exits if the CRIU is killed by which it finds out what CRIU can do.
+        if !memory::lives(self.receive) {
+            self.receive_again();
         }
         let patience = if may_be_lost { "3s" } else { "30s" };
         let resolved = self.resolve(&["--timeout", patience]);

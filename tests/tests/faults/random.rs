@@ -62,8 +62,8 @@ impl Plan {
         let restore = dice.one_of(&["--restore=lazy", "--restore=eager"]);
         let rounds = dice.below(3).to_string();
         let patience = dice.one_of(&["0", "0", "30s"]);
-        let send = ["--max-rounds", &rounds, "--reconnect-for", patience];
-        let send = send.map(str::to_owned).to_vec();
+        let send = format!("--max-rounds {rounds} --reconnect-for {patience} --timeout 5s");
+        let send = send.split(' ').map(str::to_owned).collect();
         let mut halts: Vec<_> = points().into_iter().map(|(halt, _)| halt).collect();
         // Frames of the rounds are there with one round before the dump.
         if rounds == "1" {
