@@ -1,7 +1,7 @@
 //! What the model predicts of a fault at a step: where the target may run when all is over.
 
 use crate::state::{Resolver, Session, State};
-use crate::{Event, Fault, HandOver, Party, Rule, Step};
+use crate::{Event, Fault, HandOver, Party, Step};
 use stateright::Model;
 use std::collections::{BTreeSet, HashSet};
 
@@ -87,16 +87,6 @@ pub enum Retries {
 }
 
 impl HandOver {
-    /// The protocol as far as the programs keep it ([`Rule::is_implemented`]).
-    #[must_use]
-    pub fn as_implemented() -> Self {
-        let missing = Rule::ALL.into_iter().filter(|rule| !rule.is_implemented());
-        Self {
-            without: missing.collect(),
-            ..Self::new(0)
-        }
-    }
-
     /// Predicts what may come of it if these faults happen, one after another: the `earlier` ones
     /// at any time, the `last` at this point. A fault that cannot happen, such as the death of a program that has
     /// exited, changes nothing.
@@ -176,6 +166,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Rule;
 
     fn ends(step: Step, moment: Moment, halted: Halted, last: Option<Fault>) -> Vec<End> {
         let at = At {

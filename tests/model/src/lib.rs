@@ -56,27 +56,6 @@ pub enum Rule {
 }
 
 impl Rule {
-    /// Whether the programs keep it.
-    #[must_use]
-    pub fn is_implemented(self) -> bool {
-        match self {
-            Self::CriuAlive
-            | Self::RefuseUnknown
-            | Self::Hold
-            | Self::Lock
-            | Self::RefuseInDoubt
-            | Self::OnePlace
-            | Self::ProcessIdentity
-            | Self::JudgeByRestorer
-            | Self::DeathMeansRunning
-            | Self::SocketKept
-            | Self::GoneHasRun
-            | Self::Resync
-            | Self::DirectoryIdentity
-            | Self::SeveralHolders => true,
-        }
-    }
-
     /// All of them.
     pub const ALL: [Self; 14] = [
         Self::CriuAlive,

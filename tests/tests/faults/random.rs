@@ -1,7 +1,6 @@
 //! Moves with random faults.
 
 use crate::places::{ROUNDS, points};
-use pageferry_model::Rule;
 use pageferry_tests::actors::Actor;
 use pageferry_tests::criu::Criu;
 use pageferry_tests::random::XorShift64;
@@ -139,14 +138,8 @@ fn last_call(halt: Halt) -> Halt {
 }
 
 fn fault(dice: &mut Dice) -> Fault {
-    let can_die = |actor: &Actor| match actor {
-        Actor::Filler => Rule::SeveralHolders.is_implemented(),
-        Actor::DestinationCriu => Rule::DeathMeansRunning.is_implemented(),
-        Actor::Send | Actor::Freezer | Actor::SourceCriu | Actor::Receive => true,
-    };
-    let actors: Vec<_> = Actor::ALL.into_iter().filter(can_die).collect();
     match dice.below(10) {
-        0..=5 => Fault::Kill(dice.one_of(&actors)),
+        0..=5 => Fault::Kill(dice.one_of(&Actor::ALL)),
         6..=7 => Fault::Cut,
         8 => Fault::Continue,
         _ => Fault::Resolve,
