@@ -208,11 +208,11 @@ impl Freezer<'_> {
             if own_pids.contains(&pid) {
                 return Err(TreeError::OwnTree(root));
             }
-            for tid in threads(pid) {
+            for tid in procs::list_threads(pid)? {
                 if !self.threads.contains_key(&tid) && self.seize(pid, tid)? {
                     result = PassResult::NewThreads;
                 }
-                pids.extend(children(pid, tid));
+                pids.extend(procs::list_children(pid, tid)?);
             }
         }
         if next == 1 && threads(root).is_empty() {

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 /// Why a process tree cannot be stopped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
@@ -68,6 +69,56 @@ impl TreeError {
             error: error.to_string(),
         }
     }
+}
+
+/// Lists the threads of a process; empty if it is gone.
+///
+/// # Errors
+/// [`TreeError::NotPermitted`] if `/proc` hides it, or [`TreeError::Io`].
+pub(super) fn list_threads(pid: i32) -> Result<Vec<i32>, TreeError> {
+    let list = || -> io::Result<Vec<i32>> {
+        let names = fs::read_dir(format!("/proc/{pid}/task"))?;
+        let names = names.map(|entry| Ok(entry?.file_name()));
+        let names = names.collect::<io::Result<Vec<_>>>()?;
+        let tids = names.iter().filter_map(|name| name.to_str()?.parse().ok());
+        Ok(tids.collect())
+    };
+    match list() {
+        Err(error) if is_gone(&error) => Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            Err(TreeError::NotPermitted(pid))
+        }
+        other => other.map_err(|error| TreeError::io(pid, &error)),
+    }
+}
+
+/// Lists the child processes that one thread created; empty if the thread is gone.
+///
+/// # Errors
+/// [`TreeError::Io`], also if the kernel does not list children (`CONFIG_PROC_CHILDREN`).
+pub(super) fn list_children(pid: i32, tid: i32) -> Result<Vec<i32>, TreeError> {
+    let thread = format!("/proc/{pid}/task/{tid}");
+    children_in(Path::new(&thread)).map_err(|error| TreeError::io(pid, &error))
+}
+
+/// Lists the children of the thread with this directory in `/proc`.
+fn children_in(thread: &Path) -> io::Result<Vec<i32>> {
+    match fs::read_to_string(thread.join("children")) {
+        Ok(list) => {
+            let pids = list.split_ascii_whitespace();
+            Ok(pids.filter_map(|pid| pid.parse().ok()).collect())
+        }
+        Err(error) if is_gone(&error) => match thread.exists() {
+            true => Err(io::Error::other("the kernel does not list children")),
+            false => Ok(Vec::new()),
+        },
+        Err(error) => Err(error),
+    }
+}
+
+/// Returns whether the error means that the process or thread does not exist.
+fn is_gone(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// Returns the processes of a tree that another program keeps stopped, the root first. Leaves out processes
@@ -204,6 +255,17 @@ mod tests {
         assert_eq!(status_number(pid, "Tgid"), Some(pid));
         assert!(!waits_for_vfork(pid, pid));
         assert_eq!(state(pid, 1 << 30), None);
+    }
+
+    #[test]
+    fn kernel_without_lists_of_children_is_an_error() {
+        let (pid, tid) = (std::process::id() as i32, 1 << 30);
+        assert!(list_threads(pid).unwrap().contains(&pid));
+        assert!(list_children(pid, pid).unwrap().is_empty());
+        assert!(list_threads(tid).unwrap().is_empty());
+        assert!(list_children(pid, tid).unwrap().is_empty());
+        // This directory has no such file.
+        assert!(children_in(Path::new("/proc/self/fdinfo")).is_err());
     }
 
     #[test]
