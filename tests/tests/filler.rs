@@ -142,6 +142,14 @@ impl Moved {
         )
     }
 
+    /// Returns the filler that has replaced another.
+    fn filler_after(&self, old: i32) -> i32 {
+        until("the filler is replaced", || match self.filler() {
+            filler if filler == old => Err("not yet".to_owned()),
+            filler => Ok(filler),
+        })
+    }
+
     fn copy(&self) -> i32 {
         the_only_copy(&[self.tree[0]])
     }
@@ -221,10 +229,7 @@ fn any_three_holders_may_die_at_once() {
     let old = moved.filler();
     let keepers = moved.pids(Role::Keeper);
     kill_at_once(&[&[old], &keepers[1..]].concat());
-    let new = until("the filler is replaced", || match moved.filler() {
-        filler if filler == old => Err("not yet".to_owned()),
-        filler => Ok(filler),
-    });
+    let new = moved.filler_after(old);
     signal(&[new], Signal::SIGSTOP);
     moved.await_keepers();
     // All keepers: the filler replaces them.
@@ -267,10 +272,15 @@ fn filler_is_replaced_after_the_death_of_the_receiver() {
     let mut moved = moved(&criu, VICTIM);
     // The program under test is a child of nsenter.
     let receiver = memory::tree(moved.receiver.program().pid())[1];
+    // It dies with a message of the new filler's unread.
+    signal(&[receiver], Signal::SIGSTOP);
+    moved.assert_mostly_missing();
+    let old = moved.filler();
+    signal(&[old], Signal::SIGKILL);
+    let new = moved.filler_after(old);
     signal(&[receiver], Signal::SIGKILL);
     assert!(memory::await_end(&[receiver]));
-    moved.assert_mostly_missing();
-    signal(&[moved.filler()], Signal::SIGKILL);
+    signal(&[new], Signal::SIGKILL);
     moved.assert_right();
 }
 

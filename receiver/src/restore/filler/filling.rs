@@ -1,13 +1,13 @@
 //! The filler process at work: takes what CRIU, the receiver and the kernel report, and fills.
 
 use super::address_space::AddressSpace;
-use super::group::Group;
+use super::group::{Group, Peer, Ready};
 use super::journal::{CANCEL, CriuReport, Entry, Received, Source};
-use super::{CHUNK, FillError, Filled, Peer};
+use super::{CHUNK, FillError, Filled};
 use crate::restore::lazy::PendingPages;
 use crate::sys::shared::received_fd;
 use crate::sys::uffd::Event;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::poll::PollTimeout;
 use pageferry_common::{PAGE_SIZE, PageRange};
 use std::collections::BTreeMap;
 use std::io;
@@ -47,14 +47,6 @@ pub(super) struct Filler {
     rewrite_at: u64,
 }
 
-/// Descriptors that are ready.
-struct Ready {
-    criu: bool,
-    receiver: bool,
-    /// One for each address space.
-    spaces: Vec<bool>,
-}
-
 impl Filler {
     pub(super) fn new(group: &'static Group, images: BTreeMap<i32, PendingPages>) -> Self {
         Self {
@@ -84,15 +76,15 @@ impl Filler {
             let Some(ready) = self.poll()? else {
                 continue;
             };
-            self.take_events(&ready.spaces)?;
-            if self.restoring == Peer::Open && ready.criu {
+            self.take_events(&ready.uffds)?;
+            if ready.criu {
                 match self.group.receive_from_criu(self.awaited)? {
                     Received::Message(entry) => self.apply(&entry)?,
                     Received::Nothing => {}
                     Received::End => self.restoring = Peer::Closed,
                 }
             }
-            if self.receiver == Peer::Open && ready.receiver {
+            if ready.receiver {
                 match self.group.receive_from_receiver()? {
                     Received::Message(entry) => self.apply(&entry)?,
                     Received::Nothing => {}
@@ -141,22 +133,9 @@ impl Filler {
             true => PollTimeout::ZERO,
             false => CHECK_INTERVAL.try_into().expect("it is short"),
         };
-        let mut fds = vec![
-            PollFd::new(self.group.criu.as_fd(), self.restoring.events()),
-            PollFd::new(self.group.receiver.as_fd(), self.receiver.events()),
-        ];
         let uffds = self.spaces.iter().map(AsFd::as_fd);
-        fds.extend(uffds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
-        match poll(&mut fds, timeout) {
-            Err(nix::Error::EINTR) => return Ok(None),
-            other => other?,
-        };
-        let is_ready = |fd: &PollFd<'_>| fd.any() == Some(true);
-        Ok(Some(Ready {
-            criu: is_ready(&fds[0]),
-            receiver: is_ready(&fds[1]),
-            spaces: fds[2..].iter().map(is_ready).collect(),
-        }))
+        self.group
+            .poll(self.restoring, self.receiver, uffds, timeout)
     }
 
     /// Takes events of all address spaces that have some.

@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::{FileStat, SFlag, fstat};
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering::SeqCst;
@@ -49,6 +49,21 @@ const LOOK_AGAIN_MS: u16 = 1000;
 /// Longest wait for a started process to enter its place.
 const ENTER_TIMEOUT: Duration = Duration::from_millis(100);
 const ENTER_POLL_INTERVAL: Duration = Duration::from_millis(1);
+
+/// State of a peer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Peer {
+    Open,
+    Closed,
+}
+
+/// What can be read from.
+pub(super) struct Ready {
+    pub(super) criu: bool,
+    pub(super) receiver: bool,
+    /// One for each userfaultfd.
+    pub(super) uffds: Vec<bool>,
+}
 
 /// What all members share. It is never dropped: that would close the descriptors of the others.
 #[derive(Debug)]
@@ -199,6 +214,37 @@ impl Group {
             }
         }
         Ok(())
+    }
+
+    /// Waits until CRIU, the receiver or one of `uffds` can be read from. Returns `None` if that was interrupted
+    /// by a signal.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) fn poll<'a>(
+        &'a self,
+        criu: Peer,
+        receiver: Peer,
+        uffds: impl Iterator<Item = BorrowedFd<'a>>,
+        timeout: PollTimeout,
+    ) -> io::Result<Option<Ready>> {
+        // A closed connection is left out: it would be ready all the time.
+        let peers = [(self.criu.as_fd(), criu), (self.receiver.as_fd(), receiver)];
+        let open = peers.into_iter().filter(|it| it.1 == Peer::Open);
+        let all = open.map(|it| it.0).chain(uffds);
+        let mut fds: Vec<_> = all.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, timeout) {
+            Err(nix::Error::EINTR) => return Ok(None),
+            other => other?,
+        };
+        let mut ready = fds.iter().map(|fd| fd.any() == Some(true));
+        let mut is_ready = |peer| peer == Peer::Open && ready.next() == Some(true);
+        let (criu, receiver) = (is_ready(criu), is_ready(receiver));
+        Ok(Some(Ready {
+            criu,
+            receiver,
+            uffds: ready.collect(),
+        }))
     }
 
     /// Receives a message of CRIU's, if there is one: the userfaultfd of the process `awaited`, or another.

@@ -259,6 +259,8 @@ impl Journal {
             Err(error) => {
                 return match error.kind() {
                     io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(Received::Nothing),
+                    // The peer has died before it read all that it was sent.
+                    io::ErrorKind::ConnectionReset => Ok(Received::End),
                     _ => Err(error),
                 };
             }
@@ -441,6 +443,8 @@ mod tests {
         assert_eq!(receive(Ok(0)).unwrap(), Received::End);
         let error = io::ErrorKind::WouldBlock.into();
         assert_eq!(receive(Err(error)).unwrap(), Received::Nothing);
+        let error = io::ErrorKind::ConnectionReset.into();
+        assert_eq!(receive(Err(error)).unwrap(), Received::End);
         receive(Ok(4)).unwrap_err();
         assert_eq!(journal.recover().unwrap(), []);
     }

@@ -16,9 +16,8 @@ use crate::sys::shared;
 use crate::sys::uffd::Uffd;
 use crate::with_causes;
 use filling::Filler;
-use group::Group;
+use group::{Group, Peer};
 use journal::Received;
-use nix::poll::{PollFd, PollFlags, poll};
 use pageferry_common::cli::start_log;
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -243,40 +242,15 @@ fn try_end_copy(group: &Group, criu: &mut Peer, receiver: &mut Peer) -> io::Resu
             return Ok(());
         }
         // CRIU may still send userfaultfds, and the receiver the root.
-        let mut fds = [
-            PollFd::new(group.criu.as_fd(), criu.events()),
-            PollFd::new(group.receiver.as_fd(), receiver.events()),
-        ];
-        poll(&mut fds, GONE_POLL_MS)?;
-        let [from_criu, from_receiver] = fds.map(|fd| fd.any() == Some(true));
-        if *criu == Peer::Open
-            && from_criu
-            && group.receive_from_criu(holdings.awaited)? == Received::End
-        {
+        let Some(ready) = group.poll(*criu, *receiver, std::iter::empty(), GONE_POLL_MS.into())?
+        else {
+            continue;
+        };
+        if ready.criu && group.receive_from_criu(holdings.awaited)? == Received::End {
             *criu = Peer::Closed;
         }
-        if *receiver == Peer::Open
-            && from_receiver
-            && group.receive_from_receiver()? == Received::End
-        {
+        if ready.receiver && group.receive_from_receiver()? == Received::End {
             *receiver = Peer::Closed;
-        }
-    }
-}
-
-/// State of a peer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Peer {
-    Open,
-    Closed,
-}
-
-impl Peer {
-    /// Events to poll for.
-    fn events(self) -> PollFlags {
-        match self {
-            Self::Open => PollFlags::POLLIN,
-            Self::Closed => PollFlags::empty(),
         }
     }
 }
