@@ -156,6 +156,11 @@ fn of_handover(error: &HandoverError) -> Advice {
             Exit::Refused,
             "the target runs; install the same builds of these files on the receiver's host",
         ),
+        HandoverError::Pipes(_) => advice(
+            Exit::Failed,
+            "nothing was sent; move those processes with it (start from their parent), or accept broken pipes \
+             with --break-pipes",
+        ),
         HandoverError::TargetGone(_) => advice(Exit::TargetGone, ""),
         HandoverError::Collect(error) => of_collect(error),
         HandoverError::Send(error) => of_send(error),

@@ -71,6 +71,10 @@ pub struct Cli {
     #[arg(long, requires = "migrate")]
     pub ext_unix_sk: bool,
 
+    /// Move processes with pipes or FIFOs that processes outside the tree use, too; the copy finds these broken
+    #[arg(long, requires = "migrate")]
+    pub break_pipes: bool,
+
     /// Move the cgroups of the processes too
     #[arg(long, requires = "migrate")]
     pub manage_cgroups: bool,

@@ -101,6 +101,7 @@ pub struct Plan {
 pub fn migrate(plan: &Plan, parts: Parts<'_>, report: &mut Report) -> Result<(), MigrateError> {
     let began = Instant::now();
     if let Some(handover) = &plan.handover {
+        handover.check_pipes(plan.root)?;
         handover.check_files(plan.root, parts.sink)?;
         check_guards(plan.root, handover)?;
     }

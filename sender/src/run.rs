@@ -6,7 +6,7 @@ use crate::copy::{Copier, WrittenPages};
 use crate::dirty;
 use crate::freeze::{FreezeError, Freezer, Then, check_signal_permission, process_list};
 use crate::handover::{
-    Found, Handover, HandoverError, Records, ResolveError, Resolved, hold, resolve,
+    Found, Handover, HandoverError, Pipes, Records, ResolveError, Resolved, hold, resolve,
 };
 use crate::migrate::{MigrateError, Parts, Plan, migrate};
 use crate::progress::{LogWriter, Progress};
@@ -226,6 +226,10 @@ fn handover(cli: &Cli, to: &str, pid: i32, claim: Claim) -> Result<Option<Handov
     Ok(Some(Handover {
         criu,
         options: cli.criu_options(),
+        pipes: match cli.break_pipes {
+            true => Pipes::Break,
+            false => Pipes::Refuse,
+        },
         state_dump: cli.state_dump,
         to: to.to_owned(),
         claim,

@@ -515,11 +515,15 @@ fn impossible_move_is_reported_before_anything_is_frozen() {
         "{}",
         refused.stderr
     );
-    // CRIU refuses a process with a terminal, or here a pipe, that it shares with an outside process.
+    // Its commands and answers.
     let mut tied = Victim::start("heap=4 dirty=20");
     let (host, dir) = (Host::start(), tempfile::tempdir().unwrap());
     let receiver = restoring(&host, &criu, "0", dir.path());
     let failed = migrate(&criu, receiver.address(), tied.pid(), &[]).finish();
+    let own = format!("also open in process {}", std::process::id());
+    failed.assert_failed(1, &["descriptor 0 of process", &own, "--break-pipes"]);
+    // CRIU refuses one that an outside process reads and writes, all the same.
+    let failed = migrate(&criu, receiver.address(), tied.pid(), &["--break-pipes"]).finish();
     assert_eq!(failed.status.code(), Some(1), "{}", failed.stderr);
     assert!(
         failed.stderr.contains("CRIU cannot dump"),

@@ -5,6 +5,7 @@ use super::hold::HoldError;
 use crate::copy::{CollectError, SendError};
 use crate::freeze::TreeError;
 use crate::sink::SinkError;
+use crate::target::pipes::OutsidePipe;
 use pageferry_common::criu::page_server::UnknownCommand;
 use std::io;
 
@@ -19,6 +20,9 @@ pub enum HandoverError {
         /// One description for each file.
         lacks: Vec<String>,
     },
+    /// Processes outside of the target use pipes of it, which would be broken.
+    #[error("the target has pipes to processes that do not move with it: {}", list(.0))]
+    Pipes(Vec<OutsidePipe>),
     /// The target cannot be stopped.
     #[error(transparent)]
     Tree(#[from] TreeError),
@@ -97,6 +101,11 @@ pub enum HandoverError {
     /// The receiver was asked to commit, and its answer is missing.
     #[error(transparent)]
     InDoubt(#[from] InDoubt),
+}
+
+fn list(pipes: &[OutsidePipe]) -> String {
+    let all: Vec<_> = pipes.iter().map(ToString::to_string).collect();
+    all.join("; ")
 }
 
 /// The sender cannot find out whether the receiver committed, so the local copy must stay frozen.

@@ -35,6 +35,7 @@ use crate::parts::{Parts, exited_process};
 use crate::report::Downtime;
 use crate::sink::{Destination, PageSink, Receipt, SinkError};
 use crate::target::files::needed_files;
+use crate::target::pipes::outside_pipes;
 use commit::Restored;
 use dump::{CANCEL_POLL_INTERVAL, Dump, Next};
 use hold::Hierarchy;
@@ -71,6 +72,15 @@ pub enum StateDump {
     Plain,
 }
 
+/// What to do about pipes that processes outside of the target use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pipes {
+    /// Refuse to move the target.
+    Refuse,
+    /// Move it; its end of the pipe is broken then.
+    Break,
+}
+
 /// Parameters of a hand-over.
 #[derive(Debug)]
 pub struct Handover {
@@ -78,6 +88,8 @@ pub struct Handover {
     pub criu: Criu,
     /// Options for the dump and the restore.
     pub options: Options,
+    /// What to do about pipes that processes outside of the target use.
+    pub pipes: Pipes,
     /// How memory is kept out of CRIU's dump.
     pub state_dump: StateDump,
     /// Address of the receiver, as given by the user.
@@ -116,6 +128,22 @@ pub struct HandoverReport {
 }
 
 impl Handover {
+    /// Checks that no process outside of the tree under `root` uses a pipe of it.
+    ///
+    /// # Errors
+    /// [`HandoverError::Pipes`] lists all such pipes.
+    pub fn check_pipes(&self, root: i32) -> Result<(), HandoverError> {
+        if self.pipes == Pipes::Break {
+            return Ok(());
+        }
+        let tree = process_list(root).into_iter().map(|process| process.pid);
+        let pipes = outside_pipes(&tree.collect::<Vec<_>>());
+        match pipes.is_empty() {
+            true => Ok(()),
+            false => Err(HandoverError::Pipes(pipes)),
+        }
+    }
+
     /// Asks the receiver whether its host has the executables and libraries of the tree under `root`.
     ///
     /// # Errors

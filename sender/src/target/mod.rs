@@ -3,6 +3,7 @@
 pub mod descriptors;
 pub mod files;
 pub mod guards;
+pub mod pipes;
 pub mod process;
 pub mod segment;
 pub mod sharing;
