@@ -15,7 +15,7 @@ use pageferry_common::proc::status;
 use pageferry_common::sys::pidfd;
 use std::collections::{BTreeSet, HashMap};
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Read};
 use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -23,6 +23,9 @@ use std::time::{Duration, Instant};
 
 /// File with the PID that was assigned last (`CONFIG_CHECKPOINT_RESTORE`).
 const LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
+
+/// Greatest length of an auxiliary vector, in bytes; 400 on current kernels.
+const AUXV_MAX: usize = 4096;
 
 /// Greatest number of new PIDs that are looked at one by one. More than that take longer than looking at the
 /// pages, which happens instead.
@@ -48,7 +51,10 @@ struct Origin(Vec<u8>);
 
 impl Origin {
     fn read(tid: i32) -> io::Result<Self> {
-        fs::read(format!("/proc/{tid}/auxv")).map(Self)
+        let mut content = [0; AUXV_MAX];
+        // The kernel returns all of it at once.
+        let bytes = File::open(format!("/proc/{tid}/auxv"))?.read(&mut content)?;
+        Ok(Self(content[..bytes].to_vec()))
     }
 }
 
@@ -270,9 +276,11 @@ impl<'a> PinCheck<'a> {
 
 /// Returns whether KSM looks for pages of the process to merge, or has merged some.
 fn is_merged_by_ksm(tid: i32) -> bool {
+    const NONE: &[u8] = b"ksm_rmap_items 0\n";
+    let mut line = [0; NONE.len()];
     // Kernels before Linux 6.1 do not have the file.
-    let text = fs::read(format!("/proc/{tid}/ksm_stat"));
-    !text.is_ok_and(|text| text.starts_with(b"ksm_rmap_items 0\n"))
+    let read = File::open(format!("/proc/{tid}/ksm_stat")).and_then(|mut it| it.read(&mut line));
+    read.is_err() || line != NONE
 }
 
 #[cfg(test)]
