@@ -5,13 +5,17 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use pageferry_tests::criu::Criu;
 use pageferry_tests::daemon::{kill_one, kill_tree, until};
+use pageferry_tests::gate::{Action, Call, Gate, Object};
 use pageferry_tests::memory;
-use pageferry_tests::pair::receive_command;
-use pageferry_tests::paused::{COMMIT, Move, RESTORED, assert_failed, assert_resolved, resolve};
+use pageferry_tests::pair::{receive_command, send_command};
+use pageferry_tests::paused::{
+    COMMIT, Move, RESTORED, RUNNING, assert_failed, assert_resolved, resolve,
+};
 use pageferry_tests::program::Program;
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
 fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).unwrap();
@@ -119,7 +123,7 @@ fn death_of_receive_after_the_commit_neither_undoes_nor_releases_the_copy() {
                 .collect::<Vec<_>>()
         };
         let before = times();
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        std::thread::sleep(Duration::from_millis(100));
         assert_eq!(times(), before);
         let moved = assert_runs_at_the_receiver(moving);
         assert!(memory::await_end(&[restoring]));
@@ -200,7 +204,7 @@ fn receiver_with_another_directory_does_not_answer_for_a_migration() {
     let Some(criu) = Criu::stable("a receiver with another directory") else {
         return;
     };
-    let mut moving = Move::in_doubt(&criu, pageferry_tests::paused::RUNNING, &[]);
+    let mut moving = Move::in_doubt(&criu, RUNNING, &[]);
     moving.await_outcome("running");
     let copy = moving.copy();
     assert_eq!(copy.len(), moving.tree.len());
@@ -215,6 +219,29 @@ fn receiver_with_another_directory_does_not_answer_for_a_migration() {
     moving.dir = own;
     moving.restart_receive();
     assert_resolved(&resolve(moving.pid, &[]), "is gone");
+    assert!(!moving.assert_one_copy());
+}
+
+/// What an earlier receiver wrote may not be on the disk yet: the source is killed for this answer.
+#[test]
+fn outcome_that_was_read_is_durable_before_it_is_answered() {
+    let Some(criu) = Criu::stable("an outcome that is read again") else {
+        return;
+    };
+    let mut moving = Move::in_doubt(&criu, RUNNING, &[]);
+    moving.await_outcome("running");
+    moving.kill_receive();
+    moving.restart_receive();
+    let synced = Call::exit(Action::Sync, Object::Path("outcome.json"));
+    let gate = Gate::attach(moving.receive(), &[synced]);
+    moving.link.reopen();
+    let mut send = send_command();
+    let resolving = Program::start(send.args(["--resolve", &moving.pid.to_string()]));
+    assert!(gate.is_reached_within(Duration::from_secs(10)));
+    // The receiver is stopped there, and has not answered.
+    memory::assert_held(&moving.tree);
+    gate.release();
+    assert_resolved(&resolving.finish(), "is gone");
     assert!(!moving.assert_one_copy());
 }
 
