@@ -155,6 +155,17 @@ fn variable(name: &str) -> Option<u64> {
     )
 }
 
+/// Runs the move of a seed.
+fn check(criu: &Criu, seed: u64) -> Result<(), String> {
+    let (plan, began) = (Plan::new(seed), Instant::now());
+    let done = catch_unwind(AssertUnwindSafe(|| plan.run(criu)));
+    let (place, hits) =
+        done.map_err(|why| format!("seed {seed}: {plan:?}: {}", panic_text(&*why)))?;
+    let (faults, took) = (&plan.faults, began.elapsed());
+    eprintln!("seed {seed}: {place:?}, {hits} of {faults:?} halted, {took:.1?}");
+    Ok(())
+}
+
 #[test]
 fn moves_with_random_faults_leave_one_copy_with_one_history() {
     let Some(criu) = Criu::stable("moves with random faults") else {
@@ -172,32 +183,18 @@ fn moves_with_random_faults_leave_one_copy_with_one_history() {
         "seeds {first} to {}; PAGEFERRY_SEED repeats one",
         first + moves - 1
     );
-    let began = Instant::now();
     let (next, failed) = (AtomicU64::new(0), Mutex::new(Vec::new()));
+    let began = Instant::now();
     let run_all = || {
         loop {
             let number = next.fetch_add(1, Ordering::SeqCst);
             if number >= moves {
                 return;
             }
-            let (seed, began) = (first + number, Instant::now());
-            let plan = Plan::new(seed);
-            match catch_unwind(AssertUnwindSafe(|| plan.run(&criu))) {
-                Ok((place, hits)) => {
-                    let took = began.elapsed();
-                    eprintln!(
-                        "seed {seed}: {place:?}, {hits} of {:?} halted, {took:.1?}",
-                        plan.faults
-                    );
-                }
-                Err(why) => {
-                    let why = format!("seed {seed}: {plan:?}: {}", panic_text(&*why));
-                    eprintln!("{why}");
-                    failed
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push(why);
-                }
+            if let Err(why) = check(&criu, first + number) {
+                eprintln!("{why}");
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                failed.push(why);
             }
         }
     };
