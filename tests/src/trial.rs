@@ -14,6 +14,7 @@ use crate::{Receiver, Send, Victim, memory};
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 use tempfile::TempDir;
 
@@ -224,6 +225,29 @@ impl<'a> Trial<'a> {
         }
     }
 
+    /// Runs a `send --resolve` to this call, and hits it there: it is killed, or the move is hit by another fault and
+    /// it goes on.
+    ///
+    /// # Panics
+    /// If it does not get there.
+    pub fn hit_resolve(&mut self, call: Call, fault: Fault) {
+        // It gets no answer before it is traced.
+        self.link.close();
+        let mut command = self.resolve_command(&["--timeout", "30s"]);
+        let mut resolve = Program::start(&mut command);
+        let gate = Gate::attach(resolve.pid(), &[call]);
+        self.link.reopen();
+        gate.await_reached();
+        match fault {
+            Fault::Kill(Actor::Send) => resolve.kill(),
+            other => {
+                self.hit(other);
+            }
+        }
+        gate.release();
+        let _ = resolve.finish();
+    }
+
     fn kill(&mut self, actor: Actor) -> bool {
         let send = self.send.as_mut().map_or(0, |send| send.program().pid());
         actor.kill(send, self.receive)
@@ -312,9 +336,14 @@ impl<'a> Trial<'a> {
     }
 
     fn resolve(&self, options: &[&str]) -> Finished {
+        Program::start(&mut self.resolve_command(options)).finish()
+    }
+
+    fn resolve_command(&self, options: &[&str]) -> Command {
         let mut send = send_command();
         send.args(["--resolve", &self.victim.pid().to_string()]);
-        Program::start(send.args(options)).finish()
+        send.args(options);
+        send
     }
 
     fn assert_settled(&mut self, may_be_lost: bool) -> Place {

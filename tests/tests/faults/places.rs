@@ -64,6 +64,8 @@ const RAN: Call = does(Action::Write, OUTCOME).with("running");
 pub(crate) enum Place {
     /// Every move does it, between these two.
     Between(Halt, Halt),
+    /// A `send --resolve` does it, between these two of its calls, if `send` dies at this point.
+    Resolved(Halt, [Call; 2]),
     /// Only a move that was hit by a fault does it, or a move after that: for this reason it is in no row of the
     /// table, which hits a move once.
     AfterFault(&'static str),
@@ -72,13 +74,14 @@ pub(crate) enum Place {
 }
 
 use Halt::{Frame, Receive, Send};
-use Place::{AfterFault, Between, Unseen};
+use Place::{AfterFault, Between, Resolved, Unseen};
 
 /// Returns where a step is. There is no default: a new step has to be placed.
 pub(crate) fn place(step: Step) -> Place {
     const REFUSED: &str = "the receiver refuses only after a fault";
     const ASKED: &str = "send asks again only if the answer is lost";
-    const RESOLVED: &str = "send --resolve runs only if send did not end the hand-over";
+    const RESOLVED: &str = "between two calls of a send --resolve that are halted";
+    const SECOND: &str = "the second send --resolve does what the first does";
     const FINISHED: &str = "a receiver finishes only what another has left";
     match step {
         Step::SendHearsRestored => Between(
@@ -170,21 +173,40 @@ pub(crate) fn place(step: Step) -> Place {
         | Step::SendLearnsAborted
         | Step::SendExitsInDoubt => AfterFault(ASKED),
         Step::SendTriesAgain => AfterFault("the first hand-over was refused"),
-        Step::RetryElsewhere
-        | Step::Resolve0
-        | Step::Resolve1
-        | Step::Resolve0LearnsRunning
+        // If send dies while it holds the target, the receiver aborts.
+        Step::Resolve0Releases => Resolved(
+            Send(vec![DUMPED, FROZEN]),
+            [
+                about_to(Action::Write, Object::Path("/cgroup.freeze")),
+                does(Action::Write, Object::Path("/cgroup.freeze")),
+            ],
+        ),
+        Step::Resolve0IsDone => Resolved(
+            Send(vec![DUMPED, FROZEN]),
+            [
+                about_to(Action::Unlink, RECORD),
+                does(Action::Unlink, RECORD),
+            ],
+        ),
+        Step::Resolve0Kills => Resolved(
+            Frame(RUNNING, false),
+            [
+                about_to(Action::Signal, Object::Any),
+                does(Action::Signal, Object::Any),
+            ],
+        ),
+        Step::Resolve0 | Step::Resolve0LearnsRunning | Step::Resolve0LearnsAborted => {
+            AfterFault(RESOLVED)
+        }
+        Step::Resolve0Fails => AfterFault("no receiver answers"),
+        Step::RetryElsewhere => AfterFault("this hand-over is in doubt"),
+        Step::Resolve1
         | Step::Resolve1LearnsRunning
-        | Step::Resolve0LearnsAborted
         | Step::Resolve1LearnsAborted
-        | Step::Resolve0Kills
         | Step::Resolve1Kills
-        | Step::Resolve0Releases
         | Step::Resolve1Releases
-        | Step::Resolve0IsDone
         | Step::Resolve1IsDone
-        | Step::Resolve0Fails
-        | Step::Resolve1Fails => AfterFault(RESOLVED),
+        | Step::Resolve1Fails => AfterFault(SECOND),
         Step::SessionFails
         | Step::SessionAborts
         | Step::SessionRestoresAgain
@@ -198,6 +220,26 @@ pub(crate) fn place(step: Step) -> Place {
         Step::FillerIsReplaced => AfterFault("a filler is replaced only if it dies"),
         Step::FillerIsDone => Unseen("the filler may be done before the copy runs"),
     }
+}
+
+/// Returns every point at which a `send --resolve` can be halted: where `send` dies before, the call, the point.
+pub(crate) fn points_of_resolve() -> Vec<(Halt, Call, At)> {
+    let mut points = Vec::new();
+    for &step in Step::ALL {
+        let Resolved(send_dies, [before, after]) = place(step) else {
+            continue;
+        };
+        for (call, moment) in [(before, Moment::Before), (after, Moment::After)] {
+            let halted = Halted::Resolve;
+            let at = At {
+                step,
+                moment,
+                halted,
+            };
+            points.push((send_dies.clone(), call, at));
+        }
+    }
+    points
 }
 
 /// Returns every point at which a move can be halted, in the order of the model's steps. A point after one step

@@ -1,10 +1,11 @@
 //! The table of faults. Its rows are the points before and after each step of the model; each test is a column.
 //! The model says where the target may run in the end.
 
-use crate::places::{self, DUMPING, FAREWELL, ROUNDS, place, points};
+use crate::places::{self, DUMPING, FAREWELL, ROUNDS, place, points, points_of_resolve};
 use pageferry_model::{At, End, Fault as ModelFault, Halted, HandOver, Moment, Retries, Step};
 use pageferry_tests::actors::Actor;
 use pageferry_tests::criu::Criu;
+use pageferry_tests::gate::Call;
 use pageferry_tests::trial::{Fault, Halt, Kind, Place, Trial, panic_text};
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -20,6 +21,9 @@ struct Row {
     name: String,
     halt: Halt,
     fault: Fault,
+    /// In a row of `send --resolve`, which runs once `send` was killed at the halt: the call at which the fault
+    /// happens. `Kill(Send)` kills it.
+    resolve: Option<Call>,
     ends: BTreeSet<Place>,
 }
 
@@ -44,24 +48,21 @@ fn in_model(fault: Fault) -> &'static [Option<ModelFault>] {
 }
 
 /// Returns where the target may run.
-fn predict(at: At, fault: Fault, retries: Retries) -> BTreeSet<Place> {
-    let model = HandOver::new(0);
-    let mut points = vec![at];
-    if fault == Fault::Repeat {
-        // The connection ends after the frame has arrived.
-        points.extend(following(at));
-    }
+fn predict(
+    earlier: &[ModelFault],
+    at: At,
+    last: &[Option<ModelFault>],
+    retries: Retries,
+) -> BTreeSet<Place> {
     let mut ends = BTreeSet::new();
-    for at in points {
-        for &last in in_model(fault) {
-            let prediction = model.predict(&[], at, last, retries);
-            assert!(prediction.keeps_promises, "{at:?}");
-            ends.extend(prediction.ends.into_iter().map(|end| match end {
-                End::Source => Place::Source,
-                End::Destination => Place::Destination,
-                End::Lost => Place::Nowhere,
-            }));
-        }
+    for &last in last {
+        let prediction = HandOver::new(0).predict(earlier, at, last, retries);
+        assert!(prediction.keeps_promises, "{at:?}");
+        ends.extend(prediction.ends.into_iter().map(|end| match end {
+            End::Source => Place::Source,
+            End::Destination => Place::Destination,
+            End::Lost => Place::Nowhere,
+        }));
     }
     // A move that may be tried again is.
     if retries == Retries::Once && ends.contains(&Place::Destination) {
@@ -88,7 +89,7 @@ fn rows(fault: Fault, retries: Retries) -> Vec<Row> {
         halted: Halted::Link,
     };
     let early = BTreeSet::from([early]);
-    let late = predict(done, fault, retries);
+    let late = predict(&[], done, in_model(fault), retries);
     let first = match fault {
         Fault::Kill(Actor::SourceCriu) => DUMPING,
         _ => 0,
@@ -103,16 +104,24 @@ fn rows(fault: Fault, retries: Retries) -> Vec<Row> {
                 name: format!("{fault:?} {moment} {}", frame.0),
                 halt: Halt::Frame(frame, after),
                 fault,
+                resolve: None,
                 ends: ends.clone(),
             });
         }
     }
     for (halt, at) in points() {
+        let mut ends = predict(&[], at, in_model(fault), retries);
+        if fault == Fault::Repeat {
+            // The connection ends after the frame has arrived.
+            let later = |at| predict(&[], at, in_model(fault), retries);
+            ends.extend(following(at).flat_map(later));
+        }
         rows.push(Row {
             name: format!("{fault:?} {:?} {:?}", at.moment, at.step),
             halt,
             fault,
-            ends: predict(at, fault, retries),
+            resolve: None,
+            ends,
         });
     }
     rows
@@ -122,8 +131,20 @@ fn rows(fault: Fault, retries: Retries) -> Vec<Row> {
 fn run(row: &Row, kind: Kind<'_>) -> (Place, bool) {
     let mut trial = Trial::start(kind, Some(row.halt.clone()), row.fault);
     assert!(trial.is_halted(), "the move ends before it is halted");
-    let hit = trial.hit(row.fault);
-    trial.go_on(row.fault);
+    let hit = match row.resolve {
+        Some(call) => {
+            let killed = Fault::Kill(Actor::Send);
+            trial.hit(killed);
+            trial.go_on(killed);
+            trial.hit_resolve(call, row.fault);
+            true
+        }
+        None => {
+            let hit = trial.hit(row.fault);
+            trial.go_on(row.fault);
+            hit
+        }
+    };
     (trial.settle(row.ends.contains(&Place::Nowhere)), hit)
 }
 
@@ -225,6 +246,7 @@ fn every_step_is_in_the_table_or_follows_a_fault() {
                 assert!(in_every_move, "{step:?}");
                 rows += 1;
             }
+            places::Place::Resolved(..) => assert!(!in_every_move, "{step:?}"),
             places::Place::AfterFault(why) => assert!(!in_every_move, "{step:?}: {why}"),
             places::Place::Unseen(why) => eprintln!("not in the table: {step:?}: {why}"),
         }
@@ -245,6 +267,37 @@ fn link_cut_once_at_any_step_does_not_prevent_the_move() {
 #[test]
 fn sender_killed_at_any_step_leaves_one_copy_running() {
     check_column(Fault::Kill(Actor::Send), Retries::Never);
+}
+
+#[test]
+fn resolve_hit_at_any_step_leaves_one_copy_running() {
+    let Some(criu) = Criu::stable("faults of send --resolve") else {
+        return;
+    };
+    let mut rows = Vec::new();
+    for (fault, last) in [
+        (Fault::Kill(Actor::Send), ModelFault::KillResolve),
+        (Fault::Kill(Actor::Receive), ModelFault::KillReceive),
+        (Fault::Cut, ModelFault::CutLink),
+    ] {
+        for (halt, call, at) in points_of_resolve() {
+            let killed = [ModelFault::KillSend];
+            rows.push(Row {
+                name: format!("{fault:?} {:?} {:?}", at.moment, at.step),
+                halt,
+                fault,
+                resolve: Some(call),
+                ends: predict(&killed, at, &[Some(last)], Retries::Never),
+            });
+        }
+    }
+    let kind = Kind {
+        criu: &criu,
+        features: FEATURES,
+        restore: "--restore",
+        send: &["--max-rounds", "1", "--reconnect-for", "0"],
+    };
+    check_all(rows, kind);
 }
 
 #[test]
