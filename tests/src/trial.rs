@@ -308,6 +308,10 @@ impl<'a> Trial<'a> {
             let send = self.send.take().map(Send::finish);
             let sent = self.sent.take().or(send).expect("it was started");
             said = format!("send: {}\n{}", sent.status, sent.stderr);
+            // It exits if the CRIU is killed by which it finds out what CRIU can do.
+            if !memory::lives(self.receive) {
+                self.receive_again();
+            }
             if let Some(resolved) = self.resolve_record(&sent, may_be_lost) {
                 said += &format!("resolve: {}\n{}", resolved.status, resolved.stderr);
             }
@@ -322,10 +326,6 @@ impl<'a> Trial<'a> {
     fn resolve_record(&mut self, sent: &Sent, may_be_lost: bool) -> Option<Finished> {
         if sent.status.success() || !has_record(self.victim.pid()) {
             return None;
-        }
-        // It exits if the CRIU is killed by which it finds out what CRIU can do.
-        if !memory::lives(self.receive) {
-            self.receive_again();
         }
         let patience = if may_be_lost { "3s" } else { "30s" };
         let resolved = self.resolve(&["--timeout", patience]);
