@@ -331,7 +331,8 @@ fn move_in_vain(criu: &Criu, pid: i32) -> Sent {
     let dir = tempfile::tempdir().unwrap();
     let criu = criu.path().to_str().unwrap();
     let receiver = Receiver::start(dir.path(), &["--restore", "--criu", criu]);
-    let options = ["--migrate", "--criu", criu, "--reconnect-for", "0"];
+    let once = ["--reconnect-for", "0", "--break-pipes"];
+    let options = [&["--migrate", "--criu", criu][..], &once].concat();
     Send::start(receiver.address(), pid, &options).finish()
 }
 
