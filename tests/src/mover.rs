@@ -46,7 +46,8 @@ pub fn pageferry(net: &Net, criu: &Criu, service: &mut dyn Service, options: &[&
     let mut send = net.enter("A");
     send.arg(send_command().get_program());
     send.args(["--to", &receiver.address().to_string(), "--insecure"]);
-    send.args(["--migrate", "--json", "--criu", path]);
+    // What a service writes to its test stays behind.
+    send.args(["--migrate", "--break-pipes", "--json", "--criu", path]);
     send.args(service.options()).args(options);
     let send = Program::start(send.arg(tree[0].to_string()));
     // A small process may be filled before the receiver reports that it runs.
