@@ -219,7 +219,10 @@ fn rounds(migration: &Migration) -> Vec<String> {
 async fn valid_session_leaves_its_rounds() {
     let dir = tempfile::tempdir().unwrap();
     let (migration, result) = session(dir.path(), async |sender| {
-        assert!(matches!(sender.greet(1).await, Ok(Message::Welcome { .. })));
+        assert!(matches!(
+            sender.greet(wire::VERSION).await,
+            Ok(Message::Welcome { .. })
+        ));
         for round in 1..=2 {
             sender.begin(round).await;
             sender.chunk(0x1000, 0, None).await;
@@ -247,7 +250,7 @@ async fn second_round_refused<F: AsyncFnOnce(&mut Sender)>(wrong: F) -> RefuseCo
     let dir = tempfile::tempdir().unwrap();
     let mut code = None;
     let (migration, result) = session(dir.path(), async |sender| {
-        sender.greet(1).await.unwrap();
+        sender.greet(wire::VERSION).await.unwrap();
         sender.begin(1).await;
         sender.chunk(0x1000, 0, None).await;
         sender.end().await.unwrap();
@@ -338,7 +341,7 @@ async fn decompression_bomb_is_cut_off_at_the_announced_size() {
 async fn frame_with_the_widest_window_is_accepted() {
     let dir = tempfile::tempdir().unwrap();
     let (_, result) = session(dir.path(), async |sender| {
-        sender.greet(1).await.unwrap();
+        sender.greet(wire::VERSION).await.unwrap();
         sender.begin(1).await;
         let frame = widest(zeros(2 * PAGE_SIZE, false));
         sender.chunk_of(0, 0x1000, 0, Some(frame)).await;
@@ -387,7 +390,7 @@ async fn every_limit_of_a_migration_is_answered_with_its_option() {
         ..Bounds::NONE
     };
     limit_named("--max-rounds", rounds, &["1", "2"], async |sender| {
-        sender.greet(1).await.unwrap();
+        sender.greet(wire::VERSION).await.unwrap();
         for round in 1..=2 {
             sender.begin(round).await;
             sender.chunk(0x1000, 0, None).await;
@@ -402,7 +405,7 @@ async fn every_limit_of_a_migration_is_answered_with_its_option() {
         ..Bounds::NONE
     };
     limit_named("--max-bytes", bytes, &["1"], async |sender| {
-        sender.greet(1).await.unwrap();
+        sender.greet(wire::VERSION).await.unwrap();
         for round in 1..=2 {
             sender.begin(round).await;
             for at in 1..=3 {
@@ -418,7 +421,7 @@ async fn every_limit_of_a_migration_is_answered_with_its_option() {
         ..Bounds::NONE
     };
     limit_named("--max-images", images, &["1"], async |sender| {
-        sender.greet(1).await.unwrap();
+        sender.greet(wire::VERSION).await.unwrap();
         sender.begin(1).await;
         sender.chunk(0x1000, 0, None).await;
         sender.end().await.unwrap();
@@ -435,7 +438,7 @@ async fn every_limit_of_a_migration_is_answered_with_its_option() {
         ..Bounds::NONE
     };
     limit_named("--keep-free", keep_free, &[], async |sender| {
-        sender.greet(1).await
+        sender.greet(wire::VERSION).await
     })
     .await;
 }
@@ -447,7 +450,7 @@ async fn copies_count_towards_the_byte_limit() {
         ..Bounds::NONE
     };
     limit_named("--max-bytes", bytes, &["1"], async |sender| {
-        sender.greet(1).await.unwrap();
+        sender.greet(wire::VERSION).await.unwrap();
         for (round, kind) in [(1, EntryKind::Zero), (2, EntryKind::Copy)] {
             sender.begin(round).await;
             sender.entry(0x1000, u32::MAX.into(), kind).await;
@@ -484,7 +487,7 @@ async fn state_images_have_the_same_limits() {
         ),
     ] {
         limit_named(option, bounds, &["1"], async |sender| {
-            sender.greet(1).await.unwrap();
+            sender.greet(wire::VERSION).await.unwrap();
             sender.send_begin(1, RoundKind::Final).await;
             sender.end().await.unwrap();
             for number in 0..6 {
@@ -532,7 +535,10 @@ async fn rounds_out_of_order_are_refused() {
 async fn another_version_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (_, result) = session(dir.path(), async |sender| {
-        assert_eq!(refusal(sender.greet(2).await), RefuseCode::Unsupported);
+        assert_eq!(
+            refusal(sender.greet(wire::VERSION + 1).await),
+            RefuseCode::Unsupported
+        );
     })
     .await;
     assert!(result.is_err());
@@ -546,7 +552,7 @@ async fn reconnecting_sender_continues_and_a_stranger_is_refused() {
         other => panic!("not welcome: {other:?}"),
     };
     let (_, result) = session(dir.path(), async |sender| {
-        assert_eq!(welcomed(sender.greet(1).await), 0);
+        assert_eq!(welcomed(sender.greet(wire::VERSION).await), 0);
         for round in 1..=2 {
             sender.begin(round).await;
             sender.chunk(0x1000, 0, None).await;
@@ -559,13 +565,13 @@ async fn reconnecting_sender_continues_and_a_stranger_is_refused() {
     .await;
     assert!(result.unwrap_err().is_broken_connection());
     let (_, result) = session(dir.path(), async |stranger| {
-        let answer = stranger.greet_as(1, claim(3)).await;
+        let answer = stranger.greet_as(wire::VERSION, claim(3)).await;
         assert_eq!(refusal(answer), RefuseCode::Denied);
     })
     .await;
     assert!(!result.unwrap_err().is_broken_connection());
     let (migration, result) = session(dir.path(), async |sender| {
-        assert_eq!(welcomed(sender.greet(1).await), 2);
+        assert_eq!(welcomed(sender.greet(wire::VERSION).await), 2);
         sender.begin(3).await;
         sender.chunk(0x2000, 0, None).await;
         sender.end().await.unwrap();
@@ -593,7 +599,7 @@ async fn image_opened_twice_is_refused() {
 async fn disconnected_sender_leaves_no_incomplete_round() {
     let dir = tempfile::tempdir().unwrap();
     let (migration, result) = session(dir.path(), async |sender| {
-        sender.greet(1).await.unwrap();
+        sender.greet(wire::VERSION).await.unwrap();
         sender.begin(1).await;
         sender.chunk(0x1000, 0, None).await;
     })
