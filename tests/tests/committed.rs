@@ -75,6 +75,14 @@ fn await_pre_resume(moving: &Move) {
     });
 }
 
+/// Waits until no process of a copy is stopped.
+fn await_running(copy: &[i32]) {
+    until("the copy runs", || {
+        let stopped = copy.iter().any(|&pid| memory::is_stopped(pid));
+        (!stopped).then_some(()).ok_or_else(String::new)
+    });
+}
+
 /// Starts a receiver again after its death, resolves what is in doubt, and asserts that the copy runs there.
 fn assert_runs_at_the_receiver(mut moving: Move) -> Move {
     moving.finish().assert_failed(6, &["send --resolve"]);
@@ -147,10 +155,7 @@ fn death_of_criu_while_it_releases_the_copy_means_that_it_runs() {
     await_pre_resume(&moving);
     let copy = moving.copy();
     kill_one(restoring);
-    until("the copy runs", || {
-        let stopped = copy.iter().any(|&pid| memory::is_stopped(pid));
-        (!stopped).then_some(()).ok_or_else(String::new)
-    });
+    await_running(&copy);
     signal(receive, Signal::SIGCONT);
     assert!(moving.finish().status.success());
     assert!(!moving.assert_one_copy());
@@ -183,10 +188,7 @@ fn copy_that_ran_and_ended_is_not_restored_again() {
     await_pre_resume(&moving);
     let copy = moving.copy();
     kill_one(restoring);
-    until("the copy runs", || {
-        let stopped = copy.iter().any(|&pid| memory::is_stopped(pid));
-        (!stopped).then_some(()).ok_or_else(String::new)
-    });
+    await_running(&copy);
     // As if it had ended by itself.
     copy.iter().for_each(|&pid| kill_one(pid));
     assert!(memory::await_end(&copy));

@@ -610,7 +610,7 @@ fn pages_that_only_a_tracer_may_read_arrive() {
 }
 
 #[test]
-fn page_that_nobody_may_read_fails_the_final_round_by_name() {
+fn page_that_no_process_may_read_fails_the_final_round_by_name() {
     let mut victim = Victim::start("heap=2 protnone=1 dirty=20");
     let mut pair = Pair::start(&[]);
     let mut send = send_where_only_tracers_read();

@@ -94,7 +94,7 @@ enum Reply {
     Userfaultfd,
     /// The process cannot have a userfaultfd, for this reason.
     NoUserfaultfd(String),
-    /// So many bytes were read; 0 if the first page cannot be read.
+    /// Number of bytes read; 0 if the first page cannot be read.
     Read { bytes: usize },
     /// The tree was thawed, after it was frozen for this many nanoseconds.
     Thawed { stopped_ns: u64 },
@@ -275,8 +275,8 @@ impl Frozen<'_> {
 
     /// Reads a prefix of `range` of the memory of `pid` in the freezer process, which may read more than this
     /// program: some kernels let only the tracer read memory that the process itself may not
-    /// (`CONFIG_PROC_MEM_FORCE_PTRACE`). Returns the length of the prefix in bytes, 0 if nobody can read the
-    /// first page.
+    /// (`CONFIG_PROC_MEM_FORCE_PTRACE`). Returns the length of the prefix in bytes, 0 if no process can read
+    /// the first page.
     ///
     /// # Errors
     /// [`FreezeError::Freezer`].

@@ -280,7 +280,7 @@ fn await_deaths(members: &[Option<RawFd>], timeout: PollTimeout) -> Vec<bool> {
     let mut fds: Vec<_> = fds
         .map(|&fd| PollFd::new(held(fd), PollFlags::POLLIN))
         .collect();
-    // Interrupted, it finds nobody dead.
+    // A wait that is interrupted finds no dead process.
     let _ = poll(&mut fds, timeout);
     let mut dead = fds.iter().map(|fd| fd.any() == Some(true));
     let of_members = members
@@ -295,7 +295,7 @@ pub(super) fn set_session() {
     let _ = nix::unistd::setsid();
 }
 
-/// Names this process, for whoever lists processes.
+/// Names this process, as lists of processes show it.
 fn set_name(name: &str) {
     // It is only a name.
     let _ = fs::write("/proc/self/comm", name);
